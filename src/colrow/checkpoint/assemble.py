@@ -1,0 +1,79 @@
+"""Whole tensors from the ranks' shards, under the names of a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from colrow.checkpoint.naming import hf_naming, pieces
+from colrow.mesh import ParallelGroup
+from colrow.models.decoder import Decoder
+
+
+def full_state_dict(model: Decoder) -> dict[str, Tensor]:
+    """The whole weights on tp rank 0, on the CPU; an empty dict on the other ranks.
+
+    A tied head is not listed, as in transformers' saved files.
+
+    Communicates: every rank sends its shards to rank 0, parameter by parameter; all ranks of the
+    group must call it.
+    """
+    return _assemble(model, lambda parameter: parameter.detach())
+
+
+def full_grads(model: Decoder) -> dict[str, Tensor]:
+    """The whole gradients on tp rank 0, as :func:`full_state_dict`; parameters without one are
+    left out."""
+    return _assemble(model, lambda parameter: parameter.grad)
+
+
+@torch.no_grad()
+def _assemble(
+    model: Decoder, value: Callable[[nn.Parameter], Tensor | None]
+) -> dict[str, Tensor]:
+    naming, tp = hf_naming(model.config), model.tp
+    whole: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        shard = value(parameter)
+        if shard is None:
+            continue
+        spec = model.specs[name]
+        shapes = [spec.local_shape(rank) for rank in range(tp.size)]
+        if spec.dim is None:
+            shapes = shapes[:1]
+        for rank, part in enumerate(_collect(shard, shapes, tp)):
+            for piece in pieces(naming, model.config, name, spec, rank):
+                target = whole.setdefault(piece.name, part.new_empty(piece.shape))
+                if piece.dim is None:
+                    target.copy_(part)
+                    continue
+                assert spec.dim is not None
+                start, stop = piece.target
+                source = part.narrow(spec.dim, start, stop - start)
+                source = source.t() if piece.transposed else source
+                taken = 0
+                for first, last in piece.ranges:
+                    target.narrow(piece.dim, first, last - first).copy_(
+                        source.narrow(piece.dim, taken, last - first)
+                    )
+                    taken += last - first
+    return whole
+
+
+def _collect(shard: Tensor, shapes: list[tuple[int, ...]], tp: ParallelGroup) -> list[Tensor]:
+    """The shards of these shapes, of ranks 0, 1, ..., on rank 0's CPU; nothing elsewhere."""
+    if tp.rank >= len(shapes):
+        return []
+    if tp.rank > 0:
+        assert tp.group is not None
+        dist.send(shard.contiguous(), group=tp.group, group_dst=0)
+        return []
+    parts = [shard.cpu()]
+    for rank in range(1, len(shapes)):
+        buffer = shard.new_empty(shapes[rank])
+        dist.recv(buffer, group=tp.group, group_src=rank)
+        parts.append(buffer.cpu())
+    return parts

@@ -1,0 +1,110 @@
+"""Fills a decoder's shards from a checkpoint; each rank reads only the slices that it holds."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+
+from colrow.checkpoint.naming import Naming, Piece, pieces
+from colrow.checkpoint.reader import TensorReader
+from colrow.models.decoder import Decoder
+
+# Buffers that older checkpoints carry; the decoder computes what they hold.
+_IGNORED = re.compile(
+    r"(\.attn\.(bias|masked_bias)|\.attention\.(bias|masked_bias)|rotary_emb\.inv_freq)$"
+)
+
+
+@torch.no_grad()
+def load_(model: Decoder, reader: TensorReader, naming: Naming) -> None:
+    """Copies the checkpoint into the model, slice by slice; nothing is sent.
+
+    Raises:
+        ValueError: when tensors are missing, have the wrong shape, or are left over.
+    """
+    held = {
+        name: pieces(naming, model.config, name, spec, model.tp.rank)
+        for name, spec in model.specs.items()
+    }
+    prefix = _missing_prefix(reader, held)
+    _check(reader, held, prefix, model, naming)
+    for name, parameter in model.named_parameters():
+        spec = model.specs[name]
+        for piece in held[name]:
+            part = _read(reader, piece, prefix, parameter.dtype)
+            if spec.dim is None:
+                parameter.copy_(part)
+            else:
+                start, stop = piece.target
+                parameter.narrow(spec.dim, start, stop - start).copy_(part)
+
+
+def _read(reader: TensorReader, piece: Piece, prefix: str, dtype: torch.dtype) -> Tensor:
+    name = piece.name.removeprefix(prefix)
+    if piece.dim is None:
+        return reader.read(name, dtype=dtype)
+    if piece.dim == 0:
+        part = reader.read(name, rows=piece.ranges, dtype=dtype)
+    else:
+        part = reader.read(name, columns=piece.ranges, dtype=dtype)
+    if piece.pairs is not None:
+        part = unpair(part, piece.pairs)
+    return part.t() if piece.transposed else part
+
+
+def unpair(rows: Tensor, head_dim: int) -> Tensor:
+    """Rows of whole heads from interleaved rotary pairs (2i, 2i + 1) to halves (i, i + dim / 2)."""
+    heads = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
+    return heads.transpose(1, 2).reshape(rows.shape)
+
+
+def _missing_prefix(reader: TensorReader, held: dict[str, list[Piece]]) -> str:
+    """Checkpoints of a bare model lack the leading ``model.`` or ``transformer.``; returns it."""
+    embedding = held["embedding.weight"][0].name
+    names = reader.names()
+    if embedding in names:
+        return ""
+    prefix, _, rest = embedding.partition(".")
+    return f"{prefix}." if rest in names else ""
+
+
+def _check(
+    reader: TensorReader,
+    held: dict[str, list[Piece]],
+    prefix: str,
+    model: Decoder,
+    naming: Naming,
+) -> None:
+    expected = {
+        piece.name.removeprefix(prefix): piece.shape for found in held.values() for piece in found
+    }
+    names = reader.names()
+    missing = sorted(expected.keys() - names)
+    if missing:
+        raise ValueError(
+            f"{reader.description} lacks {_some(missing)} of the {len(expected)} tensors that a "
+            f"{model.config.family} model of this configuration has"
+        )
+    for name, shape in expected.items():
+        if tuple(reader.shape(name)) != shape:
+            raise ValueError(
+                f"{name} in {reader.description} has shape {tuple(reader.shape(name))}, but the "
+                f"configuration asks for {shape}"
+            )
+    tied = set(naming.modules["head"]) if model.config.tie_embeddings else set()
+    ignored = {f"{name}.weight" for name in tied}
+    extra = sorted(
+        name for name in names - expected.keys() - ignored if not _IGNORED.search(name)
+    )
+    if extra:
+        raise ValueError(
+            f"{reader.description} has {_some(extra)} beyond what a {model.config.family} model of "
+            "this configuration holds; the file and its configuration do not belong together"
+        )
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -1,0 +1,170 @@
+"""Reading slices of safetensors: one file, or shards and their index."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol, Self, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from colrow.checkpoint.locate import damaged_file
+from colrow.checkpoint.reader import (
+    Ranges,
+    check_conversion,
+    placements,
+    select,
+    selected_length,
+    unknown_tensor,
+    unsupported_type,
+)
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_SUPPORTED = (*_FLOATS, "I64", "I32", "I16", "I8", "U8", "BOOL")
+
+
+class _StoredTensor(Protocol):
+    """What ``safe_open(...).get_slice`` returns: indexing maps only the indexed bytes."""
+
+    def get_shape(self) -> list[int]: ...
+    def get_dtype(self) -> str: ...
+    def __getitem__(self, index: tuple[slice, ...]) -> torch.Tensor: ...
+
+
+class _OpenFile(Protocol):
+    def keys(self) -> list[str]: ...
+    def get_slice(self, name: str) -> _StoredTensor: ...
+    def __exit__(self, kind: None, error: None, trace: None) -> None: ...
+
+
+class SafetensorsReader:
+    """A ``TensorReader`` over one safetensors file or over the shards that an index lists.
+
+    The files are memory-mapped: a slice is a strided view of the mapping, copied and converted
+    straight into the result. With an index, the tensors are those that it lists.
+
+    Raises:
+        ValueError: a damaged file or index, a shard that the index names and that is missing, or
+            a tensor that the index places in a shard that lacks it. All are found on opening.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._files: list[_OpenFile] = []
+        self._home: dict[str, _OpenFile] = {}
+        try:
+            if path.suffix == ".json":
+                self._open_shards()
+            else:
+                file = self._open(path)
+                self._home = dict.fromkeys(file.keys(), file)
+        except ValueError:
+            self.close()
+            raise
+
+    @property
+    def description(self) -> str:
+        """Path and format, for messages."""
+        shards = f", {len(self._files)} shards" if self._path.suffix == ".json" else ""
+        return f"{self._path} (safetensors{shards})"
+
+    def names(self) -> frozenset[str]:
+        """The names of all tensors, as the file spells them."""
+        return frozenset(self._home)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The whole tensor's shape. Raises ``ValueError`` for an unknown name."""
+        return tuple(self._stored(name).get_shape())
+
+    def read(
+        self,
+        name: str,
+        rows: Ranges | None = None,
+        columns: Ranges | None = None,
+        *,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """Read these rows and columns, see ``TensorReader.read``."""
+        stored = self._stored(name)
+        stored_dtype = stored.get_dtype()
+        if stored_dtype not in _SUPPORTED:
+            raise unsupported_type(name, stored_dtype, _SUPPORTED, self.description)
+        check_conversion(name, stored_dtype, stored_dtype in _FLOATS, dtype)
+        shape = tuple(stored.get_shape())
+        selected = select(name, shape, rows, columns)
+        sliced = tuple(map(selected_length, selected))
+        result = torch.empty(sliced + shape[len(sliced) :], dtype=dtype)
+        for pairs in itertools.product(*map(placements, selected)):
+            source = tuple(pair[0] for pair in pairs)
+            target = tuple(pair[1] for pair in pairs)
+            result[target].copy_(stored[source])
+        return result
+
+    def close(self) -> None:
+        """Release the files. Tensors already read stay valid."""
+        for file in self._files:
+            file.__exit__(None, None, None)
+        self._files = []
+        self._home = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _stored(self, name: str) -> _StoredTensor:
+        if not self._files:
+            raise ValueError(f"{self.description} was closed; open it again to read {name!r}")
+        if name not in self._home:
+            raise unknown_tensor(name, self._home, self.description)
+        return self._home[name].get_slice(name)
+
+    def _open(self, path: Path) -> _OpenFile:
+        try:
+            opened = safe_open(str(path), framework="pt")
+        except (SafetensorError, OSError) as cause:
+            raise damaged_file(path, "safetensors", cause) from cause
+        file = cast(_OpenFile, opened)
+        self._files.append(file)
+        return file
+
+    def _open_shards(self) -> None:
+        shard_of = _read_index(self._path)
+        shards: dict[str, _OpenFile] = {}
+        for shard in sorted(set(shard_of.values())):
+            path = self._path.parent / shard
+            if not path.exists():
+                raise ValueError(
+                    f"{self._path} names the shard {shard}, which is missing from "
+                    f"{self._path.parent}; copy or download it again"
+                )
+            shards[shard] = self._open(path)
+        held = {shard: frozenset(file.keys()) for shard, file in shards.items()}
+        for name, shard in shard_of.items():
+            if name not in held[shard]:
+                raise ValueError(
+                    f"{self._path} places tensor {name!r} in {shard}, which does not hold it; "
+                    "the index and the shards are of different checkpoints"
+                )
+            self._home[name] = shards[shard]
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """The shard file of every tensor."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as cause:
+        raise damaged_file(path, "JSON", cause) from cause
+    shard_of = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(shard_of, dict) or not all(isinstance(v, str) for v in shard_of.values()):
+        raise ValueError(f"{path} has no 'weight_map' from tensor names to shard files")
+    return shard_of

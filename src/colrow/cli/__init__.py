@@ -1,0 +1,116 @@
+"""The ``colrow`` command: one module of this package per subcommand.
+
+A command's module has ``HELP`` (a line), ``DESCRIPTION`` (its ``--help``),
+``add_arguments(parser)`` and ``run(args) -> int``, the exit code. It imports torch only inside
+``run``, so that ``--help`` and bad usage answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pkgutil
+import sys
+from collections.abc import Sequence
+from importlib import import_module, metadata
+from typing import NoReturn, Protocol, cast
+
+from colrow.launch import BAD_INPUT, RankFailure, debugging, error_message
+
+_NOT_COMMANDS = {"__main__", "common"}
+
+
+class Command(Protocol):
+    """What a module of this package offers to be a subcommand."""
+
+    HELP: str
+    DESCRIPTION: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declares the command's arguments."""
+
+    def run(self, args: argparse.Namespace) -> int:
+        """Does the work; 0, or 1 when what was checked does not hold."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: the arguments, without the program's name; by default the process's.
+
+    Returns:
+        0; 1 when what the command checked does not hold or a rank failed; 2 when the input is
+        bad; 130 when it was interrupted.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        args = _parser(argv).parse_args(argv)
+    except SystemExit as stop:  # --help, --version and bad usage, which have said why
+        return stop.code if isinstance(stop.code, int) else 0
+    try:
+        code = _command(args.command).run(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except RankFailure as failure:
+        if debugging():
+            print(failure.traceback, file=sys.stderr)
+        message = failure.message if failure.bad_input else str(failure)
+        return _fail(args.command, message, code=2 if failure.bad_input else 1)
+    except BAD_INPUT as error:
+        if debugging():
+            raise
+        return _fail(args.command, error_message(error), code=2)
+
+
+def _fail(command: str, message: str, *, code: int) -> int:
+    print(f"colrow {command}: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser, with the one command that is called for, or with all to choose from."""
+    parser = _Parser(
+        prog="colrow",
+        description="Splits a transformer over several devices, by the columns and rows of its "
+        "weights, and gives the numbers that one device would give.",
+        epilog="Each command starts its own ranks (--tp 2 is enough) and also runs under "
+        "torchrun, mpiexec and srun. COLROW_DEBUG=1 shows tracebacks.",
+    )
+    parser.add_argument("--version", action="version", version=f"colrow {_version()}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    names = sorted(
+        module.name for module in pkgutil.iter_modules(__path__) if module.name not in _NOT_COMMANDS
+    )
+    wanted = next((word for word in argv if not word.startswith("-")), None)
+    for name in [wanted] if wanted in names else names:
+        command = _command(name)
+        subparser = subparsers.add_parser(
+            name,
+            help=command.HELP,
+            description=command.DESCRIPTION,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_arguments(subparser)
+    return parser
+
+
+def _command(name: str) -> Command:
+    return cast(Command, import_module(f"{__name__}.{name}"))
+
+
+def _version() -> str:
+    try:
+        return metadata.version("colrow")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"

@@ -1,0 +1,128 @@
+"""What several commands share: their options, starting the ranks, and the JSON they write."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from colrow.launch import launch, rank_environment
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+DTYPES = {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def add_tp(parser: argparse.ArgumentParser, *, default: int = 1) -> None:
+    """``--tp N``."""
+    parser.add_argument(
+        "--tp",
+        type=positive_int,
+        default=default,
+        metavar="N",
+        help="tensor-parallel size: over how many ranks every layer's weights are split; each "
+        "rank holds about 1/N of them. Any N works, whether heads, vocabulary and MLP divide by "
+        f"it or not (default {default})",
+    )
+
+
+def add_sequence_parallel(parser: argparse.ArgumentParser) -> None:
+    """``--sequence-parallel``."""
+    parser.add_argument(
+        "--sequence-parallel",
+        action="store_true",
+        help="split norms, dropout and residuals over the sequence too: each block's two "
+        "all-reduces become two all-gathers and two reduce-scatters, which send the same bytes, "
+        "and the activations between the layers shrink to 1/N",
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """``--json FILE``."""
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help='also write the result as JSON, for a program; "-" writes it to standard output '
+        "instead of the text",
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """``--device``; ``args.device`` is None for auto, as :func:`colrow.init_mesh` takes it."""
+    parser.add_argument(
+        "--device",
+        type=lambda name: None if name == "auto" else name,
+        default=None,
+        metavar="DEVICE",
+        help="where the ranks compute: cpu, cuda (rank i of a host on its GPU i), or auto, CUDA "
+        "where each rank of the host has a GPU and else the CPU (default auto)",
+    )
+
+
+def add_dtype(parser: argparse.ArgumentParser, *, default: str = "fp32") -> None:
+    """``--dtype``."""
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default=default,
+        help="number format of weights and activations. fp64 is the sharpest check: a split model "
+        "agrees to 1e-12 there and a bug cannot hide in rounding; bf16 and fp16 halve fp32's "
+        f"memory and bytes sent (default {default})",
+    )
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: a whole number of at least 1."""
+    try:
+        number = int(text)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return number
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch dtype of a ``--dtype``."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, DTYPES[name])
+    return dtype
+
+
+def run_on_ranks(function: Callable[..., T], *args: object, ranks: int) -> T | None:
+    """Runs ``function(*args)`` on every rank, started here unless somebody started them already.
+
+    Returns:
+        Rank 0's result; None on the other ranks of torchrun, mpiexec or srun, which have nothing
+        to print.
+
+    Raises:
+        ValueError: when another launcher started a number of ranks that is not ``ranks``.
+        RankFailure: when a rank failed.
+    """
+    environment = rank_environment()
+    if environment is None:
+        return launch(function, args, ranks=ranks)[0]
+    if environment.world_size != ranks:
+        raise ValueError(
+            f"{environment.launcher} started {environment.world_size} ranks, but --tp asks for "
+            f"{ranks}: make them the same"
+        )
+    result = function(*args)
+    return result if environment.rank == 0 else None
+
+
+def write_json(data: object, destination: str) -> None:
+    """Writes ``data`` to the file, or to standard output for "-"."""
+    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    if destination == "-":
+        sys.stdout.write(text)
+    else:
+        Path(destination).write_text(text, encoding="utf-8")

@@ -1,0 +1,219 @@
+"""``colrow comms``: every collective of a training step, predicted and recorded."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from colrow.cli.common import (
+    DTYPES,
+    add_device,
+    add_dtype,
+    add_json,
+    add_sequence_parallel,
+    add_tp,
+    positive_int,
+    run_on_ranks,
+    torch_dtype,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from colrow.models.config import ModelConfig
+    from colrow.traffic import Traffic
+
+HELP = "list every collective of a training step, predicted and recorded"
+DESCRIPTION = """\
+Predicts from MODEL's configuration alone which collectives one training step of a rank issues, with
+the layer, the direction and the bytes of each; then runs the step, records what was really issued,
+and compares call for call and byte for byte. Exits with 1 when they are not equal.
+
+A checkpoint is run on --tp real ranks. A config.json or the name of a public model is run dry: the
+same layers on tensors without memory and over a process group that only pretends, so any size
+works on any machine.
+
+  colrow comms SmolLM2-135M-Instruct.Q4_1.gguf --tp 2 --sequence-parallel
+  colrow comms gpt3-175b --tp 8 --batch 1 --sequence 2048 --dtype bf16
+
+bytes is the buffer that a collective works on, on each rank; wire is what the ring algorithm sends
+from each rank: (n-1)/n of the buffer for a gather or a scatter, twice that for an all-reduce.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="Hugging Face directory, cached hub id, .gguf file, config.json, or a public model's "
+        "name such as gpt3-175b or llama-3-70b",
+    )
+    add_tp(parser, default=2)
+    add_sequence_parallel(parser)
+    parser.add_argument(
+        "--batch", type=positive_int, default=1, metavar="N", help="rows (default 1)"
+    )
+    parser.add_argument(
+        "--sequence", type=positive_int, default=128, metavar="N", help="tokens per row (128)"
+    )
+    parser.add_argument(
+        "--recompute-gather",
+        action="store_true",
+        help="with --sequence-parallel: gather inputs again in backward rather than keep them",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="run a checkpoint dry too: no ranks, no memory"
+    )
+    parser.add_argument("--all", action="store_true", help="one row for each layer of the model")
+    add_dtype(parser)
+    add_device(parser)
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Records, compares and prints."""
+    if args.sequence < 2:
+        raise ValueError("--sequence must be at least 2: the loss compares a token with the next")
+    from colrow.models.config import Layout
+
+    config, has_weights = _configuration(args.model)
+    Layout.create(config, args.tp)
+    if has_weights and not args.dry_run:
+        traffic = run_on_ranks(_record, args, ranks=args.tp)
+    else:
+        from colrow.traffic import dry_run
+
+        traffic = dry_run(
+            config,
+            args.tp,
+            batch=args.batch,
+            sequence=args.sequence,
+            sequence_parallel=args.sequence_parallel,
+            keep_gathered_input=not args.recompute_gather,
+            dtype=torch_dtype(args.dtype),
+        )
+    if traffic is None:
+        return 0
+    if args.json:
+        write_json(traffic.as_dict(), args.json)
+    if args.json != "-":
+        show(traffic, args)
+    return 0 if traffic.equal else 1
+
+
+def _configuration(name: str) -> tuple[ModelConfig, bool]:
+    """The model's configuration, and whether there are weights to run it with."""
+    path = Path(name)
+    if path.suffix == ".json" or (path.is_dir() and not _weights(path)):
+        from colrow.models.families import config_from_file
+
+        return config_from_file(path), False
+    if not path.exists() and "/" not in name and not path.suffix == ".gguf":
+        from colrow.planner.catalog import find_model
+
+        return find_model(name).config, False
+    from colrow.checkpoint.pretrained import pretrained_config
+
+    return pretrained_config(name), True
+
+
+def _weights(directory: Path) -> bool:
+    return any(directory.glob("*.safetensors*")) or any(directory.glob("*.bin"))
+
+
+def _record(args: argparse.Namespace) -> Traffic:
+    from colrow.checkpoint.pretrained import from_pretrained
+    from colrow.mesh import init_mesh
+    from colrow.traffic import record_step
+
+    model = from_pretrained(
+        args.model,
+        init_mesh(tp=args.tp, device=args.device),
+        dtype=torch_dtype(args.dtype),
+        sequence_parallel=args.sequence_parallel,
+        keep_gathered_input=not args.recompute_gather,
+    )
+    return record_step(model, batch=args.batch, sequence=args.sequence)
+
+
+def show(traffic: Traffic, args: argparse.Namespace) -> None:
+    """Prints both lists, layers of one kind in one row unless ``--all``."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    sequence = ", sequence parallel" if args.sequence_parallel else ""
+    table = Table(
+        title=f"Collectives of one step: tp={args.tp}, batch {args.batch} x {args.sequence}, "
+        f"{DTYPES[args.dtype]}{sequence}",
+        box=SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    for column in ("layer", "collective"):
+        table.add_column(column, no_wrap=True)
+    for column in ("bytes", "pred.", "rec.", "wire"):
+        table.add_column(column, justify="right", no_wrap=True)
+    predicted, recorded = (_grouped(rows, args.all) for rows in (traffic.predicted, traffic.recorded))
+    total_calls, total_wire, section = 0, 0.0, ""
+    for key in dict.fromkeys([*predicted, *recorded]):
+        phase, layer, op, size = key
+        if phase != section:
+            table.add_section()
+            table.add_row(f"[bold]{phase}[/]")
+            section = phase
+        count = recorded.get(key, 0)
+        wire = count * _wire(op, size, args.tp)
+        total_calls, total_wire = total_calls + count, total_wire + wire
+        expected = predicted.get(key, 0)
+        table.add_row(
+            layer,
+            op.replace("_", "-"),
+            _bytes(size),
+            str(expected),
+            str(count),
+            _bytes(wire),
+            style=None if expected == count else "red",
+        )
+    table.add_section()
+    table.add_row("all", "", "", str(sum(predicted.values())), str(total_calls), _bytes(total_wire))
+    console.print(table)
+    if traffic.seconds is not None and traffic.exposed_seconds is not None:
+        console.print(
+            f"Time in collectives: {traffic.seconds * 1e3:.1f} ms, of which "
+            f"{traffic.exposed_seconds * 1e3:.1f} ms not hidden behind computing (rank 0)."
+        )
+    if traffic.equal:
+        console.print("Predicted and recorded are equal, call for call and byte for byte.")
+    else:
+        console.print("[red]Predicted and recorded differ.[/]")
+
+
+def _grouped(
+    rows: list[dict[str, object]], every: bool
+) -> dict[tuple[str, str, str, int], int]:
+    """Counts by phase, layer (blocks as one unless ``every``), operation and size."""
+    counts: dict[tuple[str, str, str, int], int] = {}
+    for row in rows:
+        layer = str(row["layer"])
+        if layer.startswith("blocks.") and not every:
+            layer = "blocks.*." + layer.split(".", 2)[2]
+        key = (str(row["phase"]), layer, str(row["op"]), int(str(row["bytes"])))
+        counts[key] = counts.get(key, 0) + int(str(row["count"]))
+    return counts
+
+
+def _wire(op: str, size: int, ranks: int) -> float:
+    from colrow.comm.ledger import Call
+
+    return Call(op, "forward", "", size, "").wire_bytes(ranks)
+
+
+def _bytes(size: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"

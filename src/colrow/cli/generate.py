@@ -1,0 +1,181 @@
+"""``colrow generate``: streams a model's answer."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import sys
+from pathlib import Path
+from typing import cast
+
+from colrow.cli.common import (
+    add_device,
+    add_dtype,
+    add_json,
+    add_tp,
+    positive_int,
+    run_on_ranks,
+    torch_dtype,
+    write_json,
+)
+from colrow.generate.options import Sampling
+from colrow.launch import RankFailure, rank_environment
+
+HELP = "stream a model's answer to a prompt"
+DESCRIPTION = """\
+Generates text with a model that is split over N ranks, and prints it as it comes. A prompt is a
+message in a chat where the model has a chat template, and is continued where it has none.
+
+  colrow generate model.gguf "Why is the sky blue?" --tp 2
+  colrow generate ./Llama-3-8B-Instruct - --tp 4 --temperature 0.7 --top-p 0.9 < question.txt
+  colrow generate ./gpt2 "Once upon a time" --no-chat --max-new-tokens 50 --json -
+
+The text goes to standard output, a line of statistics to standard error. No rank ever holds the
+logits of the whole vocabulary, and all ranks choose the same token without being told by one.
+
+JSON (--json): text, token_ids, finish_reason ("stop" at an end-of-sequence token, "length" at
+--max-new-tokens or the end of the context), tokens_per_second (after the first token),
+time_to_first_token_seconds (the prompt's forward pass), load_seconds, weight_bytes_per_rank and
+cache_bytes_per_rank (a list, by rank), prompt_tokens, model, tp, dtype, device, sampling.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        help="a Hugging Face directory, a hub id in the local cache, or a .gguf file",
+    )
+    parser.add_argument(
+        "prompt", metavar="PROMPT", nargs="?", help='the prompt; "-" reads it from standard input'
+    )
+    parser.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file")
+    add_tp(parser)
+    parser.add_argument(
+        "--max-new-tokens",
+        type=positive_int,
+        default=256,
+        metavar="N",
+        help="stop after N tokens at the latest (default 256)",
+    )
+    defaults = Sampling()
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=defaults.temperature,
+        metavar="T",
+        help="0 always takes the most likely token; above, tokens are drawn with their "
+        "probabilities at this temperature: 0.7 is lively, 1 the model's own (default 0)",
+    )
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        default=defaults.top_k,
+        metavar="K",
+        help="draw from the K most likely tokens only; 0 for all (default 0)",
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=defaults.top_p,
+        metavar="P",
+        help="draw from the fewest most likely tokens that have probability P together; 1 for all "
+        "(default 1)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=defaults.seed,
+        metavar="S",
+        help="of the draws; the same seed gives the same tokens at every --tp (default 0)",
+    )
+    parser.add_argument("--system", metavar="TEXT", help="the system message of the chat")
+    parser.add_argument(
+        "--no-chat",
+        action="store_true",
+        help="continue the prompt as it is, although the model has a chat template",
+    )
+    add_dtype(parser, default="bf16 on CUDA, fp32 elsewhere")
+    parser.set_defaults(dtype=None)
+    add_device(parser)
+    add_json(parser)
+    parser.add_argument("--quiet", action="store_true", help="print no line of statistics")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Checks all that can be checked here, then generates on the ranks."""
+    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+    prompt = _prompt(args)
+    if args.json not in (None, "-") and not Path(args.json).absolute().parent.is_dir():
+        raise ValueError(f"--json {args.json}: there is no such directory")
+
+    from colrow.checkpoint.pretrained import pretrained_config
+    from colrow.generate.answer import Request, answer
+    from colrow.generate.tokenizer import encode_prompt, end_tokens, load_tokenizer
+    from colrow.models.config import Layout
+
+    config = pretrained_config(args.model)
+    Layout.create(config, args.tp)
+    tokenizer = load_tokenizer(args.model)
+    tokens = encode_prompt(tokenizer, prompt, system=args.system, chat=not args.no_chat)
+    room = config.max_positions - len(tokens)
+    if room < 1:
+        raise ValueError(
+            f"the prompt has {len(tokens)} tokens and the model's context {config.max_positions}: "
+            "there is no room for an answer; shorten the prompt"
+        )
+    request = Request(
+        model=args.model,
+        prompt_ids=tuple(tokens),
+        tokenizer=pickle.dumps(tokenizer),
+        max_new_tokens=min(args.max_new_tokens, room),
+        sampling=sampling,
+        eos_token_ids=end_tokens(args.model, config.eos_token_ids),
+        tp=args.tp,
+        dtype=torch_dtype(args.dtype) if args.dtype else None,
+        device=args.device,
+        stream=args.json != "-",
+    )
+    try:
+        result = run_on_ranks(answer, request, ranks=args.tp)
+    except RankFailure as failure:
+        if failure.error_type == "BrokenPipeError":  # the reader of a pipe has seen enough
+            raise BrokenPipeError from None
+        raise
+    if result is None:  # not rank 0
+        return 0
+    if not args.quiet:
+        print(_statistics(result), file=sys.stderr)
+    if args.json:
+        write_json(result, args.json)
+    return 0
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    if (args.prompt is None) == (args.prompt_file is None):
+        raise ValueError("give either PROMPT or --prompt-file")
+    if args.prompt_file is not None:
+        prompt = Path(args.prompt_file).read_text(encoding="utf-8")
+    elif args.prompt == "-":
+        ranks = rank_environment()
+        if ranks is not None and ranks.world_size > 1:
+            raise ValueError(
+                f"the ranks of {ranks.launcher} share one standard input: use --prompt-file"
+            )
+        prompt = sys.stdin.read()
+    else:
+        prompt = str(args.prompt)
+    if not prompt.strip():
+        raise ValueError("the prompt is empty")
+    return prompt
+
+
+def _statistics(result: dict[str, object]) -> str:
+    tokens = len(cast(list[int], result["token_ids"]))
+    megabytes = [f"{size / 1e6:.0f}" for size in cast(list[int], result["weight_bytes_per_rank"])]
+    return (
+        f"{tokens} tokens, {result['tokens_per_second']:.1f} tokens/s, first token after "
+        f"{result['time_to_first_token_seconds']:.2f} s, {result['dtype']} weights "
+        f"{' + '.join(megabytes)} MB on {result['tp']} rank{'s' if result['tp'] != 1 else ''}"
+    )

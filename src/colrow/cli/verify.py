@@ -1,0 +1,148 @@
+"""``colrow verify``: the split model against the unsplit one."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import TYPE_CHECKING
+
+from colrow.cli.common import (
+    add_device,
+    add_dtype,
+    add_json,
+    add_sequence_parallel,
+    add_tp,
+    positive_int,
+    run_on_ranks,
+    torch_dtype,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from colrow.verify import Report
+
+HELP = "prove that the split model computes what the unsplit one does"
+DESCRIPTION = """\
+Splits MODEL over --tp ranks and compares logits, loss, the gradient of every parameter and greedily
+decoded tokens with transformers' own unsplit model, which runs in fp64. Errors are relative:
+||split - reference|| / ||reference||. Accepted are 1e-12 in fp64, 1e-5 in fp32 (1e-6 for the loss)
+and 2e-2 in 16 bits. Exits with 0 when everything holds; with 1, and the name of the first layer
+that differs, when it does not.
+
+  colrow verify SmolLM2-135M-Instruct.Q4_1.gguf --tp 2
+  colrow verify ./my-model --tp 4 --sequence-parallel --dtype fp64
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="Hugging Face directory, cached hub id, or .gguf file"
+    )
+    add_tp(parser, default=2)
+    add_sequence_parallel(parser)
+    add_dtype(parser)
+    add_device(parser)
+    parser.add_argument(
+        "--batch", type=positive_int, default=2, metavar="N", help="rows compared (default 2)"
+    )
+    parser.add_argument(
+        "--sequence",
+        type=positive_int,
+        default=31,
+        metavar="N",
+        help="tokens per row (default 31, an odd number on purpose)",
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="list every parameter, not only the largest errors"
+    )
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Verifies and prints the report."""
+    from colrow.checkpoint.pretrained import pretrained_config
+    from colrow.models.config import Layout
+
+    if args.sequence < 2:
+        raise ValueError("--sequence must be at least 2: the loss compares a token with the next")
+    Layout.create(pretrained_config(args.model), args.tp)
+    report = run_on_ranks(_verify, args, ranks=args.tp)
+    if report is None:
+        return 0
+    if args.json:
+        write_json(report.as_dict(), args.json)
+    if args.json != "-":
+        show(report, every=args.all)
+    return 0 if report.passed else 1
+
+
+def _verify(args: argparse.Namespace) -> Report | None:
+    from colrow.mesh import init_mesh
+    from colrow.verify import verify
+
+    def progress(text: str) -> None:
+        print(f"... {text}", file=sys.stderr, flush=True)
+
+    return verify(
+        args.model,
+        init_mesh(tp=args.tp, device=args.device),
+        dtype=torch_dtype(args.dtype),
+        sequence_parallel=args.sequence_parallel,
+        batch=args.batch,
+        sequence=args.sequence,
+        progress=progress,
+    )
+
+
+def show(report: Report, *, every: bool = False) -> None:
+    """Prints the report as tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    sequence = ", sequence parallel" if report.sequence_parallel else ""
+    held = Table(title=f"What each rank holds (tp={report.tp}, {report.dtype}{sequence})")
+    for column in ("rank", "query heads", "KV heads", "weights"):
+        held.add_column(column, justify="right")
+    rows = zip(report.heads_per_rank, report.weight_bytes_per_rank, strict=True)
+    for rank, ((query, key_value), size) in enumerate(rows):
+        held.add_row(str(rank), str(query), str(key_value), f"{size / 1e6:.1f} MB")
+    console.print(held)
+
+    limits = report.tolerances
+    table = Table(title="Split against unsplit: relative errors")
+    table.add_column("what")
+    table.add_column("error", justify="right")
+    table.add_column("accepted", justify="right")
+    table.add_column("")
+
+    def row(name: str, error: float, limit: float) -> None:
+        verdict = "[green]ok[/]" if error <= limit else "[red]differs[/]"
+        table.add_row(name, f"{error:.1e}", f"{limit:.0e}", verdict)
+
+    row("logits", report.logits_error, limits.logits)
+    row("loss", report.loss_error, limits.loss)
+    worst = sorted(report.gradient_errors.items(), key=lambda item: -item[1])
+    if every:
+        for name, error in report.gradient_errors.items():
+            row(f"grad {name}", error, limits.gradients)
+    else:
+        bad = [item for item in worst if item[1] > limits.gradients]
+        for name, error in bad[:20] or worst[:5]:
+            row(f"grad {name}", error, limits.gradients)
+        shown = len(bad[:20] or worst[:5])
+        if len(worst) > shown:
+            table.add_row(f"... {len(worst) - shown} more gradients (--all)", "", "", "")
+    console.print(table)
+    right = sum(error <= limits.gradients for error in report.gradient_errors.values())
+    console.print(f"Gradients within tolerance: {right} of {len(worst)} parameters.")
+    count = len(report.greedy_tokens)
+    if report.greedy_equal:
+        console.print(f"Greedy decoding: all {count} tokens as the reference's.")
+    else:
+        console.print(f"[red]Greedy decoding differs[/]: {report.greedy_tokens}")
+        console.print(f"               reference: {report.reference_tokens}")
+    if report.first_difference:
+        console.print(f"[red]First layer that differs[/]: {report.first_difference}")
+    console.print("[green]PASSED[/]" if report.passed else "[red]FAILED[/]")

@@ -1,0 +1,205 @@
+"""The seven autograd-aware collectives of tensor and sequence parallelism.
+
+===========================  ==============================  ================================
+collective                   forward                         backward
+===========================  ==============================  ================================
+copy_to_tp                   identity                        all-reduce
+reduce_from_tp               all-reduce                      identity
+gather_from_tp               all-gather, last dim            split
+scatter_to_tp                split, last dim                 all-gather
+scatter_to_sequence          split, sequence dim             all-gather
+gather_from_sequence         all-gather, sequence dim        reduce-scatter
+reduce_scatter_to_sequence   reduce-scatter, sequence dim    all-gather
+===========================  ==============================  ================================
+
+The first four are f, g and their gathering relatives of Megatron-LM (Shoeybi et al. 2019, section
+3); the last three those of sequence parallelism (Korthikanti et al. 2022, section 4.2.2). Each
+backward is the adjoint of its forward when a tensor that all ranks hold also has the same gradient
+on all of them.
+
+Shapes: the last dim of a tensor is features, the dim before it sequence (``[batch, sequence,
+features]`` or ``[sequence, features]``). Any dtype that the backend reduces. With one rank each
+is the identity. Inputs are never written to. ``partition`` says how the divided dimension lies over
+the ranks; without it the whole length is divided as evenly as possible, which for a gather means
+that all ranks hold equally much. ``layer`` is the name under which the ledger files the call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from colrow.comm import primitives
+from colrow.mesh import ParallelGroup
+from colrow.partition import Partition
+
+SEQUENCE = -2
+FEATURES = -1
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: ParallelGroup, layer: str) -> Tensor:
+        ctx.tp, ctx.layer = tp, layer
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return primitives.all_reduce(grad, ctx.tp, layer=ctx.layer, phase="backward"), None, None
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, tp: ParallelGroup, layer: str) -> Tensor:
+        return primitives.all_reduce(x, tp, layer=layer)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, None, None
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather along a dim; backward is the local range, or a reduce-scatter."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        tp: ParallelGroup,
+        dim: int,
+        partition: Partition,
+        reduce_grad: bool,
+        layer: str,
+    ) -> Tensor:
+        ctx.tp, ctx.dim, ctx.partition = tp, dim, partition
+        ctx.reduce_grad, ctx.layer = reduce_grad, layer
+        return primitives.all_gather(x, tp, dim, partition=partition, layer=layer)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.reduce_grad:
+            mine = primitives.reduce_scatter(
+                grad, ctx.tp, ctx.dim, partition=ctx.partition, layer=ctx.layer, phase="backward"
+            )
+        else:
+            mine = primitives.local_range(grad, ctx.tp, ctx.dim, ctx.partition).contiguous()
+        return mine, None, None, None, None, None
+
+
+class _Scatter(torch.autograd.Function):
+    """The local range along a dim, or a reduce-scatter; backward is an all-gather."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        tp: ParallelGroup,
+        dim: int,
+        partition: Partition,
+        reduce: bool,
+        layer: str,
+    ) -> Tensor:
+        ctx.tp, ctx.dim, ctx.partition, ctx.layer = tp, dim, partition, layer
+        if reduce:
+            return primitives.reduce_scatter(x, tp, dim, partition=partition, layer=layer)
+        return primitives.local_range(x, tp, dim, partition).contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        whole = primitives.all_gather(
+            grad, ctx.tp, ctx.dim, partition=ctx.partition, layer=ctx.layer, phase="backward"
+        )
+        return whole, None, None, None, None, None
+
+
+def copy_to_tp(x: Tensor, tp: ParallelGroup, *, layer: str = "") -> Tensor:
+    """Input of a column-parallel layer: ``x`` in forward, all-reduce of the gradient in backward.
+
+    ``x``: the same tensor on every rank, any shape; so is the result.
+    """
+    return x if tp.size == 1 else _apply(_Copy, x, tp, layer)
+
+
+def reduce_from_tp(x: Tensor, tp: ParallelGroup, *, layer: str = "") -> Tensor:
+    """Output of a row-parallel layer: the ranks' partial sums become one tensor on every rank."""
+    return x if tp.size == 1 else _apply(_Reduce, x, tp, layer)
+
+
+def gather_from_tp(
+    x: Tensor, tp: ParallelGroup, *, partition: Partition | None = None, layer: str = ""
+) -> Tensor:
+    """``[..., features_local]`` to ``[..., features]`` on every rank; backward keeps the own range.
+
+    Raises:
+        ValueError: when x's last dim is not this rank's size in ``partition``.
+    """
+    if tp.size == 1:
+        return x
+    partition = partition or Partition.even(x.shape[FEATURES] * tp.size, tp.size)
+    return _apply(_Gather, x, tp, FEATURES, partition, False, layer)
+
+
+def scatter_to_tp(
+    x: Tensor, tp: ParallelGroup, *, partition: Partition | None = None, layer: str = ""
+) -> Tensor:
+    """``[..., features]``, the same on every rank, to ``[..., features_local]``.
+
+    Raises:
+        ValueError: when x's last dim is not the length of ``partition``.
+    """
+    if tp.size == 1:
+        return x
+    partition = partition or Partition.even(x.shape[FEATURES], tp.size)
+    return _apply(_Scatter, x, tp, FEATURES, partition, False, layer)
+
+
+def scatter_to_sequence(
+    x: Tensor, tp: ParallelGroup, *, partition: Partition | None = None, layer: str = ""
+) -> Tensor:
+    """``[..., sequence, features]``, the same on every rank, to ``[..., sequence_local, features]``.
+
+    Enters the sequence-parallel region; backward gathers the gradient again.
+    """
+    if tp.size == 1:
+        return x
+    partition = partition or Partition.even(x.shape[SEQUENCE], tp.size)
+    return _apply(_Scatter, x, tp, SEQUENCE, partition, False, layer)
+
+
+def gather_from_sequence(
+    x: Tensor, tp: ParallelGroup, *, partition: Partition | None = None, layer: str = ""
+) -> Tensor:
+    """``[..., sequence_local, features]`` to ``[..., sequence, features]`` on every rank.
+
+    Input of a column-parallel layer under sequence parallelism; backward reduce-scatters, since
+    each rank then has only its columns' part of the gradient.
+    """
+    if tp.size == 1:
+        return x
+    partition = partition or Partition.even(x.shape[SEQUENCE] * tp.size, tp.size)
+    return _apply(_Gather, x, tp, SEQUENCE, partition, True, layer)
+
+
+def reduce_scatter_to_sequence(
+    x: Tensor, tp: ParallelGroup, *, partition: Partition | None = None, layer: str = ""
+) -> Tensor:
+    """Partial sums ``[..., sequence, features]`` to their sum's ``[..., sequence_local, features]``.
+
+    Output of a row-parallel layer under sequence parallelism.
+    """
+    if tp.size == 1:
+        return x
+    partition = partition or Partition.even(x.shape[SEQUENCE], tp.size)
+    return _apply(_Scatter, x, tp, SEQUENCE, partition, True, layer)
+
+
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
+    result: Tensor = function.apply(*arguments)
+    return result

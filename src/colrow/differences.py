@@ -1,0 +1,120 @@
+"""Where a split model first departs from its reference: outputs layer by layer, then weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from colrow.checkpoint.naming import Naming, hf_naming
+from colrow.comm.collectives import gather_from_sequence
+from colrow.models.config import ModelConfig
+from colrow.models.decoder import Decoder
+from colrow.partition import Partition
+
+
+def relative_error(value: Tensor, reference: Tensor) -> float:
+    """``||value - reference|| / ||reference||`` in fp64; the norm of ``value`` where that is 0.
+
+    A shape that differs, NaN and Inf give infinity.
+    """
+    if value.shape != reference.shape:
+        return float("inf")
+    a, b = value.detach().cpu().double(), reference.detach().cpu().double()
+    norm = b.norm().item()
+    error = (a - b).norm().item() / (norm or 1.0)
+    return error if error == error else float("inf")
+
+
+@contextmanager
+def captured(model: Decoder) -> Iterator[dict[str, Tensor]]:
+    """Collects the outputs of the embedding, of each block and of the final norm, whole.
+
+    With sequence parallelism each is gathered: every rank must run the model.
+    """
+    outputs: dict[str, Tensor] = {}
+    length = 0
+
+    def remember_length(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        nonlocal length
+        length = args[0].shape[1]
+
+    def hook(name: str) -> torch.utils.hooks.RemovableHandle:
+        def keep(_: nn.Module, args: object, output: Tensor) -> None:
+            whole = output.detach()
+            if model.sequence_parallel:
+                divided = Partition.even(length, model.tp.size)
+                whole = gather_from_sequence(whole, model.tp, partition=divided, layer="verify")
+            outputs[name] = whole.cpu()
+
+        return model.get_submodule(name).register_forward_hook(keep)
+
+    handles = [model.register_forward_pre_hook(remember_length)]
+    handles += [hook(name) for name in _layers(model.config, hf_naming(model.config))]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def captured_reference(reference: nn.Module, config: ModelConfig) -> Iterator[dict[str, Tensor]]:
+    """The same outputs of the first forward pass of a transformers model."""
+    outputs: dict[str, Tensor] = {}
+
+    def hook(name: str, theirs: str) -> torch.utils.hooks.RemovableHandle:
+        def keep(_: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            whole = output if isinstance(output, Tensor) else output[0]
+            outputs.setdefault(name, whole.detach().cpu())
+
+        return reference.get_submodule(theirs).register_forward_hook(keep)
+
+    layers = _layers(config, hf_naming(config))
+    handles = [hook(name, theirs) for name, theirs in layers.items()]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def first_difference(
+    config: ModelConfig,
+    outputs: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    reference: nn.Module,
+    limit: float,
+) -> str | None:
+    """The first layer, in checkpoint names, whose output is off by more than ``limit``.
+
+    Weights of that layer that differ from the reference's follow in brackets.
+    """
+    theirs = reference.state_dict()
+    for name, layer in _layers(config, hf_naming(config)).items():
+        if relative_error(outputs[name], expected[name]) <= limit:
+            continue
+        wrong = [
+            key
+            for key, weight in weights.items()
+            if key.startswith(f"{layer}.") and key in theirs and not _same(weight, theirs[key])
+        ]
+        return f"{layer} (its weights differ: {', '.join(wrong)})" if wrong else layer
+    return None
+
+
+def _same(weight: Tensor, theirs: Tensor) -> bool:
+    return torch.equal(weight, theirs.to(weight.dtype))
+
+
+def _layers(config: ModelConfig, naming: Naming) -> dict[str, str]:
+    """colrow's modules in the order of the forward pass, and the checkpoint's names for them."""
+    block = naming.modules["blocks.{i}.attention_norm"][0].rpartition(".")[0]
+    return {
+        "embedding": naming.modules["embedding"][0],
+        **{f"blocks.{i}": block.format(i=i) for i in range(config.num_layers)},
+        "norm": naming.modules["norm"][0],
+    }

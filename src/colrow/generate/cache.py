@@ -1,0 +1,109 @@
+"""The keys and values of the tokens so far: what makes the next token cost one forward pass of 1."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from colrow.models.decoder import Decoder
+
+
+class KeyValueCache:
+    """Keys and values of this rank's KV heads, in memory that is allocated once.
+
+    Each layer holds two tensors ``[batch, kv_heads_local, capacity, head_dim]``. Nothing is sent.
+    Layers with a sliding window keep all positions too; their mask hides the old ones.
+
+    Args:
+        num_layers, batch, kv_heads, head_dim: sizes on this rank.
+        capacity: positions to allocate. Where more come, the capacity doubles, which copies.
+        dtype, device: of keys and values.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        batch: int,
+        kv_heads: int,
+        head_dim: int,
+        capacity: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        for name, size in (("num_layers", num_layers), ("batch", batch), ("capacity", capacity)):
+            if size < 1:
+                raise ValueError(f"{name}={size}: a key-value cache needs at least 1")
+        shape = (batch, kv_heads, capacity, head_dim)
+        self._keys, self._values = (
+            [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+            for _ in range(2)
+        )
+        self._lengths = [0] * num_layers
+
+    @classmethod
+    def for_model(cls, model: Decoder, batch: int, capacity: int) -> KeyValueCache:
+        """A cache for this rank's part of a decoder."""
+        parameter = next(model.parameters())
+        return cls(
+            model.config.num_layers,
+            batch,
+            model.layout.heads.key_value.size(model.tp.rank),
+            model.config.head_dim,
+            capacity,
+            dtype=parameter.dtype,
+            device=parameter.device,
+        )
+
+    @property
+    def length(self) -> int:
+        """Positions that every layer has stored: it grows when the last layer has its own.
+
+        A forward pass that failed half-way therefore leaves no trace: the next one writes over it.
+        """
+        return min(self._lengths)
+
+    @property
+    def capacity(self) -> int:
+        """Positions that memory is there for."""
+        return min(keys.shape[2] for keys in self._keys)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all layers on this rank."""
+        return sum(x.numel() * x.element_size() for x in (*self._keys, *self._values))
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores ``[batch, kv_heads_local, new, head_dim]`` behind what was there.
+
+        Returns:
+            Keys and values of all positions so far, ``[batch, kv_heads_local, length + new,
+            head_dim]``: views, valid until the next update.
+
+        Raises:
+            ValueError: when another batch size, head count or head size is stored already.
+        """
+        stored, past, new = self._keys[layer], self.length, keys.shape[2]
+        expected = (*stored.shape[:2], new, stored.shape[3])
+        if tuple(keys.shape) != expected or keys.shape != values.shape:
+            raise ValueError(
+                f"keys {tuple(keys.shape)} and values {tuple(values.shape)} of layer {layer} do "
+                f"not continue a cache of {tuple(stored.shape)}: should be {expected}"
+            )
+        total = past + new
+        if total > stored.shape[2]:
+            capacity = max(total, 2 * stored.shape[2])
+            self._keys[layer] = _grown(stored, past, capacity)
+            self._values[layer] = _grown(self._values[layer], past, capacity)
+        all_keys = self._keys[layer][:, :, :total]
+        all_values = self._values[layer][:, :, :total]
+        all_keys[:, :, past:] = keys
+        all_values[:, :, past:] = values
+        self._lengths[layer] = total
+        return all_keys, all_values
+
+
+def _grown(x: Tensor, used: int, capacity: int) -> Tensor:
+    larger = x.new_empty(*x.shape[:2], capacity, x.shape[3])
+    larger[:, :, :used] = x[:, :, :used]
+    return larger

@@ -1,0 +1,167 @@
+"""Prompt in, tokens out: the loop around the decoder, its cache and the sampler."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from colrow import rng
+from colrow.generate.cache import KeyValueCache
+from colrow.generate.options import Sampling
+from colrow.generate.sampling import next_tokens
+from colrow.models.decoder import Decoder
+from colrow.models.inputs import check_same_on_all_ranks
+
+_GREEDY = Sampling()
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was generated, and how fast.
+
+    Attributes:
+        tokens: ``[batch, new]`` int64 on the model's device, the same on every rank; behind a
+            row's end-of-sequence token there is padding.
+        token_ids: the same by row, without the padding; an end-of-sequence token is included.
+        finished: by row, whether it ended with an end-of-sequence token.
+        time_to_first_token_seconds: from the call, all ranks being there, until the host knows the
+            first token: the forward pass of the prompt.
+        decode_seconds: from then until the last token; 0 for one token.
+        cache_bytes: keys and values on this rank.
+    """
+
+    tokens: Tensor
+    token_ids: list[list[int]]
+    finished: list[bool]
+    time_to_first_token_seconds: float
+    decode_seconds: float
+    cache_bytes: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens of all rows after their first, over ``decode_seconds``: the prompt is left out.
+
+        For one token a row, which has no such time, the time to the first token is taken.
+        """
+        if self.decode_seconds == 0:
+            return len(self.token_ids) / self.time_to_first_token_seconds
+        return sum(len(row) - 1 for row in self.token_ids) / self.decode_seconds
+
+
+@torch.inference_mode()
+def generate(
+    model: Decoder,
+    input_ids: Tensor,
+    *,
+    attention_mask: Tensor | None = None,
+    max_new_tokens: int,
+    sampling: Sampling = _GREEDY,
+    eos_token_ids: Sequence[int] = (),
+    pad_token_id: int | None = None,
+    on_tokens: Callable[[list[int]], None] | None = None,
+) -> Generation:
+    """Continues a batch of prompts; all ranks of the model call it with the same arguments.
+
+    Sends, for each token, what one forward pass of the decoder sends and what
+    :func:`next_tokens` sends; once, an all-reduce of 16 bytes that compares the prompts.
+
+    Args:
+        input_ids: ``[batch, sequence]`` int64. Prompts of different lengths are padded on the left.
+        attention_mask: ``[batch, sequence]``, 0 at padding; by default there is none.
+        max_new_tokens: where to stop at the latest.
+        sampling: how tokens are chosen. Noise follows the row's number in the batch.
+        eos_token_ids: a row ends with the first of these; generation ends when all rows have.
+        pad_token_id: what finished rows are filled with; by default the model's, else the first
+            end-of-sequence token.
+        on_tokens: called after each step with the new token of every row.
+
+    Raises:
+        ValueError: a mask with padding on the right, a sequence that would outgrow learned
+            positions, ranks that were given different prompts, logits that are NaN.
+    """
+    batch, length = _checked_shape(model, input_ids, attention_mask, max_new_tokens)
+    settings = rng.stream_key(0, max_new_tokens, sampling, tuple(eos_token_ids))
+    device = input_ids.device
+    check_same_on_all_ranks(
+        model.tp, input_ids, attention_mask, torch.tensor([settings], device=device)
+    )
+    started = time.perf_counter()
+    if pad_token_id is None:
+        pad_token_id = model.config.pad_token_id
+    padding = next((t for t in (pad_token_id, *eos_token_ids) if t is not None), 0)
+    cache = KeyValueCache.for_model(model, batch, length + max_new_tokens)
+    mask = None
+    if attention_mask is not None and not bool(attention_mask.all()):
+        mask = torch.ones(batch, length + max_new_tokens, dtype=torch.bool, device=device)
+        mask[:, :length] = attention_mask.bool()
+    finished = [False] * batch
+    steps: list[list[int]] = []
+    rows: list[list[int]] = [[] for _ in range(batch)]
+    ids, first_token_at = input_ids, 0.0
+    was_training = model.training
+    model.eval()
+    try:
+        for step in range(max_new_tokens):
+            seen = None if mask is None else mask[:, : length + step]
+            logits = model.last_logits(ids, attention_mask=seen, cache=cache)
+            chosen = next_tokens(logits, model.tp, model.layout.vocab, sampling, step=step).tolist()
+            tokens = [padding if finished[row] else chosen[row] for row in range(batch)]
+            if step == 0:
+                first_token_at = time.perf_counter()
+            for row, token in enumerate(tokens):
+                if not finished[row]:
+                    rows[row].append(token)
+                    finished[row] = token in eos_token_ids
+            steps.append(tokens)
+            if on_tokens is not None:
+                on_tokens(tokens)
+            if all(finished):
+                break
+            ids = torch.tensor(tokens, device=device).unsqueeze(1)
+    finally:
+        model.train(was_training)
+    ended = time.perf_counter()
+    return Generation(
+        tokens=torch.tensor(steps, device=device).T.contiguous(),
+        token_ids=rows,
+        finished=finished,
+        time_to_first_token_seconds=first_token_at - started,
+        decode_seconds=ended - first_token_at if len(steps) > 1 else 0.0,
+        cache_bytes=cache.bytes,
+    )
+
+
+def _checked_shape(
+    model: Decoder, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int
+) -> tuple[int, int]:
+    if input_ids.dim() != 2 or 0 in input_ids.shape:
+        raise ValueError(
+            f"input_ids should be [batch, sequence] with at least one token, "
+            f"got {tuple(input_ids.shape)}"
+        )
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: at least 1 is needed")
+    batch, length = input_ids.shape
+    longest = model.config.max_positions
+    if model.config.position == "learned" and length + max_new_tokens > longest:
+        raise ValueError(
+            f"{length} prompt tokens and max_new_tokens={max_new_tokens} are more than the "
+            f"model's {longest} positions: shorten the prompt or set max_new_tokens to at most "
+            f"{longest - length}"
+        )
+    if attention_mask is not None:
+        if attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask should have the shape {tuple(input_ids.shape)} of input_ids, "
+                f"got {tuple(attention_mask.shape)}"
+            )
+        if not bool(attention_mask[:, -1].all()):
+            raise ValueError(
+                "attention_mask is 0 at the last position of a row: pad on the left, so that "
+                "every prompt ends where the new tokens begin"
+            )
+    return batch, length

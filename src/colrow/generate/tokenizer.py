@@ -1,0 +1,167 @@
+"""Text to tokens and back: a checkpoint's tokenizer, its chat template, and text as it arrives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Protocol, cast
+
+from colrow.checkpoint.locate import resolve_model_path
+
+_REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not (yet) a character
+_NEEDS_EXTRA = "reading a tokenizer needs the package {name}: pip install 'colrow[models]'"
+
+
+class Encoding(Protocol):
+    """What a tokenizer makes of a text."""
+
+    input_ids: list[int]
+
+
+class Tokenizer(Protocol):
+    """The part of a transformers tokenizer that generation uses."""
+
+    chat_template: object
+
+    def __call__(self, text: str) -> Encoding:
+        """Tokens of a text."""
+        ...
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict[str, str]],
+        *,
+        add_generation_prompt: bool,
+        return_dict: bool,
+    ) -> list[int]:
+        """Tokens of a conversation, up to where the answer begins."""
+        ...
+
+    def decode(
+        self,
+        token_ids: list[int],
+        *,
+        skip_special_tokens: bool,
+        clean_up_tokenization_spaces: bool,
+    ) -> str:
+        """Text of tokens."""
+        ...
+
+
+def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
+    """The tokenizer of a checkpoint: of a directory, a cached hub id, or inside a ``.gguf`` file.
+
+    Runs no code of the checkpoint and downloads nothing.
+
+    Raises:
+        ValueError: when there is none, or transformers is not installed.
+    """
+    path = resolve_model_path(path_or_id)
+    try:
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    except ModuleNotFoundError as cause:
+        raise ValueError(_NEEDS_EXTRA.format(name=cause.name)) from cause
+    try:
+        if path.suffix == ".gguf":
+            # AutoTokenizer reads the whole metadata a second time, for seconds, to come to this.
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(
+                str(path.parent), gguf_file=path.name, local_files_only=True
+            )
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(path if path.is_dir() else path.parent),
+                local_files_only=True,
+                trust_remote_code=False,
+            )
+    except Exception as cause:  # transformers raises many kinds for files that are not right
+        reason = str(cause).strip().partition("\n")[0] or type(cause).__name__
+        raise ValueError(f"no tokenizer could be read from {path}: {reason}") from cause
+    return cast(Tokenizer, tokenizer)
+
+
+def encode_prompt(
+    tokenizer: Tokenizer, prompt: str, *, system: str | None = None, chat: bool = True
+) -> list[int]:
+    """Tokens of a prompt, as a user's message where the tokenizer has a chat template.
+
+    Args:
+        system: the system message before it; None leaves it to the template.
+        chat: False takes the prompt as it is.
+
+    Raises:
+        ValueError: an empty prompt, or a system message that cannot be used.
+    """
+    if not prompt.strip():
+        raise ValueError("the prompt is empty")
+    if not chat or not tokenizer.chat_template:
+        if system is not None:
+            why = "without a chat template" if chat else "when the chat template is not used"
+            raise ValueError(f"a system message has no place {why}: put it into the prompt")
+        return list(tokenizer(prompt).input_ids)
+    try:
+        from jinja2 import TemplateError
+    except ModuleNotFoundError as cause:
+        raise ValueError(_NEEDS_EXTRA.format(name=cause.name)) from cause
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    messages.append({"role": "user", "content": prompt})
+    try:
+        tokens = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=False
+        )
+    except TemplateError as cause:
+        raise ValueError(f"the model's chat template refuses the messages: {cause}") from cause
+    return list(tokens)
+
+
+def end_tokens(path_or_id: str | Path, configured: tuple[int, ...]) -> tuple[int, ...]:
+    """Tokens that end an answer: the configuration's, and those of ``generation_config.json``."""
+    path = resolve_model_path(path_or_id)
+    file = (path if path.is_dir() else path.parent) / "generation_config.json"
+    if path.suffix == ".gguf" or not file.is_file():
+        return configured
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as cause:
+        raise ValueError(f"{file} is not a generation configuration: {cause}") from cause
+    more = found if isinstance(found, list) else [] if found is None else [found]
+    return tuple(dict.fromkeys([*configured, *map(int, more)]))
+
+
+class TextStream:
+    """Text of tokens that come one at a time; a character appears once all its bytes are there.
+
+    Special tokens are left out. A token's text may depend on the one before it (spaces, bytes of a
+    character), so each piece is the difference of decoding a short window with and without it,
+    which costs the same at every length.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+        self._start = 0  # of the window
+        self._shown = 0  # tokens whose text has been given
+
+    def push(self, token: int) -> str:
+        """The text that this token completes; empty while a character is not complete."""
+        self._tokens.append(token)
+        piece, window = self._new_text()
+        if not piece or window.endswith(_REPLACEMENT):
+            return ""
+        self._start, self._shown = self._shown, len(self._tokens)
+        return piece
+
+    def finish(self) -> str:
+        """What is left: bytes that never became a character, as replacement characters."""
+        piece, _ = self._new_text()
+        self._shown = len(self._tokens)
+        return piece
+
+    def _new_text(self) -> tuple[str, str]:
+        before = self._decode(self._tokens[self._start : self._shown])
+        window = self._decode(self._tokens[self._start :])
+        return window[len(before) :], window
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )

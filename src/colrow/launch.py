@@ -1,0 +1,173 @@
+"""Starts the ranks when nobody else did, and says what went wrong on which.
+
+Importing this module does not import torch: the command line needs it before it knows whether
+there is anything to compute.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from colrow._rank_environment import (
+    RankEnvironment,
+    launched_by,
+    rank_environment,
+    rendezvous_arguments,
+)
+
+__all__ = [
+    "BAD_INPUT",
+    "RankEnvironment",
+    "RankFailure",
+    "debugging",
+    "error_message",
+    "launch",
+    "launched_by",
+    "rank_environment",
+    "rendezvous_arguments",
+]
+
+T = TypeVar("T")
+
+# The exceptions that say that the user's input is wrong.
+BAD_INPUT = (
+    ValueError,
+    FileNotFoundError,
+    IsADirectoryError,
+    NotADirectoryError,
+    PermissionError,
+)
+
+
+class RankFailure(RuntimeError):
+    """A rank ended before its function returned; ``str()`` is one line that names the cause.
+
+    Attributes:
+        rank: the rank that failed first. A rank that only lost its connection to a dead one is
+            not named while the dead one can be.
+        exit_code: of its process; negative for a signal.
+        signal_name: "SIGKILL", for one; None when no signal ended it.
+        error_type: the name of the exception's class; None when there was no exception.
+        message: the exception's whole message, or what happened to the process.
+        traceback: the rank's traceback, "" without an exception.
+        bad_input: the exception was one of BAD_INPUT: what the user gave is wrong.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        exit_code: int | None,
+        *,
+        error_type: str | None = None,
+        message: str = "",
+        traceback: str = "",
+        bad_input: bool = False,
+    ) -> None:
+        self.rank = rank
+        self.exit_code = exit_code
+        self.signal_name = _signal_name(exit_code)
+        self.error_type = error_type
+        self.traceback = traceback
+        self.bad_input = bad_input
+        if error_type is not None:
+            self.message = message
+            line = f"rank {rank} failed: {error_type}: {' '.join(message.split())}".rstrip(": ")
+        else:
+            ended = (
+                f"was killed by {self.signal_name}"
+                if self.signal_name
+                else f"exited with code {exit_code} before its function returned"
+            )
+            self.message = f"rank {rank} {ended}"
+            line = f"{self.message}; the other ranks were stopped"
+        super().__init__(line)
+
+
+def launch(
+    function: Callable[..., T],
+    args: Sequence[object] = (),
+    *,
+    ranks: int,
+    threads_per_rank: int | None = None,
+    max_restarts: int = 0,
+    timeout_seconds: float | None = None,
+) -> list[T]:
+    """Runs ``function(*args)`` in ``ranks`` processes of this host and returns their results.
+
+    The processes are started ("spawn") and watched by torchrun's agent; each calls ``function``
+    with the environment that :func:`colrow.init_mesh` reads. Everything listens on loopback only.
+    One rank needs no process: the function is called here.
+
+    Args:
+        function: importable by name, or defined in the script that runs.
+        args: its positional arguments, which can be pickled, as can its result.
+        ranks: number of processes.
+        threads_per_rank: OMP_NUM_THREADS of the ranks unless the environment sets it; by default
+            this process's cores divided by the ranks.
+        max_restarts: how many times all ranks are started again after one failed.
+        timeout_seconds: after which the ranks are stopped, restarts included; None waits for ever.
+
+    Returns:
+        The results, by rank.
+
+    Raises:
+        RankFailure: when a rank raised or died; the others are stopped first. With one rank the
+            function's own exception comes through.
+        TimeoutError: when ``timeout_seconds`` passed.
+        ValueError: when ``ranks`` is below 1 or ``function`` cannot be sent to a process.
+        RuntimeError: when this process is itself a rank of some launcher.
+    """
+    if ranks < 1:
+        raise ValueError(f"ranks={ranks}: at least 1 is needed")
+    if threads_per_rank is not None and threads_per_rank < 1:
+        raise ValueError(f"threads_per_rank={threads_per_rank}: at least 1 is needed")
+    if ranks == 1:
+        return [function(*args)]
+    environment = rank_environment()
+    if environment is not None:
+        raise RuntimeError(
+            f"this process is already rank {environment.rank} of {environment.world_size}, "
+            f"started by {environment.launcher}: call {function.__name__} directly"
+        )
+    from colrow._rank_agent import run_ranks
+
+    threads = threads_per_rank or max(1, _cores() // ranks)
+    return run_ranks(
+        function,
+        tuple(args),
+        ranks=ranks,
+        threads=int(os.environ.get("OMP_NUM_THREADS") or threads),
+        max_restarts=max_restarts,
+        timeout_seconds=timeout_seconds,
+        quiet=not debugging(),
+    )
+
+
+def debugging() -> bool:
+    """Whether COLROW_DEBUG asks for tracebacks and for the logs of what runs underneath."""
+    return os.environ.get("COLROW_DEBUG", "") not in ("", "0")
+
+
+def error_message(error: BaseException) -> str:
+    """What an exception says, for a person: "model.gguf: No such file or directory"."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _signal_name(exit_code: int | None) -> str | None:
+    if exit_code is None or exit_code >= 0:
+        return None
+    try:
+        return signal.Signals(-exit_code).name
+    except ValueError:
+        return f"signal {-exit_code}"

@@ -1,0 +1,26 @@
+"""The MLP's activation functions by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from colrow.layers.options import Activation
+
+
+def _gelu_bloom(x: Tensor) -> Tensor:
+    """The tanh form with the rounded constant that BLOOM was trained with."""
+    return 0.5 * x * (1.0 + torch.tanh(0.79788456 * x * (1.0 + 0.044715 * x * x)))
+
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "gelu_bloom": _gelu_bloom,
+    "relu": F.relu,
+}

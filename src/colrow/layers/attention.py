@@ -1,0 +1,328 @@
+"""Attention with its heads divided over ranks: multi-head, grouped-query and multi-query."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from colrow.layers.dropout import ParallelDropout
+from colrow.layers.linear import QKVParallelLinear, RowParallelLinear
+from colrow.layers.norm import RMSNorm
+from colrow.layers.options import RopeConfig
+from colrow.layers.position import alibi_slopes, apply_rope, rope_frequencies, rope_tables
+from colrow.layers.shared import SharedWeights
+from colrow.mesh import ParallelGroup
+from colrow.partition import HeadPartition, Partition
+
+
+class KeyValueCache(Protocol):
+    """Keys and values of earlier positions, per layer."""
+
+    @property
+    def length(self) -> int:
+        """Positions stored so far."""
+        ...
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Appends ``[batch, kv_heads_local, new, head_dim]``; returns everything so far."""
+        ...
+
+
+class AttentionContext:
+    """What all layers of one forward pass share: positions, rotations and masks, each made once.
+
+    Args:
+        queries: number of new positions.
+        past: number of cached positions before them.
+        key_valid: ``[batch, past + queries]`` bool, False at padding; None when there is none.
+        positions: ``[batch or 1, queries]`` position of each new token; counted from the first
+            valid token by default.
+        device: where masks live.
+    """
+
+    def __init__(
+        self,
+        queries: int,
+        *,
+        past: int = 0,
+        key_valid: Tensor | None = None,
+        positions: Tensor | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.queries, self.past, self.key_valid = queries, past, key_valid
+        if key_valid is not None:
+            self.key_positions = (key_valid.long().cumsum(-1) - 1).clamp(min=0)
+        else:
+            self.key_positions = torch.arange(past + queries, device=device).unsqueeze(0)
+        self.positions = self.key_positions[:, past:] if positions is None else positions
+        self._rope: dict[object, tuple[Tensor, Tensor]] = {}
+        self._masks: dict[int | None, Tensor | None] = {}
+
+    def rope(self, frequencies: Tensor, config: RopeConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Rotations of the new positions."""
+        key = (config, dtype)
+        if key not in self._rope:
+            self._rope[key] = rope_tables(frequencies, self.positions, dtype)
+        return self._rope[key]
+
+    def mask(self, window: int | None) -> Tensor | None:
+        """``[batch or 1, 1, queries, keys]`` bool, True where a query sees a key; None when plain.
+
+        Plain means: every query sees all keys up to its own. Padding sees itself, so that no row
+        is empty; nobody reads the result.
+        """
+        if window not in self._masks:
+            self._masks[window] = self._make_mask(window)
+        return self._masks[window]
+
+    def full_mask(self, window: int | None) -> Tensor:
+        """As :meth:`mask`, spelled out also when plain."""
+        mask = self.mask(window)
+        return self._causal(window).unsqueeze(0).unsqueeze(0) if mask is None else mask
+
+    def _make_mask(self, window: int | None) -> Tensor | None:
+        keys = self.past + self.queries
+        if self.key_valid is None and (window is None or keys <= window):
+            plain = self.past == 0 or self.queries == 1
+            return None if plain else self._causal(None).unsqueeze(0).unsqueeze(0)
+        mask = self._causal(window).unsqueeze(0)
+        if self.key_valid is not None:
+            own = self._distance() == 0
+            mask = (mask & self.key_valid.unsqueeze(1)) | own
+        return mask.unsqueeze(1)
+
+    def _causal(self, window: int | None) -> Tensor:
+        distance = self._distance()
+        seen = distance >= 0
+        return seen if window is None else seen & (distance < window)
+
+    def _distance(self) -> Tensor:
+        slots = torch.arange(self.past + self.queries, device=self.key_positions.device)
+        return slots[self.past :, None] - slots[None, :]
+
+
+class ParallelAttention(nn.Module):
+    """Self-attention; this rank computes its query heads and the KV heads that they read.
+
+    ================  ===================================  ====================================
+    .                 without sequence parallelism         with sequence parallelism
+    ================  ===================================  ====================================
+    x, result         ``[batch, sequence, hidden]``        ``[batch, sequence_local, hidden]``
+    forward sends     all-reduce                           all-gather, reduce-scatter
+    backward sends    all-reduce                           all-gather, reduce-scatter
+    ================  ===================================  ====================================
+
+    Args:
+        hidden_size: size of the model.
+        heads: how query and KV heads are divided; any head counts at any tp size up to the number
+            of query heads. KV heads that several ranks hold have their gradients summed.
+        head_dim: size of a head.
+        tp: the tensor-parallel group.
+        rope: rotary positions, or None.
+        alibi: linear position biases (Press et al. 2021).
+        qkv_bias, output_bias: whether these projections have biases.
+        qk_norm_eps: RMS norm on every query and key head with this epsilon, or None.
+        window: how many keys back a query sees, itself included; None for all.
+        dropout: probability of dropping an attention weight in training. Its mask follows the
+            global head index, and is computed outside the fused kernel.
+        layer_index: row of the key-value cache.
+        layer: name for messages and the ledger.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        heads: HeadPartition,
+        head_dim: int,
+        tp: ParallelGroup,
+        *,
+        rope: RopeConfig | None = None,
+        alibi: bool = False,
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        qk_norm_eps: float | None = None,
+        window: int | None = None,
+        dropout: float = 0.0,
+        sequence_parallel: bool = False,
+        keep_gathered_input: bool = True,
+        overlap: bool = True,
+        layer_index: int = 0,
+        layer: str = "",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        prefix = f"{layer}." if layer else ""
+        self.heads, self.head_dim, self.tp = heads, head_dim, tp
+        self.rope, self.window, self.layer_index = rope, window, layer_index
+        self.sequence_parallel = sequence_parallel
+        self.q_heads, self.kv_heads = heads.query.size(tp.rank), heads.key_value.size(tp.rank)
+        self.runs = heads.runs(tp.rank)
+        self.qkv = QKVParallelLinear(
+            hidden_size,
+            heads,
+            head_dim,
+            tp,
+            bias=qkv_bias,
+            sequence_parallel=sequence_parallel,
+            keep_gathered_input=keep_gathered_input,
+            overlap=overlap,
+            layer=f"{prefix}qkv",
+            device=device,
+            dtype=dtype,
+        )
+        self.output = RowParallelLinear(
+            heads.query.length * head_dim,
+            hidden_size,
+            tp,
+            bias=output_bias,
+            sequence_parallel=sequence_parallel,
+            partition=heads.query.scaled(head_dim),
+            overlap=overlap,
+            layer=f"{prefix}output",
+            device=device,
+            dtype=dtype,
+        )
+        self.query_norm = self.key_norm = None
+        if qk_norm_eps is not None:
+            self.query_norm, self.key_norm = (
+                RMSNorm(
+                    head_dim,
+                    tp,
+                    eps=qk_norm_eps,
+                    applied_to="shard",
+                    layer=f"{prefix}{name}",
+                    device=device,
+                    dtype=dtype,
+                )
+                for name in ("query_norm", "key_norm")
+            )
+        self.dropout = ParallelDropout(dropout)
+        start, stop = heads.query.bounds[tp.rank]
+        # Buffers follow the module's device; they are functions of the configuration, not state.
+        real = "cpu" if device is None or torch.device(device).type == "meta" else device
+        slopes = alibi_slopes(heads.query.length, real)[start:stop] if alibi else None
+        frequencies = rope_frequencies(rope, real) if rope is not None else None
+        self.register_buffer("slopes", slopes, persistent=False)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.slopes: Tensor | None
+        self.frequencies: Tensor | None
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        context: AttentionContext | None = None,
+        cache: KeyValueCache | None = None,
+        sequence: Partition | None = None,
+        shared: SharedWeights | None = None,
+        dropout_key: int | Tensor | None = None,
+    ) -> Tensor:
+        """See the table of the class.
+
+        Args:
+            context: positions and masks; by default a plain causal sequence from position 0.
+            cache: keys and values of earlier positions, to be extended.
+            sequence, shared: as in the linear layers.
+            dropout_key: which dropout mask, see :class:`ParallelDropout`.
+        """
+        shared = shared or SharedWeights.of_model(self, self.tp, self.qkv.layer)
+        fused = self.qkv(x, sequence=sequence, shared=shared)
+        batch, queries = fused.shape[0], fused.shape[1]
+        if context is None:
+            past = 0 if cache is None else cache.length
+            context = AttentionContext(queries, past=past, device=x.device)
+        q, k, v = fused.view(batch, queries, -1, self.head_dim).split(
+            [self.q_heads, self.kv_heads, self.kv_heads], dim=2
+        )  # each [batch, queries, heads_local, head_dim]
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q, shared=shared), self.key_norm(k, shared=shared)
+        if self.rope is not None and self.frequencies is not None:
+            tables = context.rope(self.frequencies, self.rope, q.dtype)
+            q, k = apply_rope(q, tables), apply_rope(k, tables)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if cache is not None:
+            k, v = cache.update(self.layer_index, k, v)
+        if self.training and self.dropout.p > 0:
+            mixed = self._attend_with_dropout(q, k, v, context, dropout_key)
+        else:
+            mixed = self._attend(q, k, v, context)
+        mixed = mixed.transpose(1, 2).reshape(batch, queries, -1)  # [batch, queries, q_local * dim]
+        result: Tensor = self.output(mixed, sequence=sequence, shared=shared)
+        return result
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
+        """Fused attention, one call for each run of KV heads that serve equally many queries."""
+        mask = self._bias(context, q.dtype)
+        parts = []
+        for (q0, q1), (kv0, kv1) in self.runs:
+            bias = mask[:, q0:q1] if mask is not None and mask.shape[1] > 1 else mask
+            parts.append(_attend(q[:, q0:q1], k[:, kv0:kv1], v[:, kv0:kv1], bias))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _attend_with_dropout(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        context: AttentionContext,
+        key: int | Tensor | None,
+    ) -> Tensor:
+        """Attention written out, with a dropout mask that follows the global head index."""
+        index = torch.tensor(
+            [
+                kv0 + (head - q0) // ((q1 - q0) // (kv1 - kv0))
+                for (q0, q1), (kv0, kv1) in self.runs
+                for head in range(q0, q1)
+            ],
+            device=q.device,
+        )
+        k, v = k.index_select(1, index), v.index_select(1, index)
+        scores = q @ k.transpose(-1, -2) / math.sqrt(self.head_dim)
+        bias = self._bias(context, q.dtype)
+        if bias is None or bias.dtype == torch.bool:
+            seen = context.full_mask(self.window) if bias is None else bias
+            scores = scores.masked_fill(~seen, -math.inf)
+        else:
+            scores = scores + bias
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        weights = torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype)
+        weights = self.dropout(
+            weights, key=key, dim=1, partition=self.heads.query, rank=self.tp.rank
+        )
+        return weights @ v
+
+    def _bias(self, context: AttentionContext, dtype: torch.dtype) -> Tensor | None:
+        """Mask (bool), or ALiBi bias with the mask in it, or None for plain causal attention."""
+        if self.slopes is None:
+            return context.mask(self.window)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        distance = context.positions[:, :, None] - context.key_positions[:, None, :]
+        bias = -self.slopes.to(wide).view(1, -1, 1, 1) * distance.unsqueeze(1).to(wide)
+        return bias.to(dtype).masked_fill(~context.full_mask(self.window), -math.inf)
+
+    def extra_repr(self) -> str:
+        """Heads held and in all."""
+        return (
+            f"q_heads={self.q_heads} of {self.heads.query.length}, "
+            f"kv_heads={self.kv_heads} of {self.heads.key_value.length}, head_dim={self.head_dim}"
+        )
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of ``[batch, heads, queries, dim]`` where every KV head serves equally many."""
+    batch, q_heads, queries, dim = q.shape
+    kv_heads = k.shape[1]
+    if queries == 1 and q_heads != kv_heads:
+        # One query: its group of heads becomes the query axis, and no key or value is repeated.
+        q = q.view(batch, kv_heads, q_heads // kv_heads, dim)
+        if mask is not None and mask.shape[1] > 1:
+            mask = mask.view(mask.shape[0], kv_heads, q_heads // kv_heads, -1)
+        return F.scaled_dot_product_attention(q, k, v, mask).view(batch, q_heads, 1, dim)
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=mask is None and queries > 1, enable_gqa=q_heads != kv_heads
+    )

@@ -1,0 +1,94 @@
+"""One transformer block: attention and MLP with their norms and residual connections."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from colrow import rng
+from colrow.layers.attention import AttentionContext, KeyValueCache, ParallelAttention
+from colrow.layers.dropout import ParallelDropout
+from colrow.layers.mlp import ParallelMLP
+from colrow.layers.shared import SharedWeights
+from colrow.mesh import ParallelGroup
+from colrow.partition import Partition
+
+
+class ParallelBlock(nn.Module):
+    """Pre-norm block, serial or parallel (GPT-J, GPT-NeoX).
+
+    Serial: ``x += attention(norm(x))``, then ``x += mlp(norm(x))``.
+    Parallel: ``x += attention(norm(x)) + mlp(norm'(x))``.
+
+    Shapes and communication are those of :class:`ParallelAttention` plus :class:`ParallelMLP`: per
+    direction two all-reduces, or two all-gathers and two reduce-scatters with sequence parallelism.
+
+    Args:
+        attention, mlp: the two layers; they must agree on sequence parallelism.
+        attention_norm, mlp_norm: norms in front of them.
+        parallel_residual: which of the two forms.
+        dropout: on the output of both layers, in training.
+    """
+
+    def __init__(
+        self,
+        attention: ParallelAttention,
+        mlp: ParallelMLP,
+        attention_norm: nn.Module,
+        mlp_norm: nn.Module,
+        tp: ParallelGroup,
+        *,
+        parallel_residual: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if attention.sequence_parallel != mlp.up.sequence_parallel:
+            raise ValueError("attention and mlp of a block must agree on sequence_parallel")
+        self.tp = tp
+        self.attention_norm, self.attention = attention_norm, attention
+        self.mlp_norm, self.mlp = mlp_norm, mlp
+        self.parallel_residual = parallel_residual
+        self.dropout = ParallelDropout(dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        context: AttentionContext | None = None,
+        cache: KeyValueCache | None = None,
+        sequence: Partition | None = None,
+        shared: SharedWeights | None = None,
+        dropout_key: int | Tensor | None = None,
+    ) -> Tensor:
+        """``[batch, sequence (_local), hidden]`` to the same; arguments as in attention."""
+        shared = shared or SharedWeights.of_model(self, self.tp, self.attention.qkv.layer)
+        if dropout_key is None and self.training and self.dropout.p + self.attention.dropout.p:
+            dropout_key = rng.draw_seed()
+        attended = self.attention(
+            self.attention_norm(x, shared=shared),
+            context=context,
+            cache=cache,
+            sequence=sequence,
+            shared=shared,
+            dropout_key=_derived(dropout_key, "weights"),
+        )
+        residual = x + self._drop(attended, sequence, _derived(dropout_key, "attention"))
+        mlp_input = x if self.parallel_residual else residual
+        expanded = self.mlp(
+            self.mlp_norm(mlp_input, shared=shared), sequence=sequence, shared=shared
+        )
+        return residual + self._drop(expanded, sequence, _derived(dropout_key, "mlp"))
+
+    def _drop(self, x: Tensor, sequence: Partition | None, key: int | Tensor | None) -> Tensor:
+        dim = None
+        if self.attention.sequence_parallel:
+            dim = 1
+            sequence = sequence or Partition.even(x.shape[1] * self.tp.size, self.tp.size)
+        dropped: Tensor = self.dropout(
+            x, key=key, dim=dim, partition=sequence, rank=self.tp.rank
+        )
+        return dropped
+
+
+def _derived(key: int | Tensor | None, name: str) -> int | Tensor | None:
+    return None if key is None else rng.derived_key(key, name)

@@ -1,0 +1,175 @@
+"""An embedding whose vocabulary is divided over ranks (Shoeybi et al. 2019, section 3)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from colrow import rng
+from colrow.comm import collectives, primitives
+from colrow.layers.shared import SharedParameter, SharedRows, SharedWeights
+from colrow.mesh import ParallelGroup
+from colrow.partition import Partition, ShardSpec
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Looks tokens up where they are held; the sum over ranks is the embedding.
+
+    =================  ===============================  =========================================
+    .                  without sequence parallelism     with sequence parallelism
+    =================  ===============================  =========================================
+    token ids          ``[..., sequence]`` int64, the   the same
+                       same on every rank
+    result             ``[..., sequence, dim]``         ``[..., sequence_local, dim]``
+    forward sends      all-reduce                       reduce-scatter
+    backward sends     nothing                          all-gather
+    =================  ===============================  =========================================
+
+    Args:
+        num_embeddings: global vocabulary size.
+        embedding_dim: size of a vector.
+        tp: the tensor-parallel group.
+        partition: how the vocabulary is divided; as evenly as possible by default.
+        sequence_parallel: whether the result is a shard of the sequence.
+        layer: name for messages and the ledger.
+
+    Parameters: ``weight`` ``[vocab_local, dim]``, standard normal, the same at any tp size.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        tp: ParallelGroup,
+        *,
+        partition: Partition | None = None,
+        sequence_parallel: bool = False,
+        layer: str = "",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        partition = partition or Partition.even(num_embeddings, tp.size)
+        if partition.length != num_embeddings or partition.parts != tp.size:
+            raise ValueError(
+                f"num_embeddings={num_embeddings} on {tp.size} ranks, but the partition divides "
+                f"{partition.length} over {partition.parts}"
+            )
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.partition, self.tp, self.layer = partition, tp, layer
+        self.sequence_parallel = sequence_parallel
+        self.weight_spec = ShardSpec((num_embeddings, embedding_dim), 0, (partition,))
+        self.weight = nn.Parameter(
+            torch.empty(self.weight_spec.local_shape(tp.rank), device=device, dtype=dtype)
+        )
+        if not self.weight.is_meta:
+            key = rng.stream_key(rng.draw_seed(), "embedding")
+            rng.fill_shard_(
+                self.weight, self.weight_spec, tp.rank, lambda at: rng.normal(key, at)
+            )
+
+    def forward(self, token_ids: Tensor, *, sequence: Partition | None = None) -> Tensor:
+        """The vectors of these tokens.
+
+        Args:
+            sequence: under sequence parallelism, how the sequence is divided; even by default.
+
+        Raises:
+            ValueError: when a token id is outside the vocabulary. (On CUDA and under torch.compile
+                the device asserts this later, since raising here would stall it.)
+        """
+        check_range(token_ids, self.num_embeddings, "token id")
+        if self.tp.size == 1:
+            return F.embedding(token_ids, self.weight)
+        start, stop = self.partition.bounds[self.tp.rank]
+        elsewhere = (token_ids < start) | (token_ids >= stop)
+        local = F.embedding((token_ids - start).masked_fill(elsewhere, 0), self.weight)
+        local = local.masked_fill(elsewhere.unsqueeze(-1), 0)
+        if not self.sequence_parallel:
+            return collectives.reduce_from_tp(local, self.tp, layer=self.layer)
+        return collectives.reduce_scatter_to_sequence(
+            local, self.tp, partition=sequence, layer=self.layer
+        )
+
+    def extra_repr(self) -> str:
+        """Rank, global and local shape."""
+        local = list(self.weight.shape)
+        return (
+            f"weight={list(self.weight_spec.shape)}, local={local}, "
+            f"tp_rank={self.tp.rank}/{self.tp.size}"
+        )
+
+
+def check_range(ids: Tensor, length: int, what: str, *, ignore: int | None = None) -> None:
+    """Raises ValueError when an id is outside ``[0, length)`` and is not ``ignore``."""
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{what}s must be int64 or int32, got {ids.dtype}")
+    if ids.is_meta:
+        return
+    bad = (ids < 0) | (ids >= length)
+    if ignore is not None:
+        bad &= ids != ignore
+    if ids.is_cuda or torch.compiler.is_compiling():
+        torch._assert_async(~bad.any(), f"a {what} is outside the valid range 0 to {length - 1}")
+    elif bad.any():
+        raise ValueError(
+            f"{what} {int(ids[bad][0])} is outside the valid range 0 to {length - 1}"
+        )
+
+
+class PositionEmbedding(nn.Module):
+    """A learned vector for each position, held by every rank; nothing is sent in forward.
+
+    ``[batch or 1, sequence]`` positions give ``[batch or 1, sequence (_local), dim]``. Under
+    sequence parallelism each rank looks up its own positions only, so the gradient is summed over
+    the ranks in backward.
+
+    Parameters: ``weight`` ``[max_positions, dim]``, standard normal.
+    """
+
+    def __init__(
+        self,
+        max_positions: int,
+        embedding_dim: int,
+        tp: ParallelGroup,
+        *,
+        sequence_parallel: bool = False,
+        layer: str = "",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.max_positions, self.tp, self.layer = max_positions, tp, layer
+        self.sequence_parallel = sequence_parallel
+        self.weight_spec = ShardSpec.replicated(max_positions, embedding_dim)
+        self.weight = nn.Parameter(torch.empty(max_positions, embedding_dim, device=device, dtype=dtype))
+        if not self.weight.is_meta:
+            key = rng.stream_key(rng.draw_seed(), "positions")
+            rng.fill_shard_(
+                self.weight, self.weight_spec, tp.rank, lambda at: rng.normal(key, at)
+            )
+
+    def shared_parameters(self) -> list[SharedParameter]:
+        """The table, when each rank reads its own positions."""
+        if not self.sequence_parallel:
+            return []
+        return [SharedParameter(self.weight, SharedRows.whole(self.max_positions))]
+
+    def forward(
+        self,
+        positions: Tensor,
+        *,
+        sequence: Partition | None = None,
+        shared: SharedWeights | None = None,
+    ) -> Tensor:
+        """The vectors of these positions.
+
+        Raises:
+            ValueError: for a position beyond the table.
+        """
+        check_range(positions, self.max_positions, "position")
+        if self.sequence_parallel:
+            positions = primitives.local_range(positions, self.tp, -1, sequence)
+        shared = shared or SharedWeights.of_layer(self)
+        return F.embedding(positions, shared(self.weight))

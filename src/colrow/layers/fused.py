@@ -1,0 +1,190 @@
+"""The matmuls of the parallel linear layers, with the collectives in their backward overlapped.
+
+``overlap=False`` and torch.compile take the plain form: an autograd collective and ``F.linear``.
+Both forms send the same and compute the same.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from colrow.comm import collectives, primitives
+from colrow.mesh import ParallelGroup
+from colrow.partition import Partition
+
+
+def column_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tp: ParallelGroup,
+    *,
+    sequence: Partition | None = None,
+    keep_gathered_input: bool = True,
+    overlap: bool = True,
+    layer: str = "",
+) -> Tensor:
+    """``x W^T + b`` with this rank's output features.
+
+    ============  ==========================================  ================================
+    .             without ``sequence``                        with ``sequence``
+    ============  ==========================================  ================================
+    x             ``[..., in]``, on every rank                ``[..., sequence_local, in]``
+    weight, bias  ``[out_local, in]``, ``[out_local]``        the same
+    result        ``[..., out_local]``                        ``[..., sequence, out_local]``
+    forward       -                                           all-gather x
+    backward      all-reduce dx, hidden behind dW             reduce-scatter dx, hidden behind dW
+    ============  ==========================================  ================================
+    """
+    if tp.size == 1:
+        return F.linear(x, weight, bias)
+    # A gather that is repeated in backward has no plain form; the compiler captures the fused one.
+    plain = not overlap or (torch.compiler.is_compiling() and keep_gathered_input)
+    if plain and sequence is None:
+        return F.linear(collectives.copy_to_tp(x, tp, layer=layer), weight, bias)
+    if plain and keep_gathered_input:
+        whole = collectives.gather_from_sequence(x, tp, partition=sequence, layer=layer)
+        return F.linear(whole, weight, bias)
+    y: Tensor = _ColumnLinear.apply(
+        x, weight, bias, tp, sequence, keep_gathered_input, layer, _autocast(x)
+    )
+    return y
+
+
+def row_linear(
+    x: Tensor,
+    weight: Tensor,
+    tp: ParallelGroup,
+    *,
+    sequence: Partition | None = None,
+    overlap: bool = True,
+    layer: str = "",
+) -> Tensor:
+    """The sum over ranks of ``x W^T``.
+
+    ============  ==================================  =========================================
+    .             without ``sequence``                with ``sequence``
+    ============  ==================================  =========================================
+    x             ``[..., in_local]``                 ``[..., sequence, in_local]``
+    weight        ``[out, in_local]``                 the same
+    result        ``[..., out]``, on every rank       ``[..., sequence_local, out]``
+    forward       all-reduce                          reduce-scatter
+    backward      -                                   all-gather of the gradient
+    ============  ==================================  =========================================
+    """
+    if tp.size == 1:
+        return F.linear(x, weight)
+    if torch.compiler.is_compiling() or not overlap:
+        partial = F.linear(x, weight)
+        if sequence is None:
+            return collectives.reduce_from_tp(partial, tp, layer=layer)
+        return collectives.reduce_scatter_to_sequence(partial, tp, partition=sequence, layer=layer)
+    y: Tensor = _RowLinear.apply(x, weight, tp, sequence, layer, _autocast(x))
+    return y
+
+
+class _ColumnLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tp: ParallelGroup,
+        sequence: Partition | None,
+        keep_gathered_input: bool,
+        layer: str,
+        autocast: torch.dtype | None,
+    ) -> Tensor:
+        ctx.tp, ctx.sequence, ctx.layer = tp, sequence, layer
+        ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        x, weight = _cast(x, autocast), _cast(weight, autocast)
+        bias = None if bias is None else _cast(bias, autocast)
+        whole = x
+        if sequence is not None:
+            whole = primitives.all_gather(x, tp, -2, partition=sequence, layer=layer)
+        ctx.gather_again = sequence is not None and not keep_gathered_input
+        ctx.save_for_backward(x if ctx.gather_again else whole, weight)
+        return F.linear(whole, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        tp: ParallelGroup = ctx.tp
+        sequence: Partition | None = ctx.sequence
+        x, weight = ctx.saved_tensors
+        x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+        names = {"layer": ctx.layer, "phase": "backward"}
+        gathering = pending = None
+        if ctx.gather_again and need_weight:
+            gathering = primitives.all_gather_async(x, tp, -2, partition=sequence, **names)
+        if need_x:
+            partial = grad @ weight
+            if sequence is None:
+                pending = primitives.all_reduce_async(partial, tp, in_place=True, **names)
+            else:
+                pending = primitives.reduce_scatter_async(
+                    partial, tp, -2, partition=sequence, **names
+                )
+        if gathering is not None:
+            x = gathering.wait()
+        rows = grad.reshape(-1, grad.shape[-1])
+        dweight = dbias = None
+        if need_weight:
+            dweight = (rows.t() @ x.reshape(-1, x.shape[-1])).to(weight_dtype)
+        if need_bias:
+            dbias = rows.sum(0).to(bias_dtype)
+        dx = None if pending is None else pending.wait().to(x_dtype)
+        return dx, dweight, dbias, None, None, None, None, None
+
+
+class _RowLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        tp: ParallelGroup,
+        sequence: Partition | None,
+        layer: str,
+        autocast: torch.dtype | None,
+    ) -> Tensor:
+        ctx.tp, ctx.sequence, ctx.layer = tp, sequence, layer
+        ctx.dtypes = x.dtype, weight.dtype
+        x, weight = _cast(x, autocast), _cast(weight, autocast)
+        ctx.save_for_backward(x, weight)
+        partial = F.linear(x, weight)
+        if sequence is None:
+            return primitives.all_reduce(partial, tp, layer=layer, in_place=True)
+        return primitives.reduce_scatter(partial, tp, -2, partition=sequence, layer=layer)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, weight = ctx.saved_tensors
+        x_dtype, weight_dtype = ctx.dtypes
+        if ctx.sequence is not None:
+            grad = primitives.all_gather(
+                grad, ctx.tp, -2, partition=ctx.sequence, layer=ctx.layer, phase="backward"
+            )
+        dx = (grad @ weight).to(x_dtype) if ctx.needs_input_grad[0] else None
+        dweight = None
+        if ctx.needs_input_grad[1]:
+            rows = grad.reshape(-1, grad.shape[-1])
+            dweight = (rows.t() @ x.reshape(-1, x.shape[-1])).to(weight_dtype)
+        return dx, dweight, None, None, None, None
+
+
+def _autocast(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast asks for on x's device, if it is on."""
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def _cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return x if dtype is None else x.to(dtype)

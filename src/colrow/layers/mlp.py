@@ -1,0 +1,102 @@
+"""The column-then-row MLP: two collectives per step and direction-pair, none in the middle."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from colrow.layers.activation import ACTIVATIONS
+from colrow.layers.linear import FusedColumnParallelLinear, RowParallelLinear
+from colrow.layers.shared import SharedWeights
+from colrow.mesh import ParallelGroup
+from colrow.layers.options import Activation
+from colrow.partition import Partition
+
+
+class ParallelMLP(nn.Module):
+    """``down(act(up(x)))``, or gated ``down(act(gate(x)) * up(x))`` (SwiGLU: Shazeer 2020).
+
+    ================  ===================================  ====================================
+    .                 without sequence parallelism         with sequence parallelism
+    ================  ===================================  ====================================
+    x, result         ``[..., hidden]``, on every rank     ``[..., sequence_local, hidden]``
+    forward sends     all-reduce                           all-gather, reduce-scatter
+    backward sends    all-reduce                           all-gather, reduce-scatter
+    ================  ===================================  ====================================
+
+    Args:
+        hidden_size, ffn_size: global sizes; any ffn_size from the number of ranks up.
+        tp: the tensor-parallel group.
+        activation: name of the activation function.
+        gated: whether there is a gate; gate and up share one matmul and one collective.
+        bias: whether both layers have biases.
+        partition: how ``ffn_size`` is divided; as evenly as possible by default.
+        layer: name for messages and the ledger.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        ffn_size: int,
+        tp: ParallelGroup,
+        *,
+        activation: Activation = "silu",
+        gated: bool = True,
+        bias: bool = False,
+        partition: Partition | None = None,
+        sequence_parallel: bool = False,
+        keep_gathered_input: bool = True,
+        overlap: bool = True,
+        layer: str = "",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation={activation!r}: must be one of {sorted(ACTIVATIONS)}")
+        partition = partition or Partition.even(ffn_size, tp.size)
+        prefix = f"{layer}." if layer else ""
+        self.gated, self.partition = gated, partition
+        self.activation = activation
+        self.up = FusedColumnParallelLinear(
+            hidden_size,
+            [partition, partition] if gated else [partition],
+            tp,
+            bias=bias,
+            sequence_parallel=sequence_parallel,
+            keep_gathered_input=keep_gathered_input,
+            overlap=overlap,
+            layer=f"{prefix}up",
+            device=device,
+            dtype=dtype,
+        )
+        self.down = RowParallelLinear(
+            ffn_size,
+            hidden_size,
+            tp,
+            bias=bias,
+            sequence_parallel=sequence_parallel,
+            partition=partition,
+            overlap=overlap,
+            layer=f"{prefix}down",
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        sequence: Partition | None = None,
+        shared: SharedWeights | None = None,
+    ) -> Tensor:
+        """See the table of the class; ``sequence`` and ``shared`` as in the linear layers."""
+        hidden = self.up(x, sequence=sequence, shared=shared)  # [..., (2 *) ffn_local]
+        act = ACTIVATIONS[self.activation]
+        if self.gated:
+            gate, up = hidden.chunk(2, dim=-1)
+            hidden = act(gate) * up
+        else:
+            hidden = act(hidden)
+        result: Tensor = self.down(hidden, sequence=sequence, shared=shared)
+        return result

@@ -1,0 +1,108 @@
+"""RMSNorm and LayerNorm whose parameter gradients are right wherever they stand."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from colrow.layers.shared import SharedParameter, SharedRows, SharedWeights
+from colrow.mesh import ParallelGroup
+from colrow.partition import ShardSpec
+
+
+class _Norm(nn.Module):
+    """What the two norms share: a weight that every rank holds, maybe a bias.
+
+    Args:
+        size: length of the normalised (last) dimension.
+        tp: the tensor-parallel group.
+        eps: added to the variance.
+        applied_to: "all" when every rank normalises the same tensor: nothing is sent. "shard" when
+            each rank normalises its own part (its sequence shard, its heads): the gradients of
+            the parameters are then summed over the ranks in backward.
+        layer: name for messages and the ledger.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        size: int,
+        tp: ParallelGroup,
+        *,
+        eps: float,
+        applied_to: Literal["all", "shard"] = "all",
+        bias: bool = False,
+        layer: str = "",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.size, self.tp, self.eps, self.layer = size, tp, eps, layer
+        self.applied_to = applied_to
+        self.weight_spec = self.bias_spec = ShardSpec.replicated(size)
+        self.weight = nn.Parameter(torch.ones(size, device=device, dtype=dtype))
+        self.bias = (
+            nn.Parameter(torch.zeros(size, device=device, dtype=dtype)) if bias else None
+        )
+
+    def shared_parameters(self) -> list[SharedParameter]:
+        """All parameters, when each rank normalises its own part."""
+        if self.applied_to == "all":
+            return []
+        rows = SharedRows.whole(self.size)
+        return [SharedParameter(p, rows) for p in (self.weight, self.bias) if p is not None]
+
+    def extra_repr(self) -> str:
+        """Size, and over what the gradient is summed."""
+        return f"{self.size}, eps={self.eps}, applied_to={self.applied_to}"
+
+
+class RMSNorm(_Norm):
+    """``x / rms(x) * weight`` over the last dimension (Zhang and Sennrich 2019).
+
+    Computed in fp32 for narrower inputs; the result has the dtype of the input.
+    """
+
+    def forward(self, x: Tensor, *, shared: SharedWeights | None = None) -> Tensor:
+        """``[..., size]`` to the same shape."""
+        shared = shared or SharedWeights.of_layer(self)
+        wide = x if x.dtype == torch.float64 else x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * shared(self.weight)
+
+
+class LayerNorm(_Norm):
+    """``(x - mean) / std * weight + bias`` over the last dimension (Ba et al. 2016)."""
+
+    def __init__(
+        self,
+        size: int,
+        tp: ParallelGroup,
+        *,
+        eps: float,
+        applied_to: Literal["all", "shard"] = "all",
+        bias: bool = True,
+        layer: str = "",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            size,
+            tp,
+            eps=eps,
+            applied_to=applied_to,
+            bias=bias,
+            layer=layer,
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(self, x: Tensor, *, shared: SharedWeights | None = None) -> Tensor:
+        """``[..., size]`` to the same shape."""
+        shared = shared or SharedWeights.of_layer(self)
+        bias = None if self.bias is None else shared(self.bias)
+        return F.layer_norm(x, (self.size,), shared(self.weight), bias, self.eps)

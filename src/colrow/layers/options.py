@@ -1,0 +1,35 @@
+"""The choices that layers offer, as plain values: no torch, so that planning can use them too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Norm = Literal["rmsnorm", "layernorm"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_bloom", "relu"]
+Position = Literal["rope", "learned", "alibi", "none"]
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding (Su et al. 2021).
+
+    Attributes:
+        theta: base of the frequencies.
+        dims: how many of a head's dimensions rotate; the rest pass unchanged.
+        scaling: "default", "linear" (positions divided by ``factor``) or "llama3" (long
+            wavelengths divided by ``factor``, short ones kept, a ramp between).
+        factor, low_freq_factor, high_freq_factor, original_max_positions: of the scaling.
+    """
+
+    theta: float
+    dims: int
+    scaling: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.dims < 2 or self.dims % 2:
+            raise ValueError(f"rotary positions turn pairs of dimensions: {self.dims} is not even")

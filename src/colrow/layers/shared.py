@@ -1,0 +1,176 @@
+"""Gradients of parameters that several ranks hold, summed in one bucketed all-reduce.
+
+Most replicated parameters need nothing: their ranks compute the same gradient from the same
+activations. Three kinds see only a part of them and need the sum: parameters applied to a sequence
+shard (norms and row biases under sequence parallelism), parameters applied to local heads (q and k
+norms), and the rows of KV heads that several ranks hold.
+
+The sum is a node of the autograd graph between the parameter and its users, so it is right with
+gradient accumulation, recomputation, DDP, FSDP2, torch.autograd.grad and torch.compile alike, and
+nobody has to remember it. A layer used alone inserts its own node; a model inserts one node for all
+its layers and hands them the resulting :class:`SharedWeights`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from colrow.comm import primitives
+from colrow.mesh import ParallelGroup
+from colrow.partition import ShardSpec
+
+
+@dataclass(frozen=True)
+class SharedRows:
+    """The part of a parameter's first dimension that several ranks hold.
+
+    Attributes:
+        total: rows in the all-reduce buffer: those that any two ranks of the group share.
+        pieces: ``(local start, buffer start, rows)`` of the rows that this rank holds.
+    """
+
+    total: int
+    pieces: tuple[tuple[int, int, int], ...]
+
+    @classmethod
+    def whole(cls, rows: int) -> SharedRows:
+        """Every rank holds all rows and contributes to their gradient."""
+        return cls(rows, ((0, 0, rows),))
+
+    @classmethod
+    def of(cls, spec: ShardSpec, rank: int) -> SharedRows:
+        """The rows that lie in the ranges of more than one rank."""
+        pieces, total = [], 0
+        for block, offset in zip(spec.blocks, spec.local_offsets(rank), strict=True):
+            start, stop = block.bounds[rank]
+            for first, last in block.shared:
+                held_first, held_last = max(first, start), min(last, stop)
+                if held_first < held_last:
+                    local = offset + held_first - start
+                    pieces.append((local, total + held_first - first, held_last - held_first))
+                total += last - first
+        return cls(total, tuple(pieces))
+
+
+@dataclass(frozen=True)
+class SharedParameter:
+    """A parameter and the rows of it whose gradient is a sum over ranks."""
+
+    parameter: nn.Parameter
+    rows: SharedRows
+
+    @property
+    def bucket_elements(self) -> int:
+        """Elements that it takes in the all-reduce buffer."""
+        return self.rows.total * self.parameter[:1].numel()
+
+
+@runtime_checkable
+class HasSharedParameters(Protocol):
+    """A layer of which some parameters' gradients are sums over ranks."""
+
+    tp: ParallelGroup
+    layer: str
+
+    def shared_parameters(self) -> list[SharedParameter]:
+        """The parameters in question; frozen ones may be among them."""
+        ...
+
+
+class SharedWeights:
+    """Parameters as their users should see them: with the gradient sum in between."""
+
+    def __init__(self, aliases: dict[int, Tensor]) -> None:
+        self._aliases = aliases
+
+    def __call__(self, parameter: nn.Parameter) -> Tensor:
+        """The parameter, or its alias behind the gradient sum."""
+        return self._aliases.get(id(parameter), parameter)
+
+    @classmethod
+    def of_layer(cls, layer: HasSharedParameters) -> SharedWeights:
+        """For a layer used alone: its own parameters."""
+        return cls._create(layer.shared_parameters(), layer.tp, layer.layer)
+
+    @classmethod
+    def of_model(cls, model: nn.Module, tp: ParallelGroup, layer: str) -> SharedWeights:
+        """For all layers inside ``model``, in one bucket; tied parameters count once."""
+        if not torch.is_grad_enabled() or tp.size == 1:
+            return cls({})
+        found = {
+            id(shared.parameter): shared
+            for module in model.modules()
+            if isinstance(module, HasSharedParameters)
+            for shared in module.shared_parameters()
+        }
+        return cls._create(list(found.values()), tp, layer)
+
+    @classmethod
+    def _create(
+        cls, shared: Sequence[SharedParameter], tp: ParallelGroup, layer: str
+    ) -> SharedWeights:
+        wanted = [s for s in shared if s.parameter.requires_grad and s.rows.total]
+        if not wanted or tp.size == 1 or not torch.is_grad_enabled():
+            return cls({})
+        parameters = [s.parameter for s in wanted]
+        rows = [s.rows for s in wanted]
+        aliases: tuple[Tensor, ...] = _SumGradients.apply(tp, layer, rows, *parameters)
+        return cls({id(p): alias for p, alias in zip(parameters, aliases, strict=True)})
+
+
+class _SumGradients(torch.autograd.Function):
+    """Parameters in, their aliases out; backward all-reduces the shared rows of all gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, tp: ParallelGroup, layer: str, rows: list[SharedRows], *parameters: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.tp, ctx.layer, ctx.rows = tp, layer, rows
+        return tuple(parameter.view_as(parameter) for parameter in parameters)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        rows: list[SharedRows] = ctx.rows
+        dtype = grads[0].dtype
+        for grad in grads:
+            dtype = torch.promote_types(dtype, grad.dtype)
+        parts = [_pack(grad, r).to(dtype) for grad, r in zip(grads, rows, strict=True)]
+        bucket = torch.cat([part.flatten() for part in parts])
+        total = primitives.all_reduce(
+            bucket, ctx.tp, layer=ctx.layer, phase="backward", in_place=True
+        )
+        summed = total.split([part.numel() for part in parts])
+        return (
+            None,
+            None,
+            None,
+            *(
+                _unpack(grad, flat.view(part.shape).to(grad.dtype), r)
+                for grad, flat, part, r in zip(grads, summed, parts, rows, strict=True)
+            ),
+        )
+
+
+def _pack(grad: Tensor, rows: SharedRows) -> Tensor:
+    """The shared rows of ``grad`` in buffer order, zeros where this rank holds none."""
+    if rows.pieces == ((0, 0, grad.shape[0]),):
+        return grad
+    buffer = grad.new_zeros(rows.total, *grad.shape[1:])
+    for local, start, count in rows.pieces:
+        buffer[start : start + count] = grad[local : local + count]
+    return buffer
+
+
+def _unpack(grad: Tensor, summed: Tensor, rows: SharedRows) -> Tensor:
+    """``grad`` with its shared rows replaced by their sum."""
+    if rows.pieces == ((0, 0, grad.shape[0]),):
+        return summed
+    result = grad.clone()
+    for local, start, count in rows.pieces:
+        result[local : local + count] = summed[start : start + count]
+    return result

@@ -1,0 +1,190 @@
+"""Who is who: the (pp, dp, tp) grid of ranks and the handle that every layer takes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from colrow.launch import rank_environment, rendezvous_arguments
+
+if TYPE_CHECKING:
+    from colrow.comm.ledger import Ledger
+
+
+@dataclass(eq=False)
+class ParallelGroup:
+    """The ranks that share one dimension of the grid, as seen from this rank.
+
+    Layers take one of these as ``tp``. With ``size`` 1 every collective is the identity.
+
+    Attributes:
+        group: the process group; None when the group is this process alone.
+        rank: this process's rank inside the group.
+        size: number of ranks in the group.
+        name: the grid dimension, for messages: "tp", "dp" or "pp".
+        ledger: where collectives of this group are recorded, while somebody records.
+    """
+
+    group: dist.ProcessGroup | None
+    rank: int
+    size: int
+    name: str = "tp"
+    ledger: Ledger | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.size:
+            raise ValueError(f"{self.name} rank {self.rank} is not below the size {self.size}")
+        if self.size > 1 and self.group is None:
+            raise ValueError(f"a {self.name} group of {self.size} ranks needs a process group")
+
+    @classmethod
+    def single(cls, name: str = "tp") -> ParallelGroup:
+        """The group of this process alone."""
+        return cls(None, 0, 1, name)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The grid of ranks; tp is innermost, so that it stays inside a host.
+
+    Attributes:
+        tp, dp, pp: this rank's group along each dimension.
+        device_mesh: the same grid for torch (dimensions "pp", "dp", "tp"); None in a world of one
+            that has no process group.
+        device: where this rank computes.
+    """
+
+    tp: ParallelGroup
+    dp: ParallelGroup
+    pp: ParallelGroup
+    device_mesh: DeviceMesh | None
+    device: torch.device
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks in the grid."""
+        return self.tp.size * self.dp.size * self.pp.size
+
+
+def init_mesh(
+    tp: int = 1,
+    pp: int = 1,
+    dp: int | None = None,
+    *,
+    device: str | torch.device | None = None,
+    timeout: timedelta = timedelta(minutes=10),
+) -> Mesh:
+    """Arranges the ranks that torchrun, mpiexec, srun or :func:`colrow.launch` started in a grid.
+
+    Without a launcher this is a world of one. An already initialised process group is used as it
+    is.
+
+    Args:
+        tp: tensor-parallel size.
+        pp: pipeline-parallel size.
+        dp: data-parallel size; by default what is left of the world.
+        device: "cpu", "cuda" or "cuda:N"; by default CUDA when there is one GPU per local rank.
+        timeout: how long a collective waits for a rank before it gives up.
+
+    Raises:
+        ValueError: when tp x pp x dp is not the number of ranks.
+
+    Communicates: initialises the process group and one group for each dimension; all ranks must
+    call it.
+    """
+    for name, size in (("tp", tp), ("pp", pp), ("dp", dp)):
+        if size is not None and size < 1:
+            raise ValueError(f"{name}={size}: the size of a mesh dimension is at least 1")
+    environment = rank_environment()
+    if dist.is_initialized():
+        world = dist.get_world_size()
+    else:
+        world = environment.world_size if environment else 1
+    dp = _data_parallel_size(world, tp, pp, dp)
+    local_rank = environment.local_rank if environment else 0
+    local_world = environment.local_world_size if environment else 1
+    chosen = _choose_device(device, local_rank, local_world)
+    if world == 1 and not dist.is_initialized():
+        groups = (ParallelGroup.single(name) for name in ("tp", "dp", "pp"))
+        return Mesh(*groups, device_mesh=None, device=chosen)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timeout, **rendezvous_arguments())
+    grid = torch.arange(world).view(pp, dp, tp)
+    device_mesh = DeviceMesh(chosen.type, grid, mesh_dim_names=("pp", "dp", "tp"))
+    _warn_if_tp_spans_hosts(tp, local_world)
+
+    def handle(name: str) -> ParallelGroup:
+        group = device_mesh.get_group(name)
+        size = dist.get_world_size(group)
+        return ParallelGroup(group, dist.get_rank(group), size, name)
+
+    return Mesh(handle("tp"), handle("dp"), handle("pp"), device_mesh, chosen)
+
+
+def _data_parallel_size(world: int, tp: int, pp: int, dp: int | None) -> int:
+    if dp is None:
+        if world % (tp * pp):
+            raise ValueError(
+                f"{world} ranks cannot be arranged as tp={tp} x pp={pp} x dp: {world} is not a "
+                f"multiple of {tp * pp}; start a multiple of {tp * pp} ranks or change tp or pp"
+            )
+        return world // (tp * pp)
+    if tp * pp * dp != world:
+        raise ValueError(
+            f"tp={tp} x pp={pp} x dp={dp} needs {tp * pp * dp} ranks, but {world} "
+            f"{'was' if world == 1 else 'were'} started"
+        )
+    return dp
+
+
+def _choose_device(
+    device: str | torch.device | None, local_rank: int, local_world: int
+) -> torch.device:
+    if device is None:
+        enough = torch.cuda.is_available() and torch.cuda.device_count() >= local_world
+        device = "cuda" if enough else "cpu"
+    chosen = torch.device(device)
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"device {device}: torch sees no CUDA device here; use cpu")
+        if chosen.index is None:
+            if local_rank >= torch.cuda.device_count():
+                raise ValueError(
+                    f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} GPUs for "
+                    f"{local_world} ranks on this host"
+                )
+            chosen = torch.device("cuda", local_rank)
+        torch.cuda.set_device(chosen)
+    return chosen
+
+
+def _warn_if_tp_spans_hosts(tp: int, local_world: int) -> None:
+    """Every layer's collectives then cross the network; rank 0 of the world says so once."""
+    if tp == 1 or dist.get_world_size() <= local_world:
+        return
+    hosts: list[str | None] = [None] * dist.get_world_size()
+    name = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+    dist.all_gather_object(hosts, name)
+    spanning = [
+        (first, sorted({str(host) for host in hosts[first : first + tp]}))
+        for first in range(0, len(hosts), tp)
+        if len(set(hosts[first : first + tp])) > 1
+    ]
+    if spanning and dist.get_rank() == 0:
+        first, names = spanning[0]
+        warnings.warn(
+            f"the tensor-parallel group of ranks {first}-{first + tp - 1} spans the hosts "
+            f"{', '.join(names)}: every layer's 4 collectives per step then cross the network, "
+            "which is often 10 times slower than the links inside a host; prefer tp up to "
+            f"{local_world} (the ranks per host) with pp or dp across hosts",
+            stacklevel=3,
+        )

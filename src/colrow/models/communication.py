@@ -1,0 +1,114 @@
+"""The collectives of a decoder's step, predicted from its configuration. Plain Python, no torch."""
+
+from __future__ import annotations
+
+from colrow.comm.ledger import Call, Phase
+from colrow.models.config import Layout, ModelConfig, parameter_specs
+from colrow.partition import Partition, ShardSpec
+
+ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+INPUT_CHECK_ELEMENTS = 2  # a hash of the batch and its negative: equal maxima mean equal batches
+LOSS_STATISTICS = 3  # per token: the largest logit, the sum of exponentials, the label's logit
+
+
+def predict_step(
+    config: ModelConfig,
+    layout: Layout,
+    *,
+    batch: int,
+    sequence: int,
+    sequence_parallel: bool = False,
+    keep_gathered_input: bool = True,
+    dtype: str = "float32",
+) -> list[Call]:
+    """Every collective of ``model.loss(...).backward()`` on one rank, in no particular order.
+
+    Per block and direction two all-reduces, or with sequence parallelism two all-gathers and two
+    reduce-scatters (Korthikanti et al. 2022, section 4.2.2); around them the embedding, the loss
+    and one bucket for the gradients of parameters that several ranks hold.
+
+    Args:
+        config, layout: the model and how it is divided.
+        batch, sequence: shape of ``input_ids``; each is a count of one microbatch on one rank.
+        keep_gathered_input: see :class:`colrow.layers.FusedColumnParallelLinear`.
+        dtype: element type of parameters and activations.
+    """
+    ranks = layout.vocab.parts
+    if ranks == 1:
+        return []
+    itemsize = ITEMSIZE[dtype]
+    full = batch * sequence * config.hidden_size * itemsize
+    padded = Partition.even(sequence, ranks).largest * ranks
+    split = batch * padded * config.hidden_size * itemsize
+    calls = [
+        _call("all_reduce", "forward", "inputs", 8 * INPUT_CHECK_ELEMENTS, "int64"),
+    ]
+
+    def add(op: str, phase: Phase, layer: str) -> None:
+        calls.append(_call(op, phase, layer, full if op == "all_reduce" else split, dtype))
+
+    def column(layer: str) -> None:
+        if not sequence_parallel:
+            add("all_reduce", "backward", layer)
+            return
+        add("all_gather", "forward", layer)
+        if not keep_gathered_input:
+            add("all_gather", "backward", layer)
+        add("reduce_scatter", "backward", layer)
+
+    def row(layer: str) -> None:
+        if not sequence_parallel:
+            add("all_reduce", "forward", layer)
+            return
+        add("reduce_scatter", "forward", layer)
+        add("all_gather", "backward", layer)
+
+    row("embedding")
+    for index in range(config.num_layers):
+        column(f"blocks.{index}.attention.qkv")
+        row(f"blocks.{index}.attention.output")
+        column(f"blocks.{index}.mlp.up")
+        row(f"blocks.{index}.mlp.down")
+    column("head")
+    loss_itemsize = max(4, itemsize)
+    loss_dtype = "float64" if dtype == "float64" else "float32"
+    loss_bytes = ranks * LOSS_STATISTICS * batch * (sequence - 1) * loss_itemsize
+    calls.append(_call("all_gather", "forward", "loss", loss_bytes, loss_dtype))
+    elements = sum(shared_elements(config, layout, sequence_parallel).values())
+    if elements:
+        calls.append(_call("all_reduce", "backward", "shared", elements * itemsize, dtype))
+    return calls
+
+
+def shared_elements(
+    config: ModelConfig, layout: Layout, sequence_parallel: bool
+) -> dict[str, int]:
+    """Parameters whose gradient is summed over ranks, and their elements in the bucket.
+
+    Row biases and norms under sequence parallelism; query and key norms always, because each rank
+    applies them to its own heads; and KV heads that several ranks hold.
+    """
+    if layout.vocab.parts == 1:
+        return {}
+    found: dict[str, int] = {}
+    for name, spec in parameter_specs(config, layout).items():
+        whole = spec.dim is None
+        per_head = name.endswith(("query_norm.weight", "key_norm.weight"))
+        if whole and (sequence_parallel or per_head):
+            found[name] = _elements(spec, spec.shape[0])
+        elif not whole:
+            rows = sum(last - first for block in spec.blocks for first, last in block.shared)
+            if rows and spec.dim == 0:
+                found[name] = _elements(spec, rows)
+    return found
+
+
+def _elements(spec: ShardSpec, rows: int) -> int:
+    total = rows
+    for length in spec.shape[1:]:
+        total *= length
+    return total
+
+
+def _call(op: str, phase: Phase, layer: str, size: int, dtype: str) -> Call:
+    return Call(op, phase, layer, size, dtype, "tp")

@@ -1,0 +1,331 @@
+"""The one decoder: every family of :mod:`colrow.models.families` is a configuration of it."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from colrow import rng
+from colrow.layers.attention import AttentionContext, KeyValueCache, ParallelAttention
+from colrow.layers.block import ParallelBlock
+from colrow.layers.dropout import ParallelDropout
+from colrow.layers.embedding import PositionEmbedding, VocabParallelEmbedding
+from colrow.layers.fused import column_linear
+from colrow.layers.linear import ColumnParallelLinear
+from colrow.layers.loss import Reduction, vocab_parallel_cross_entropy
+from colrow.layers.mlp import ParallelMLP
+from colrow.layers.norm import LayerNorm, RMSNorm
+from colrow.layers.shared import SharedWeights
+from colrow.mesh import ParallelGroup
+from colrow.models.config import Layout, ModelConfig, parameter_specs
+from colrow.models.inputs import check_batch, check_same_on_all_ranks
+from colrow.partition import Partition
+
+
+class _Sharding(TypedDict):
+    sequence_parallel: bool
+    keep_gathered_input: bool
+    overlap: bool
+
+
+class _Place(TypedDict):
+    device: torch.device
+    dtype: torch.dtype | None
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer whose every layer is divided over the ranks of ``tp``.
+
+    Args:
+        config: its shape.
+        tp: the tensor-parallel group.
+        layout: how its dimensions are divided; as evenly as possible by default.
+        sequence_parallel: norms, dropout and residuals work on a shard of the sequence.
+        keep_gathered_input: with sequence parallelism, keep gathered inputs for backward.
+        overlap: hide the collectives of backward behind weight gradients.
+        check_inputs: compare the batch over the ranks in every forward pass that is not decoding
+            (one all-reduce of 16 bytes), since different batches give wrong numbers silently.
+        device, dtype: of the parameters, which hold arbitrary values until they are initialised
+            or loaded; "meta" allocates nothing.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tp: ParallelGroup,
+        *,
+        layout: Layout | None = None,
+        sequence_parallel: bool = False,
+        keep_gathered_input: bool = True,
+        overlap: bool = True,
+        check_inputs: bool = True,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.tp = config, tp
+        self.layout = layout or Layout.create(config, tp.size)
+        self.specs = parameter_specs(config, self.layout)
+        self.sequence_parallel = sequence_parallel = sequence_parallel and tp.size > 1
+        self.keep_gathered_input, self.overlap = keep_gathered_input, overlap
+        self.check_inputs = check_inputs
+        sharding: _Sharding = {
+            "sequence_parallel": sequence_parallel,
+            "keep_gathered_input": keep_gathered_input,
+            "overlap": overlap,
+        }
+        # Built without memory, then allocated once: no layer draws values that are replaced anyway.
+        place: _Place = {"device": torch.device("meta"), "dtype": dtype}
+        hidden, applied_to = config.hidden_size, "shard" if sequence_parallel else "all"
+
+        def norm(layer: str) -> nn.Module:
+            kind = RMSNorm if config.norm == "rmsnorm" else LayerNorm
+            return kind(
+                hidden, tp, eps=config.norm_eps, applied_to=applied_to, layer=layer, **place
+            )
+
+        self.embedding = VocabParallelEmbedding(
+            config.vocab_size,
+            hidden,
+            tp,
+            partition=self.layout.vocab,
+            sequence_parallel=sequence_parallel,
+            layer="embedding",
+            **place,
+        )
+        self.positions = None
+        if config.position == "learned":
+            self.positions = PositionEmbedding(
+                config.max_positions,
+                hidden,
+                tp,
+                sequence_parallel=sequence_parallel,
+                layer="positions",
+                **place,
+            )
+        self.embedding_norm = norm("embedding_norm") if config.embedding_norm else None
+        self.dropout = ParallelDropout(config.embedding_dropout)
+        self.blocks = nn.ModuleList(
+            ParallelBlock(
+                ParallelAttention(
+                    hidden,
+                    self.layout.heads,
+                    config.head_dim,
+                    tp,
+                    rope=config.rope,
+                    alibi=config.position == "alibi",
+                    qkv_bias=config.qkv_bias,
+                    output_bias=config.output_bias,
+                    qk_norm_eps=config.norm_eps if config.qk_norm else None,
+                    window=config.window(index),
+                    dropout=config.attention_dropout,
+                    layer_index=index,
+                    layer=f"blocks.{index}.attention",
+                    **sharding,
+                    **place,
+                ),
+                ParallelMLP(
+                    hidden,
+                    config.ffn_size,
+                    tp,
+                    activation=config.activation,
+                    gated=config.gated,
+                    bias=config.mlp_bias,
+                    partition=self.layout.ffn,
+                    layer=f"blocks.{index}.mlp",
+                    **sharding,
+                    **place,
+                ),
+                norm(f"blocks.{index}.attention_norm"),
+                norm(f"blocks.{index}.mlp_norm"),
+                tp,
+                parallel_residual=config.parallel_residual,
+                dropout=config.residual_dropout,
+            )
+            for index in range(config.num_layers)
+        )
+        self.norm = norm("norm")
+        self.head = None
+        if not config.tie_embeddings:
+            self.head = ColumnParallelLinear(
+                hidden,
+                config.vocab_size,
+                tp,
+                bias=False,
+                partition=self.layout.vocab,
+                layer="head",
+                **sharding,
+                **place,
+            )
+        _allocate(self, torch.device(device))
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        dropout_key: int | Tensor | None = None,
+    ) -> Tensor:
+        """Logits of this rank's part of the vocabulary.
+
+        Args:
+            input_ids: ``[batch, sequence]`` int64, the same on every rank.
+            attention_mask: ``[batch, cached + sequence]``, 0 at padding; padding may be on the
+                left. By default there is none.
+            positions: ``[batch or 1, sequence]``; by default counted from the first valid token.
+            cache: keys and values of earlier positions, to be extended.
+            dropout_key: which dropout masks; by default drawn from torch's CPU generator, which
+                all ranks must have seeded alike.
+
+        Returns:
+            ``[batch, sequence, vocab_local]``.
+
+        Raises:
+            ValueError: ids outside the vocabulary, a mask of the wrong shape, a sequence that is
+                too long, ranks that were given different batches.
+        """
+        if self.check_inputs and cache is None:
+            check_same_on_all_ranks(self.tp, input_ids, attention_mask, positions)
+        hidden = self._hidden(input_ids, attention_mask, positions, cache, dropout_key)
+        return self.logits(*hidden)
+
+    def loss(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        positions: Tensor | None = None,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        reduction: Reduction = "mean",
+        dropout_key: int | Tensor | None = None,
+    ) -> Tensor:
+        """The next-token loss; every rank returns the same value.
+
+        Args:
+            labels: ``[batch, sequence]``, usually ``input_ids``; shifted in here, so that the logits
+                at position i are compared with the label at i + 1, as in transformers.
+            The others as in :meth:`forward` and :func:`vocab_parallel_cross_entropy`.
+        """
+        if labels.shape != input_ids.shape:
+            raise ValueError(
+                f"labels {tuple(labels.shape)} should have the shape of input_ids "
+                f"{tuple(input_ids.shape)}; they are shifted inside"
+            )
+        if self.check_inputs:
+            check_same_on_all_ranks(self.tp, input_ids, attention_mask, positions, labels)
+        hidden = self._hidden(input_ids, attention_mask, positions, None, dropout_key)
+        logits = self.logits(*hidden)
+        return vocab_parallel_cross_entropy(
+            logits[:, :-1],
+            labels[:, 1:],
+            self.tp,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            reduction=reduction,
+            partition=self.layout.vocab,
+        )
+
+    def last_logits(
+        self, input_ids: Tensor, *, attention_mask: Tensor | None, cache: KeyValueCache
+    ) -> Tensor:
+        """For generation: local logits ``[batch, vocab_local]`` of the last position alone."""
+        hidden, sequence, shared = self._hidden(input_ids, attention_mask, None, cache, None)
+        return self.logits(hidden[:, -1:], sequence, shared)[:, 0]
+
+    def _hidden(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        positions: Tensor | None,
+        cache: KeyValueCache | None,
+        dropout_key: int | Tensor | None,
+    ) -> tuple[Tensor, Partition | None, SharedWeights]:
+        """The normed hidden states before the head, and how their sequence is divided."""
+        past = 0 if cache is None else cache.length
+        if cache is not None and self.sequence_parallel:
+            raise ValueError("a key-value cache needs a model built with sequence_parallel=False")
+        check_batch(input_ids, attention_mask, past, self.config.max_positions, self.config.position)
+        length = input_ids.shape[1]
+        sequence = Partition.even(length, self.tp.size) if self.sequence_parallel else None
+        shared = SharedWeights.of_model(self, self.tp, "shared")
+        context = AttentionContext(
+            length,
+            past=past,
+            key_valid=None if attention_mask is None else attention_mask.bool(),
+            positions=positions,
+            device=input_ids.device,
+        )
+        key = dropout_key
+        if key is None and self.training and self._drops():
+            key = rng.draw_seed()
+        x = self.embedding(input_ids, sequence=sequence)
+        if self.positions is not None:
+            x = x + self.positions(context.positions, sequence=sequence, shared=shared)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x, shared=shared)
+        if key is not None:
+            x = self.dropout(
+                x,
+                key=rng.derived_key(key, "embedding"),
+                dim=None if sequence is None else 1,
+                partition=sequence,
+                rank=self.tp.rank,
+            )
+        for index, block in enumerate(self.blocks):
+            x = block(
+                x,
+                context=context,
+                cache=cache,
+                sequence=sequence,
+                shared=shared,
+                dropout_key=None if key is None else rng.derived_key(key, "block", index),
+            )
+        return self.norm(x, shared=shared), sequence, shared
+
+    def logits(
+        self, hidden: Tensor, sequence: Partition | None, shared: SharedWeights
+    ) -> Tensor:
+        """The head: ``[batch, sequence (_local), hidden]`` to ``[batch, sequence, vocab_local]``."""
+        if self.head is not None:
+            logits: Tensor = self.head(hidden, sequence=sequence, shared=shared)
+            return logits
+        return column_linear(
+            hidden,
+            self.embedding.weight,
+            None,
+            self.tp,
+            sequence=sequence,
+            keep_gathered_input=self.keep_gathered_input,
+            overlap=self.overlap,
+            layer="head",
+        )
+
+    def _drops(self) -> bool:
+        config = self.config
+        return max(config.embedding_dropout, config.attention_dropout, config.residual_dropout) > 0
+
+    def extra_repr(self) -> str:
+        """Family, rank and what is held."""
+        held = sum(p.numel() for p in self.parameters())
+        return (
+            f"{self.config.family}, tp_rank={self.tp.rank}/{self.tp.size}, "
+            f"parameters held={held:,}, sequence_parallel={self.sequence_parallel}"
+        )
+
+
+def _allocate(model: nn.Module, device: torch.device) -> None:
+    """Gives the meta parameters memory on ``device``; buffers move there with their values."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            empty = torch.empty_like(parameter, device=device)
+            setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, buffer.to(device), persistent=False)

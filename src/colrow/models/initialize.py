@@ -1,0 +1,37 @@
+"""Random initial weights that are the same, whole, at every tensor-parallel size."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from colrow import rng
+from colrow.models.decoder import Decoder
+
+
+@torch.no_grad()
+def initialize_(model: Decoder, seed: int) -> None:
+    """Weights from N(0, initializer_range^2), norm weights 1, biases 0; nothing is sent.
+
+    Each value is a function of the seed, the parameter's name and the position in the whole tensor,
+    so every rank draws just what it holds.
+    """
+    config = model.config
+    for name, parameter in model.named_parameters():
+        module, kind = name.rsplit(".", 1)
+        if kind == "bias":
+            parameter.zero_()
+        elif module.endswith("norm"):
+            parameter.fill_(1.0)
+        else:
+            std = config.initializer_range
+            if config.scaled_residual_init and module.endswith((".output", ".down")):
+                std /= math.sqrt(2 * config.num_layers)
+            key = rng.stream_key(seed, name)
+            rng.fill_shard_(
+                parameter,
+                model.specs[name],
+                model.tp.rank,
+                lambda at, key=key, std=std: rng.normal(key, at) * std,  # type: ignore[misc]
+            )

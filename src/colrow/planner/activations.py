@@ -1,0 +1,153 @@
+"""What forward keeps for backward, per rank and microbatch.
+
+Counted tensor by tensor from the architecture. For a GPT with dropout whose attention stores its
+scores this gives the s b h (34 + 5 a s / h) bytes of Korthikanti et al. 2022, equation 1, and their
+equations 2 and 4 for tensor and sequence parallelism.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from colrow.models.config import Layout as Division
+from colrow.planner.layout import Layout
+from colrow.planner.model import ModelShape
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of one microbatch's tensors on one rank.
+
+    Attributes:
+        full: ``[tokens, hidden]``.
+        residual: the same where norms and residuals work: divided with sequence parallelism.
+        query, key_value: of the local heads.
+        ffn: ``[tokens, ffn_local]``, over the active experts.
+        scores: elements (not bytes) of the attention scores of the local heads.
+        item: bytes of an element.
+    """
+
+    full: float
+    residual: float
+    query: float
+    key_value: float
+    ffn: float
+    scores: float
+    item: int
+
+    @classmethod
+    def of(cls, model: ModelShape, layout: Layout, division: Division, rank: int) -> Sizes:
+        """The sizes on tensor-parallel rank ``rank``."""
+        config, item = model.config, layout.itemsize
+        tokens = layout.microbatch * layout.sequence
+        full = float(tokens * config.hidden_size * item)
+        parts = layout.tp if layout.sequence_parallel else 1
+        rows = layout.microbatch * -(-layout.sequence // parts)
+        heads = division.heads.query.size(rank)
+        keys = min(config.window(0) or layout.sequence, layout.sequence)
+        return cls(
+            full=full,
+            residual=float(rows * config.hidden_size * item),
+            query=float(tokens * heads * config.head_dim * item),
+            key_value=float(tokens * division.heads.key_value.size(rank) * config.head_dim * item),
+            ffn=float(tokens * model.active_experts * division.ffn.size(rank) * item),
+            scores=float(layout.microbatch * heads * layout.sequence * keys),
+            item=item,
+        )
+
+
+def block_bytes(
+    model: ModelShape, layout: Layout, division: Division, rank: int, *, flash: bool
+) -> dict[str, float]:
+    """What one block keeps without recomputing the block, by part."""
+    config, program = model.config, layout.program
+    sizes = Sizes.of(model, layout, division, rank)
+    mask = sizes.item if program.float_masks else 1
+    return {
+        "norms": _norms(model, layout, sizes),
+        "linear inputs": 2 * _column_input(layout, sizes),
+        "attention": _attention(model, layout, sizes, flash=flash),
+        "mlp": _mlp(model, layout, sizes),
+        "dropout": 2 * sizes.residual * mask / sizes.item if config.residual_dropout else 0.0,
+    }
+
+
+def _norms(model: ModelShape, layout: Layout, sizes: Sizes) -> float:
+    """The norms' inputs; an RMSNorm written out also keeps what it multiplies with its weight.
+
+    Narrow inputs are widened to fp32 first, and then that copy is kept instead. With a parallel
+    residual both norms have one input.
+    """
+    config = model.config
+    inputs = 1 if config.parallel_residual else 2
+    if config.norm == "layernorm" or layout.program.fused_elementwise:
+        return inputs * sizes.residual
+    if sizes.item >= 4:
+        return (inputs + 2) * sizes.residual
+    return 2 * (4 / sizes.item + 1) * sizes.residual
+
+
+def _column_input(layout: Layout, sizes: Sizes) -> float:
+    """The input of QKV, or of the MLP: gathered, when it is kept gathered."""
+    kept = layout.program.keep_gathered_input and layout.tp > 1
+    return sizes.full if kept or not layout.sequence_parallel else sizes.residual
+
+
+def _attention(model: ModelShape, layout: Layout, sizes: Sizes, *, flash: bool) -> float:
+    """The fused Q, K, V; rotated or normed copies; the scores where they are stored; the output."""
+    config, program = model.config, layout.program
+    normed = sizes.query + sizes.key_value if config.qk_norm else 0.0
+    if not flash and program.float_masks and config.attention_dropout:
+        # Contiguous copies of queries, and of keys and values for every query head, take the place
+        # of the fused tensor; softmax is kept in fp32, beside the mask and the product of both.
+        return 4 * sizes.query + normed + sizes.scores * (4 + 2 * sizes.item)
+    kept = sizes.query + 2 * sizes.key_value + sizes.query + normed
+    if config.position == "rope":
+        kept += sizes.query + sizes.key_value
+    if config.position == "alibi":
+        kept += sizes.scores / layout.microbatch * sizes.item
+    if flash:
+        return kept + 4 * sizes.scores / layout.sequence  # a log-sum-exp per row
+    if layout.recompute == "selective":
+        return kept
+    if not config.attention_dropout:
+        return kept + sizes.scores * sizes.item
+    return kept + sizes.scores * (2 * sizes.item + 1)
+
+
+def _mlp(model: ModelShape, layout: Layout, sizes: Sizes) -> float:
+    """Inputs of the activation and of the second linear layer."""
+    config = model.config
+    if config.gated:
+        return sizes.ffn * (3 if layout.program.fused_elementwise else 4)
+    if config.activation == "relu":
+        return sizes.ffn
+    if config.activation == "gelu_bloom" and not layout.program.fused_elementwise:
+        return sizes.ffn * 8  # written out: seven intermediate products and the result
+    return sizes.ffn * 2
+
+
+def block_input_bytes(model: ModelShape, layout: Layout, division: Division, rank: int) -> float:
+    """What full recomputation keeps of a block."""
+    return Sizes.of(model, layout, division, rank).residual
+
+
+def embedding_bytes(model: ModelShape, layout: Layout, division: Division, rank: int) -> float:
+    """The dropout's mask after the embedding (Korthikanti et al. 2022, section 4.3), its norm."""
+    sizes = Sizes.of(model, layout, division, rank)
+    kept = 0.0
+    if model.config.embedding_dropout:
+        kept += sizes.residual * (1 if layout.program.float_masks else 1 / sizes.item)
+    if model.config.embedding_norm:
+        kept += sizes.residual
+    return kept
+
+
+def head_bytes(
+    model: ModelShape, layout: Layout, division: Division, rank: int
+) -> tuple[float, float]:
+    """The final norm with the head's input, and the fp32 probabilities that the loss keeps."""
+    sizes = Sizes.of(model, layout, division, rank)
+    norm = _norms(model, layout, sizes) / (1 if model.config.parallel_residual else 2)
+    logits = layout.microbatch * layout.sequence * division.vocab.size(rank)
+    return norm + _column_input(layout, sizes), 4.0 * logits

@@ -1,0 +1,271 @@
+"""Time of one transformer block, of the embedding and of the head on one rank: no communication."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from colrow.models.config import Layout as Division
+from colrow.planner.hardware import Device
+from colrow.planner.layout import Layout
+from colrow.planner.model import ModelShape
+from colrow.planner.roofline import (
+    FLASH_BACKWARD,
+    FLASH_FORWARD,
+    matmul_seconds,
+    stream_seconds,
+)
+
+# Read and written per logit by the loss and its backward, beyond the matmul: to fp32 (2 read, 4
+# written), maximum (4), subtract (8), exponential (8), sum (4), divide (8); backward multiplies (8)
+# and converts (4, 2). Megatron-LM's and colrow's vocabulary-parallel cross entropy.
+LOSS_BYTES = 52.0
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Time by kind of work.
+
+    Attributes:
+        matmul: of the linear layers.
+        attention: scores, softmax, weighted sum.
+        elementwise: norms, activations, dropout, residuals, the loss, gradient accumulation.
+        weight_gradients: the part of ``matmul`` beside which a collective can run.
+    """
+
+    matmul: float = 0.0
+    attention: float = 0.0
+    elementwise: float = 0.0
+    weight_gradients: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Everything."""
+        return self.matmul + self.attention + self.elementwise
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(
+            self.matmul + other.matmul,
+            self.attention + other.attention,
+            self.elementwise + other.elementwise,
+            self.weight_gradients + other.weight_gradients,
+        )
+
+    def __mul__(self, factor: float) -> Seconds:
+        return Seconds(
+            self.matmul * factor,
+            self.attention * factor,
+            self.elementwise * factor,
+            self.weight_gradients * factor,
+        )
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Forward and backward, and what backward computes a second time."""
+
+    forward: Seconds
+    backward: Seconds
+    recompute: Seconds = Seconds()
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One matmul with a weight: ``[tokens, inputs] x [inputs, outputs]`` on this rank."""
+
+    name: str
+    inputs: int
+    outputs: int
+    experts: int = 1
+
+
+def linears(model: ModelShape, division: Division, rank: int) -> tuple[Linear, ...]:
+    """The linear layers of a block on one rank."""
+    config = model.config
+    query = division.heads.query.size(rank) * config.head_dim
+    key_value = division.heads.key_value.size(rank) * config.head_dim
+    ffn = division.ffn.size(rank)
+    hidden = config.hidden_size
+    return (
+        Linear("attention.qkv", hidden, query + 2 * key_value),
+        Linear("attention.output", query, hidden),
+        Linear("mlp.up", hidden, (2 if config.gated else 1) * ffn, model.experts),
+        Linear("mlp.down", ffn, hidden, model.experts),
+    )
+
+
+def fullest_rank(division: Division) -> int:
+    """The tensor-parallel rank that the others wait for: the one with most attention heads."""
+    ranks = range(division.vocab.parts)
+    return max(ranks, key=lambda r: (division.heads.query.size(r), division.ffn.size(r)))
+
+
+@lru_cache(maxsize=4096)
+def block_pass(model: ModelShape, layout: Layout, device: Device) -> Pass:
+    """One block, one microbatch, on the fullest rank.
+
+    ``layout``'s pp, dp and batch do not enter; callers that search pass a reduced layout.
+    """
+    division = model.division(layout.tp, layout.tp_weights or None)
+    rank = fullest_rank(division)
+    tokens = layout.microbatch * layout.sequence
+    forward = backward = Seconds()
+    for linear in linears(model, division, rank):
+        f, dgrad, wgrad = _linear_seconds(model, layout, device, linear, tokens)
+        forward += Seconds(matmul=f)
+        backward += Seconds(matmul=dgrad + wgrad, weight_gradients=wgrad)
+    attention = _attention(model, layout, device, division.heads.query.size(rank))
+    elementwise = _elementwise(model, layout, device, division, rank, tokens)
+    forward += attention.forward + elementwise.forward
+    backward += attention.backward + elementwise.backward
+    if layout.recompute == "full":
+        return Pass(forward, backward, forward)
+    if layout.recompute == "selective":
+        return Pass(forward, backward, attention.forward)
+    return Pass(forward, backward)
+
+
+def _linear_seconds(
+    model: ModelShape, layout: Layout, device: Device, linear: Linear, tokens: int
+) -> tuple[float, float, float]:
+    """Forward, gradient of the input, gradient of the weight."""
+    rows = tokens if linear.experts == 1 else tokens * model.active_experts / linear.experts
+
+    def seconds(m: float, n: float, k: float) -> float:
+        return matmul_seconds(
+            device,
+            m,
+            n,
+            k,
+            precision=layout.precision,
+            itemsize=1 if layout.precision == "fp8" else layout.itemsize,
+            count=linear.experts,
+        )
+
+    return (
+        seconds(rows, linear.outputs, linear.inputs),
+        seconds(rows, linear.inputs, linear.outputs),
+        seconds(linear.inputs, linear.outputs, rows),
+    )
+
+
+def _attention(model: ModelShape, layout: Layout, device: Device, heads: int) -> Pass:
+    """Scores, softmax and weighted sum of all local heads."""
+    config, size = model.config, layout.itemsize
+    window = config.window(0) or layout.sequence
+    keys = min(window, layout.sequence)
+    count = layout.microbatch * heads
+    precision = "bf16" if layout.precision == "fp8" else layout.precision
+    if layout.is_flash(model, device.flash_attention):
+        # Causal: half the scores (Dao 2023, section 4.1); backward has five matmuls for two.
+        flops = 4.0 * count * layout.sequence * keys * config.head_dim * 0.5
+        rate = device.flops(precision) * device.sustained_fraction
+        if device.matmul_curve:
+            rate = device.matmul_curve[-1][1]
+        return Pass(
+            Seconds(attention=flops / (rate * FLASH_FORWARD) + device.kernel_seconds),
+            Seconds(attention=2.5 * flops / (rate * FLASH_BACKWARD) + device.kernel_seconds),
+        )
+
+    def product(n: int, k: int) -> float:
+        return matmul_seconds(
+            device, layout.sequence, n, k, precision=precision, itemsize=size, count=count
+        )
+
+    products = product(keys, config.head_dim) + product(config.head_dim, keys)
+    scores = count * layout.sequence * keys
+    # Softmax reads and writes; dropout reads, writes and stores a byte of mask. Backward of
+    # dropout reads the gradient and the mask and writes; of softmax reads two tensors, writes one.
+    dropout = config.attention_dropout > 0
+    softmax_forward = 2 * size + (2 * size + 1 if dropout else 0)
+    softmax_backward = 3 * size + (2 * size + 1 if dropout else 0)
+    if not layout.program.fused_elementwise:  # scale and mask as passes of their own
+        softmax_forward += 4 * size
+        softmax_backward += 2 * size
+    return Pass(
+        Seconds(attention=products + stream_seconds(device, scores * softmax_forward)),
+        Seconds(attention=2 * products + stream_seconds(device, scores * softmax_backward)),
+    )
+
+
+def _elementwise(
+    model: ModelShape, layout: Layout, device: Device, division: Division, rank: int, tokens: int
+) -> Pass:
+    """Everything that is limited by memory: bytes read and written, kernel by kernel."""
+    config, size, fused = model.config, layout.itemsize, layout.program.fused_elementwise
+    rows = -(-tokens // layout.tp) if layout.sequence_parallel else tokens
+    residual = rows * config.hidden_size * size
+    dropout = config.residual_dropout > 0
+    mask = 1 / size if dropout else 0.0
+    # Two norms: read, write; backward reads input and gradient, writes. Two residual additions:
+    # read two, write one, with bias and dropout in the same kernel or one pass each. Backward adds
+    # the two branches' gradients, and multiplies by the mask.
+    forward = residual * 2 * (2 + 3)
+    backward = residual * 2 * (3 + 3)
+    if dropout:
+        forward += residual * 2 * (mask if fused else 2 + mask)
+        backward += residual * 2 * (2 + mask)
+    if config.output_bias and not fused:
+        forward += residual * 2 * 2
+    # The activation: read and write; backward reads input and gradient. Gated: two inputs.
+    ffn = tokens * model.active_experts * division.ffn.size(rank) * size
+    if config.gated:
+        forward += ffn * (3 if fused else 5)
+        backward += ffn * (5 if fused else 8)
+    else:
+        forward += ffn * (2 if fused else 4)
+        backward += ffn * 3
+    # Q, K and V: to heads and back, and the rotation.
+    query = division.heads.query.size(rank) * config.head_dim
+    key_value = division.heads.key_value.size(rank) * config.head_dim
+    moved = tokens * (query + 2 * key_value) * size
+    passes = 2 + (2 if config.position == "rope" else 0)
+    forward += moved * passes
+    backward += moved * passes
+    kernels = 8 if fused else 16
+    overhead = kernels * device.kernel_seconds
+    backward_seconds = stream_seconds(device, backward) + 1.5 * overhead
+    backward_seconds += stream_seconds(device, _accumulation_bytes(model, layout, division, rank))
+    return Pass(
+        Seconds(elementwise=stream_seconds(device, forward) + overhead),
+        Seconds(elementwise=backward_seconds),
+    )
+
+
+def _accumulation_bytes(
+    model: ModelShape, layout: Layout, division: Division, rank: int
+) -> float:
+    """Adding a microbatch's weight gradients to the accumulated ones.
+
+    Accumulated ones are read and written; the new one is also read, unless the matmul adds it.
+    With a single microbatch and gradients in the weights' format there is nothing to add.
+    """
+    wide = layout.gradient_bytes
+    if layout.num_microbatches == 1 and wide == layout.itemsize:
+        return 0.0
+    weights = model.shards(division)[rank]["block"]
+    return weights * (2 * wide + (0 if layout.program.fused_accumulation else layout.itemsize))
+
+
+@lru_cache(maxsize=4096)
+def ends_pass(model: ModelShape, layout: Layout, device: Device) -> tuple[Pass, Pass]:
+    """The embedding, and the final norm, head and loss, for one microbatch on the fullest rank."""
+    config, size = model.config, layout.itemsize
+    division = model.division(layout.tp, layout.tp_weights or None)
+    tokens = layout.microbatch * layout.sequence
+    vocab = division.vocab.largest
+    lookup = tokens * config.hidden_size * size
+    embedding = Pass(
+        Seconds(elementwise=stream_seconds(device, 4 * lookup)),
+        Seconds(elementwise=stream_seconds(device, 4 * lookup)),
+    )
+    head = Linear("head", config.hidden_size, vocab)
+    forward, dgrad, wgrad = _linear_seconds(model, layout, device, head, tokens)
+    scale = 1.0 if size < 4 else 1.5  # an fp32 loss has no narrow copies, all passes are wide
+    loss = stream_seconds(device, tokens * vocab * LOSS_BYTES * scale / 2)
+    norm = stream_seconds(device, 2.5 * lookup)
+    last = Pass(
+        Seconds(matmul=forward, elementwise=loss + norm),
+        Seconds(matmul=dgrad + wgrad, elementwise=loss + norm, weight_gradients=wgrad),
+    )
+    return embedding, last

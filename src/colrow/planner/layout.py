@@ -1,0 +1,211 @@
+"""A training layout: how the work is divided, in what order it runs, and in which number formats."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from colrow.planner.model import ModelShape
+from colrow.planner.software import Software, find_software
+
+Recompute = Literal["none", "selective", "full"]
+Schedule = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2"]
+Optimizer = Literal["adamw", "adamw-8bit", "sgd", "sgd-momentum", "none"]
+
+RECOMPUTE = ("none", "selective", "full")
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2")
+OPTIMIZERS = ("adamw", "adamw-8bit", "sgd", "sgd-momentum", "none")
+ITEMSIZE = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}
+DTYPE = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "bfloat16"}
+STATES = {"adamw": 2, "adamw-8bit": 2, "sgd": 0, "sgd-momentum": 1, "none": 0}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one training step is laid out over ``tp * pp * dp`` devices.
+
+    Attributes:
+        tp, pp, dp: tensor-, pipeline- and data-parallel sizes.
+        microbatch: sequences in one forward pass of one replica.
+        global_batch: sequences in one optimiser step of all replicas; by default one microbatch per
+            pipeline stage and replica.
+        sequence: tokens of a sequence.
+        sequence_parallel: norms, dropout and residuals divided over the sequence.
+        recompute: what backward computes again: nothing, the attention's scores ("selective",
+            Korthikanti et al. 2022, section 5), or whole blocks from their inputs ("full", Chen et
+            al. 2016).
+        schedule: of the pipeline.
+        virtual_stages: chunks of layers per device of the interleaved schedule.
+        zero: what data parallelism divides: 1 the optimiser's state, 2 gradients too, 3 parameters
+            too, as FSDP does (Rajbhandari et al. 2020, section 5).
+        precision: of the matmuls: "fp32", "bf16", "fp16" or "fp8" (weights stored in 16 bit).
+        optimizer: "adamw" (two states), "adamw-8bit", "sgd-momentum", "sgd" or "none".
+        master_weights: 16-bit training with fp32 gradients and an fp32 copy of the weights, which
+            is the default there; off, gradients and states have the weights' format.
+        software: name of a preset of :mod:`colrow.planner.software`.
+        attention: "flash", "unfused", or "auto": unfused for selective recomputation (which exists
+            for attention that stores its scores), else as device and software have it.
+        stage_layers: layers of each pipeline stage, when they are not as even as possible.
+        tp_weights: shares of the tensor-parallel ranks, when they are not as even as possible.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    microbatch: int = 1
+    global_batch: int | None = None
+    sequence: int = 2048
+    sequence_parallel: bool = False
+    recompute: Recompute = "none"
+    schedule: Schedule = "1f1b"
+    virtual_stages: int = 1
+    zero: int = 0
+    precision: str = "bf16"
+    optimizer: Optimizer = "adamw"
+    master_weights: bool | None = None
+    software: str = "colrow"
+    attention: Literal["auto", "flash", "unfused"] = "auto"
+    stage_layers: tuple[int, ...] = ()
+    tp_weights: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("tp", "pp", "dp", "microbatch", "sequence", "virtual_stages"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.global_batch is not None and self.global_batch < 1:
+            raise ValueError(f"global_batch={self.global_batch}: must be at least 1")
+        choices: tuple[tuple[str, object, tuple[object, ...]], ...] = (
+            ("recompute", self.recompute, RECOMPUTE),
+            ("schedule", self.schedule, SCHEDULES),
+            ("optimizer", self.optimizer, OPTIMIZERS),
+            ("precision", self.precision, tuple(DTYPE)),
+            ("attention", self.attention, ("auto", "flash", "unfused")),
+            ("zero", self.zero, (0, 1, 2, 3)),
+        )
+        for name, value, allowed in choices:
+            if value not in allowed:
+                options = ", ".join(str(option) for option in allowed)
+                raise ValueError(f"{name}={value!r}: must be one of {options}")
+        if self.batch % (self.dp * self.microbatch):
+            raise ValueError(
+                f"global_batch={self.batch} is not a multiple of dp x microbatch = {self.dp} x "
+                f"{self.microbatch}"
+            )
+        if self.virtual_stages > 1 and self.schedule != "interleaved":
+            raise ValueError(
+                f"virtual_stages={self.virtual_stages} needs schedule='interleaved', not "
+                f"{self.schedule!r}"
+            )
+        if self.virtual_stages > 1 and self.pp == 1:
+            raise ValueError("virtual_stages needs a pipeline: pp of at least 2")
+        if self.sequence_parallel and self.sequence < self.tp:
+            raise ValueError(f"a sequence of {self.sequence} cannot be divided over tp={self.tp}")
+        if self.stage_layers and len(self.stage_layers) != self.pp:
+            raise ValueError(f"{len(self.stage_layers)} stage_layers for pp={self.pp}")
+        if self.tp_weights and len(self.tp_weights) != self.tp:
+            raise ValueError(f"{len(self.tp_weights)} tp_weights for tp={self.tp}")
+        find_software(self.software)
+
+    @property
+    def devices(self) -> int:
+        """tp * pp * dp."""
+        return self.tp * self.pp * self.dp
+
+    @property
+    def batch(self) -> int:
+        """Sequences per step of all replicas."""
+        return self.global_batch or self.dp * self.microbatch * self.pp
+
+    @property
+    def num_microbatches(self) -> int:
+        """Forward passes per replica and step."""
+        return self.batch // (self.dp * self.microbatch)
+
+    @property
+    def program(self) -> Software:
+        """The software preset."""
+        return find_software(self.software)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a weight and of an activation."""
+        return ITEMSIZE[self.precision]
+
+    @property
+    def has_master_weights(self) -> bool:
+        """Whether the optimiser keeps an fp32 copy of 16-bit weights."""
+        if self.optimizer == "none" or self.itemsize >= 4:
+            return False
+        return True if self.master_weights is None else self.master_weights
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of an accumulated gradient."""
+        return self.program.gradient_bytes if self.has_master_weights else self.itemsize
+
+    @property
+    def state_bytes(self) -> float:
+        """Bytes of the optimiser's state per parameter, an fp32 copy of the weights included."""
+        if self.optimizer == "adamw-8bit":
+            # 8 bits per state and an fp32 scale per block of 256 (Dettmers et al. 2021, section 2).
+            each = 1 + 4 / 256
+        else:
+            each = 4 if self.has_master_weights else self.itemsize
+        return STATES[self.optimizer] * each + (4 if self.has_master_weights else 0)
+
+    def is_flash(self, model: ModelShape, device_has_flash: bool) -> bool:
+        """Whether attention runs as one fused kernel."""
+        program = self.program
+        if self.attention != "auto":
+            return self.attention == "flash"
+        if self.recompute == "selective" or not device_has_flash:
+            return False
+        drops = model.config.attention_dropout > 0 and not program.flash_dropout
+        return program.flash_attention and not drops
+
+    def layers_of_stage(self, model: ModelShape) -> tuple[int, ...]:
+        """Transformer layers of each pipeline device.
+
+        Without ``stage_layers`` as even as possible; the remainder goes to the stages in the
+        middle, since the first also embeds and the last also computes the loss.
+
+        Raises:
+            ValueError: when there are more stages than layers, or the given layers do not add up.
+        """
+        layers = model.config.num_layers
+        if self.stage_layers:
+            if sum(self.stage_layers) != layers or min(self.stage_layers) < 0:
+                raise ValueError(
+                    f"stage_layers {list(self.stage_layers)} add up to {sum(self.stage_layers)}, "
+                    f"but {model.name} has {layers} layers"
+                )
+            return self.stage_layers
+        chunks = self.pp * self.virtual_stages
+        if chunks > layers:
+            raise ValueError(
+                f"{model.name} has {layers} layers, too few for {self.pp} stages"
+                + (f" of {self.virtual_stages} virtual stages" if self.virtual_stages > 1 else "")
+            )
+        if self.virtual_stages > 1 and layers % chunks:
+            raise ValueError(
+                f"{layers} layers do not divide into {self.pp} x {self.virtual_stages} equal chunks"
+            )
+        share, remainder = divmod(layers, self.pp)
+        middle = sorted(range(self.pp), key=lambda stage: abs(stage - (self.pp - 1) / 2))
+        extra = set(middle[:remainder])
+        return tuple(share + (stage in extra) for stage in range(self.pp))
+
+    def describe(self) -> str:
+        """One line, such as "TP 8 x PP 2 x DP 4 + SP, microbatch 2"."""
+        text = f"TP {self.tp} × PP {self.pp} × DP {self.dp}"
+        if self.sequence_parallel:
+            text += " + SP"
+        if self.zero:
+            text += f" + ZeRO-{self.zero}"
+        text += f", microbatch {self.microbatch}"
+        if self.pp > 1:
+            chunks = f" ({self.virtual_stages} chunks)" if self.virtual_stages > 1 else ""
+            text += f", {self.schedule}{chunks}"
+        if self.recompute != "none":
+            text += f", {self.recompute} recomputation"
+        return text

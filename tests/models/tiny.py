@@ -1,0 +1,93 @@
+"""Tiny random models of every family, made and evaluated by transformers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from colrow.checkpoint.naming import hf_naming
+from colrow.models.families import config_from_hf
+from colrow.reference import precision, prepare_reference, quiet_transformers, reference_grads
+
+SIZES = {"vocab_size": 97, "hidden_size": 40, "num_hidden_layers": 2, "intermediate_size": 101}
+ONE_KV = {"num_attention_heads": 5, "num_key_value_heads": 1}
+TWO_KV = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 48}
+THREE_KV = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 36}
+GPT = {"vocab_size": 97, "n_layer": 2, "hidden_size": 40, "n_head": 5}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+# name: (model_type, keys of the configuration). Odd sizes on purpose.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {**SIZES, **ONE_KV, "tie_word_embeddings": False}),
+    "llama-biased-tied": (
+        "llama",
+        {
+            **SIZES,
+            **TWO_KV,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+            "rope_parameters": LLAMA3_ROPE,
+        },
+    ),
+    "mistral-window": ("mistral", {**SIZES, **ONE_KV, "head_dim": 8, "sliding_window": 7}),
+    "qwen2": ("qwen2", {**SIZES, **THREE_KV, "tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {**SIZES, **TWO_KV, "head_dim": 6, "tie_word_embeddings": False}),
+    "gpt2": ("gpt2", {**GPT, "n_embd": 40, "n_inner": 101, "n_positions": 64}),
+    "gpt2-untied": ("gpt2", {**GPT, "n_embd": 40, "n_positions": 64, "tie_word_embeddings": False}),
+    "gpt_neox": ("gpt_neox", {**SIZES, "num_attention_heads": 5}),
+    "gpt_neox-serial": (
+        "gpt_neox",
+        {**SIZES, "num_attention_heads": 5, "use_parallel_residual": False, "attention_bias": False},
+    ),
+    "bloom": ("bloom", GPT),
+}
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What transformers computes for one model and batch."""
+
+    logits: Tensor
+    loss: Tensor
+    grads: dict[str, Tensor]
+
+
+def make(name: str, directory: Path) -> torch.nn.Module:
+    """Creates the model, saves it in ``directory`` in fp64, returns it."""
+    with quiet_transformers():
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        kind, keys = CASES[name]
+        config = AutoConfig.for_model(kind, bos_token_id=0, eos_token_id=1, pad_token_id=0, **keys)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                middle = 1.0 if parameter.dim() == 1 else 0.0
+                parameter.normal_(middle, 0.2)
+        model.save_pretrained(directory)
+    return prepare_reference(model, torch.float64)
+
+
+def evaluate(model: torch.nn.Module, ids: Tensor, dtype: torch.dtype) -> Expected:
+    """Logits, loss and gradients of the unsplit model in ``dtype``."""
+    model = model.to(dtype)
+    model.zero_grad()
+    with precision(dtype):
+        result = model(input_ids=ids, labels=ids)
+        result.loss.backward()
+    naming = hf_naming(config_from_hf(model.config.to_dict()))
+    grads = {name: grad.clone() for name, grad in reference_grads(model, naming).items()}
+    return Expected(result.logits.detach(), result.loss.detach(), grads)

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+TAUGHT = (
+    "column_and_row",
+    "column_then_row_mlp",
+    "layer_all_reduces",
+    "where_time_goes",
+    "hybrid_tp_dp",
+    "three_mistakes",
+)
+
+
+def run(name: str) -> str:
+    """What the example prints, on one line; it must exit with 0 and without a warning."""
+    ended = subprocess.run(
+        [sys.executable, str(EXAMPLES / f"{name}.py")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "COLUMNS": "120", "NO_COLOR": "1"},
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert ended.stderr == ""
+    return " ".join(ended.stdout.split())
+
+
+def cells(output: str, first: str) -> list[str]:
+    """The other cells of the table row that begins with ``first``."""
+    return [cell.strip() for cell in output.split(f"│ {first} ")[1].split("│")[1:]]
+
+
+def test_column_and_row_agree_with_the_dense_layers() -> None:
+    output = run("column_and_row")
+    assert "ColumnParallelLinear(weight=[7, 6], local=[4, 6], tp_rank=0/2, bias=True)" in output
+    assert "RowParallelLinear(weight=[6, 7], local=[6, 4], tp_rank=0/2, bias=True)" in output
+    assert "sent: column: all_reduce in backward, row: all_reduce in forward" in output
+    for check in ("column: x gradient", "row: y, whole", "row: weight gradient, my columns"):
+        assert float(cells(output, check)[1]) < 1e-12
+
+
+def test_column_then_row_sends_half_the_collectives() -> None:
+    output = run("column_then_row_mlp")
+    # Each rank sends [256, 384] floats twice; gathering, (0.5 + 1) x [256, 384 + 1536] floats.
+    assert cells(output, "column_then_row, 1 rank")[:2] == ["0", "0.00"]
+    assert cells(output, "column_then_row, 2 ranks")[:2] == ["2", f"{2 * 256 * 384 * 4 / 1e6:.2f}"]
+    gathering = f"{1.5 * 256 * (384 + 1536) * 4 / 1e6:.2f}"
+    assert cells(output, "gather_after_each, 2 ranks")[:2] == ["4", gathering]
+
+
+def test_a_layer_all_reduces_twice_in_each_direction() -> None:
+    output = run("layer_all_reduces")
+    plain, sequence_parallel = output.split("sequence parallelism on")
+    assert re.findall(r"(forward|backward) │ │ (\d) in all │ │ ([\d,]+)", plain) == [
+        ("forward", "2", "786,432"),
+        ("backward", "2", "786,432"),
+    ]
+    assert re.findall(r"(forward|backward) │ │ (\d) in all │ │ ([\d,]+)", sequence_parallel) == [
+        ("forward", "4", "786,432"),
+        ("backward", "4", "786,432"),
+    ]
+    assert plain.count("all_reduce │ 262,144") == 4
+    assert sequence_parallel.count("all_gather │ 262,144") == 4
+    assert sequence_parallel.count("reduce_scatter │ 262,144") == 4
+    assert output.count("predicted and recorded: the same; by hand: 262,144 bytes each") == 2
+
+
+def test_where_time_goes_adds_up() -> None:
+    output = run("where_time_goes")
+    shares = re.findall(r"tp=(\d) .*?(\d+)% matmul, (\d+)% waiting .*? hidden\) ([#=.]+)", output)
+    assert [tp for tp, *_ in shares] == ["1", "2", "4"]
+    for tp, matmul, waiting, bar in shares:
+        assert int(matmul) > 0 and int(matmul) + int(waiting) <= 100
+        assert abs(bar.count("#") - 0.6 * int(matmul)) <= 1
+        assert (bar.count("=") == 0) or int(tp) > 1
+
+
+def test_hybrid_is_the_step_of_one_process() -> None:
+    output = run("hybrid_tp_dp")
+    for what in ("loss", "gradients", "weights after the step"):
+        assert float(cells(output, what)[0]) < 1e-12
+    assert "rank 0 holds 33,072 of 59,376 parameters" in output
+    assert "sent 6 collectives in backward" in output
+
+
+def test_each_mistake_is_refused_or_shown_to_be_wrong() -> None:
+    output = run("three_mistakes")
+    assert output.count("ValueError: ") == 5
+    assert "expects this rank's 6 of 12 input features" in output
+    numbers = [
+        (float(wrong), float(right))
+        for wrong, right in re.findall(r"wrong: (-?[\d.]+), right: (-?\d+\.\d+)", output)
+    ]
+    assert len(numbers) == 3
+    bias, loss = numbers[1], numbers[2]
+    assert bias[0] - bias[1] == pytest.approx(5 * 8, abs=1e-3)  # a bias of ones, once too often
+    assert loss[0] - loss[1] == pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_the_table_lists_every_example() -> None:
+    table = (EXAMPLES / "README.md").read_text()
+    assert re.findall(r"^\| \[(\w+)\.py\]", table, re.MULTILINE) == list(TAUGHT)
+    assert {path.stem for path in EXAMPLES.glob("*.py")} <= {*TAUGHT, "demo"}

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.ranks import RankError, RankPool
+
+if TYPE_CHECKING:
+    from colrow.mesh import ParallelGroup
+
+
+def add_up(tp: ParallelGroup, number: float) -> tuple[int, int, float, int]:
+    total = torch.tensor(number + tp.rank)
+    if tp.group is not None:
+        dist.all_reduce(total, group=tp.group)
+    return tp.rank, tp.size, total.item(), os.getpid()
+
+
+def reject(tp: ParallelGroup) -> None:
+    raise ValueError(f"no rank of {tp.size} takes this")
+
+
+def fail_on_rank_1(tp: ParallelGroup, how: str) -> None:
+    if tp.rank == 1:
+        if how == "die":
+            os._exit(7)
+        if how == "sleep":
+            time.sleep(60)
+        raise LookupError("only here")
+    dist.all_reduce(torch.ones(1), group=tp.group)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_the_pool_runs_on_n_ranks(ranks: RankPool, n: int) -> None:
+    total = sum(0.5 + rank for rank in range(n))
+    results = ranks(n, add_up, 0.5)
+    assert [result[:3] for result in results] == [(rank, n, total) for rank in range(n)]
+
+
+def test_an_error_of_all_ranks_keeps_the_pool(ranks: RankPool) -> None:
+    before = ranks(1, add_up, 0.0)
+    with pytest.raises(RankError, match="no rank of 2 takes this") as caught:
+        ranks(2, reject)
+    assert sorted(caught.value.errors) == [0, 1]
+    assert ranks(1, add_up, 0.0) == before
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("raise", r"LookupError: only here"),
+        ("die", r"rank 1 died with exit code 7|ranks \[1\]|Connection closed by peer"),
+        ("sleep", r"ranks \[0, 1\] were not done after 1 s"),
+    ],
+)
+def test_a_pool_that_broke_starts_anew(ranks: RankPool, how: str, message: str) -> None:
+    before = ranks(1, add_up, 0.0)
+    with pytest.raises(RankError, match=message):
+        ranks(2, fail_on_rank_1, how, timeout=1 if how == "sleep" else 30)
+    assert ranks(2, add_up, 0.0)[0][3] != before[0][3]
