@@ -5,7 +5,7 @@ works on half of the batch. What to look for:
 
 - Two kinds of groups: mesh.tp (0 1 and 2 3) exchanges activations in every layer, mesh.dp (0 2 and
   1 3) averages gradients once per step. Every gradient has the size of a shard, so data
-  parallelism too sends only half as much.
+  parallelism too sends only about half as much.
 - torch's DistributedDataParallel does the second part unchanged: colrow's parameters are plain
   tensors, and all it needs is the group.
 - Loss, gradients and updated weights are those of one process that sees the whole batch.

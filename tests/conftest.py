@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.models import tiny
 from tests.ranks import RankPool
 
 # Nothing that a test needs is fetched while it runs.
@@ -29,3 +31,15 @@ def smollm2(pytestconfig: pytest.Config) -> Path:
     if not path.exists():
         pytest.skip(f"{_SMOLLM2} is missing; make test installs it")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with every model of :mod:`tests.models.tiny` and what transformers computes."""
+    root = tmp_path_factory.mktemp("tiny")
+    for name in tiny.CASES:
+        model = tiny.make(name, root / name)
+        for dtype in (torch.float64, torch.float32):
+            expected = tiny.evaluate(model, tiny.batch(), dtype)
+            torch.save(vars(expected), root / f"{name}-{dtype}.pt")
+    return root

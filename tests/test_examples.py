@@ -21,7 +21,7 @@ TAUGHT = (
 
 
 def run(name: str) -> str:
-    """What the example prints, on one line; it must exit with 0 and without a warning."""
+    """What the example prints, on one line; it must exit with 0, and Python must not warn."""
     ended = subprocess.run(
         [sys.executable, str(EXAMPLES / f"{name}.py")],
         capture_output=True,
@@ -30,7 +30,7 @@ def run(name: str) -> str:
         env={**os.environ, "COLUMNS": "120", "NO_COLOR": "1"},
     )
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert ended.stderr == ""
+    assert "Warning" not in ended.stderr
     return " ".join(ended.stdout.split())
 
 

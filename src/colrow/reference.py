@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -61,19 +62,16 @@ def load_reference(path: str | Path, dtype: torch.dtype) -> nn.Module:
             raise ValueError(
                 "the reference needs transformers: pip install 'colrow[models]'"
             ) from error
-        if file.suffix == ".gguf":
-            model = AutoModelForCausalLM.from_pretrained(
-                file.parent, gguf_file=file.name, dtype=dtype, trust_remote_code=False
-            )
-        else:
-            model = AutoModelForCausalLM.from_pretrained(
-                file if file.is_dir() else file.parent, dtype=dtype, trust_remote_code=False
-            )
-    return prepare_reference(model, dtype)
+        directory = file if file.is_dir() else file.parent
+        gguf = {"gguf_file": file.name} if file.suffix == ".gguf" else {}
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, trust_remote_code=False, **gguf
+        )
+    return prepare_reference(model)
 
 
-def prepare_reference(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A transformers model as a reference: in eval mode, in ``dtype`` throughout.
+def prepare_reference(model: nn.Module) -> nn.Module:
+    """A transformers model as a reference: in eval mode, with derivatives that torch made.
 
     BLOOM's activation comes with a hand-written derivative whose constant is rounded to ten
     digits; its own forward formula is differentiated by torch instead.
@@ -82,8 +80,8 @@ def prepare_reference(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         if type(module).__name__ == "BloomGelu":
             from transformers.models.bloom.modeling_bloom import bloom_gelu_forward
 
-            module.forward = bloom_gelu_forward  # type: ignore[method-assign]
-    return model.to(dtype).eval()
+            module.forward = bloom_gelu_forward
+    return model.eval()
 
 
 def reference_grads(model: nn.Module, naming: Naming) -> dict[str, Tensor]:
@@ -101,11 +99,11 @@ def reference_grads(model: nn.Module, naming: Naming) -> dict[str, Tensor]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without transformers' progress bars and advice."""
+    """Without transformers' progress bars and advice, some of which know no switch."""
     before = os.environ.get("TRANSFORMERS_VERBOSITY")
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
             from transformers.utils import logging
 

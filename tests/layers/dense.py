@@ -21,7 +21,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, to
 def random(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
     """Standard normal numbers, the same on every rank."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:

@@ -162,10 +162,10 @@ def with_sequence(layer: nn.Module, sequence: Partition) -> Callable[[Tensor], T
 
 def check_fused(tp: ParallelGroup) -> None:
     n = tp.size
-    shared_kv = HeadPartition.create(max(n, 2), 2, n).key_value if n > 1 else Partition.even(2, 1)
+    shared_kv = HeadPartition.create(4, 2, n).key_value
     blocks = {
         "disjoint": [Partition.even(9, n), Partition.even(5, n)],
-        "one block that pairs of ranks hold": [shared_kv.scaled(3)],
+        "KV heads alone": [shared_kv.scaled(3)],
         "replicated": [Partition.replicated(4, n), Partition.even(6, n)],
         "empty": [Partition.from_sizes([0] * (n - 1) + [3]), Partition.even(7, n)],
     }

@@ -12,7 +12,6 @@ from colrow.comm.collectives import gather_from_tp
 from colrow.differences import relative_error
 from colrow.mesh import ParallelGroup
 from tests.models import tiny
-from tests.models.conftest import batch
 from tests.ranks import RankPool
 
 LIMITS = {torch.float64: (1e-12, 1e-12), torch.float32: (1e-5, 1e-6)}
@@ -28,7 +27,7 @@ def compare(
         model = colrow.from_pretrained(
             root / name, tp, dtype=dtype, sequence_parallel=sequence_parallel
         )
-        ids = batch()
+        ids = tiny.batch()
         logits = gather_from_tp(model(ids), tp, partition=model.layout.vocab)
         loss = model.loss(ids, ids)
         loss.backward()

@@ -38,11 +38,13 @@ _FUSED: dict[str, tuple[str, ...]] = {
     "blocks.{i}.mlp.up": ("blk.{i}.ffn_up",),
 }
 
+_ROTARY: dict[str, object] = {"norm": "rmsnorm", "position": "rope", "freeze_padding": True}
+
 # Fields that a GGUF architecture fixes. Its llama files also hold Mistral and SmolLM models.
 _ARCHITECTURES: Mapping[str, dict[str, object]] = {
-    "llama": {"norm": "rmsnorm", "position": "rope"},
-    "qwen2": {"norm": "rmsnorm", "position": "rope", "qkv_bias": True},
-    "qwen3": {"norm": "rmsnorm", "position": "rope", "qk_norm": True},
+    "llama": _ROTARY,
+    "qwen2": {**_ROTARY, "qkv_bias": True},
+    "qwen3": {**_ROTARY, "qk_norm": True},
     "gpt2": {
         "norm": "layernorm",
         "position": "learned",

@@ -1,0 +1,1 @@
+"""Generation: key-value cache, sampling from vocab-parallel logits, tokenizers, streaming."""

@@ -1,4 +1,4 @@
-"""The keys and values of the tokens so far: what makes the next token cost one forward pass of 1."""
+"""Keys and values of the tokens so far, so that one more token costs a forward pass of one."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ class Candidates:
     """The most likely tokens of the whole vocabulary, the same on every rank.
 
     Attributes:
-        logits: ``[batch, candidates]`` float64, descending; the higher token first among equals.
+        logits: ``[batch, candidates]`` float64, descending; the lower token first among equals.
         tokens: ``[batch, candidates]`` int64.
         kept: ``[batch, candidates]`` bool: what top_k and top_p leave. All that they leave is here.
     """
@@ -93,10 +93,10 @@ class Candidates:
 def top_candidates(
     x: Tensor, tp: ParallelGroup, partition: Partition, sampling: Sampling
 ) -> Candidates:
-    """The tokens that top_k and top_p leave: exactly those that transformers' processors leave.
+    """The tokens that top_k and top_p leave: those that transformers' processors leave.
 
-    Ties at the k-th logit are all kept, as in ``TopKLogitsWarper``; where top_p cuts through equal
-    logits the higher tokens are kept, as in ``TopPLogitsWarper`` on a CPU, whose sort is stable.
+    Ties at the k-th logit are all kept. Where top_p cuts through equal logits, as many are kept as
+    ``TopPLogitsWarper`` keeps; it leaves open which, here they are those of the lowest tokens.
 
     Args:
         x: ``[batch, vocab_local]``, divided by the temperature already.
@@ -121,7 +121,9 @@ def _try_candidates(
     top, index = x.topk(mine, dim=1)
     missing = (0, taken - mine)
     local_logits = F.pad(top.double(), missing, value=-math.inf)
-    local_tokens = F.pad((index + partition.bounds[tp.rank][0]).double(), missing, value=-1)
+    local_tokens = F.pad(
+        (index + partition.bounds[tp.rank][0]).double(), missing, value=partition.length
+    )
     # A token that was left out is at most as likely as the last one that was taken.
     nothing = local_logits.new_full((x.shape[0], 1), -math.inf)
     left_out = local_logits[:, -1:] if mine < x.shape[1] else nothing
@@ -130,14 +132,14 @@ def _try_candidates(
     every = primitives.all_gather(packed, tp, 1, layer=_LAYER)  # [batch, ranks, 2 * taken + 2]
     _check_numbers(every)
     logits, tokens = every[..., :taken].flatten(1), every[..., taken:-2].flatten(1).long()
-    order = tokens.argsort(dim=1, descending=True)
+    order = tokens.argsort(dim=1)
     logits, tokens = logits.gather(1, order), tokens.gather(1, order)
     logits, order = logits.sort(dim=1, descending=True, stable=True)
     tokens = tokens.gather(1, order)
 
     bound = every[..., -2].amax(dim=1, keepdim=True)  # all tokens above it are in the list
     settled = bound == -math.inf
-    kept, total = tokens >= 0, torch.logsumexp(every[..., -1], dim=1, keepdim=True)
+    kept, total = tokens < partition.length, torch.logsumexp(every[..., -1], dim=1, keepdim=True)
     if sampling.top_k:
         last = min(sampling.top_k, partition.length) - 1
         threshold = logits[:, last : last + 1]

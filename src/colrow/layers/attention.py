@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -160,8 +161,6 @@ class ParallelAttention(nn.Module):
         self.heads, self.head_dim, self.tp = heads, head_dim, tp
         self.rope, self.window, self.layer_index = rope, window, layer_index
         self.sequence_parallel = sequence_parallel
-        self.q_heads, self.kv_heads = heads.query.size(tp.rank), heads.key_value.size(tp.rank)
-        self.runs = heads.runs(tp.rank)
         self.qkv = QKVParallelLinear(
             hidden_size,
             heads,
@@ -175,6 +174,8 @@ class ParallelAttention(nn.Module):
             device=device,
             dtype=dtype,
         )
+        self.q_heads, self.kv_heads = heads.query.size(tp.rank), heads.key_value.size(tp.rank)
+        self.runs = heads.runs(tp.rank)
         self.output = RowParallelLinear(
             heads.query.length * head_dim,
             hidden_size,
@@ -202,15 +203,29 @@ class ParallelAttention(nn.Module):
                 for name in ("query_norm", "key_norm")
             )
         self.dropout = ParallelDropout(dropout)
-        start, stop = heads.query.bounds[tp.rank]
-        # Buffers follow the module's device; they are functions of the configuration, not state.
-        real = "cpu" if device is None or torch.device(device).type == "meta" else device
-        slopes = alibi_slopes(heads.query.length, real)[start:stop] if alibi else None
-        frequencies = rope_frequencies(rope, real) if rope is not None else None
-        self.register_buffer("slopes", slopes, persistent=False)
-        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.alibi = alibi
         self.slopes: Tensor | None
         self.frequencies: Tensor | None
+        self._make_tables()
+
+    def _make_tables(self) -> None:
+        """Buffers on the module's device, or the CPU for meta; made on the CPU for equal bits."""
+        place = self.qkv.weight.device
+        place = torch.device("cpu") if place.type == "meta" else place
+        slopes = frequencies = None
+        if self.alibi:
+            start, stop = self.heads.query.bounds[self.tp.rank]
+            slopes = alibi_slopes(self.heads.query.length, "cpu")[start:stop].to(place)
+        if self.rope is not None:
+            frequencies = rope_frequencies(self.rope, "cpu").to(place)
+        self.register_buffer("slopes", slopes, persistent=False)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ParallelAttention:
+        """Also behind ``to``, ``half`` and ``to_empty``, which would narrow or wipe the tables."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._make_tables()
+        return self
 
     def forward(
         self,

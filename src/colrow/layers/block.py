@@ -9,6 +9,7 @@ from colrow import rng
 from colrow.layers.attention import AttentionContext, KeyValueCache, ParallelAttention
 from colrow.layers.dropout import ParallelDropout
 from colrow.layers.mlp import ParallelMLP
+from colrow.layers.norm import LayerNorm, RMSNorm
 from colrow.layers.shared import SharedWeights
 from colrow.mesh import ParallelGroup
 from colrow.partition import Partition
@@ -28,6 +29,10 @@ class ParallelBlock(nn.Module):
         attention_norm, mlp_norm: norms in front of them.
         parallel_residual: which of the two forms.
         dropout: on the output of both layers, in training.
+
+    Attributes:
+        own_bucket: sum the gradients of parameters that several ranks hold in a collective of this
+            block, not in the model's. For what swaps a block's parameters while it runs (FSDP2).
     """
 
     def __init__(
@@ -44,11 +49,19 @@ class ParallelBlock(nn.Module):
         super().__init__()
         if attention.sequence_parallel != mlp.up.sequence_parallel:
             raise ValueError("attention and mlp of a block must agree on sequence_parallel")
+        needed = "shard" if attention.sequence_parallel else "all"
+        for norm in (attention_norm, mlp_norm):
+            if isinstance(norm, RMSNorm | LayerNorm) and norm.applied_to != needed:
+                raise ValueError(
+                    f"with sequence_parallel={attention.sequence_parallel} the norms of a block "
+                    f"need applied_to={needed!r}, got {norm.applied_to!r}"
+                )
         self.tp = tp
         self.attention_norm, self.attention = attention_norm, attention
         self.mlp_norm, self.mlp = mlp_norm, mlp
         self.parallel_residual = parallel_residual
         self.dropout = ParallelDropout(dropout)
+        self.own_bucket = False
 
     def forward(
         self,
@@ -61,7 +74,8 @@ class ParallelBlock(nn.Module):
         dropout_key: int | Tensor | None = None,
     ) -> Tensor:
         """``[batch, sequence (_local), hidden]`` to the same; arguments as in attention."""
-        shared = shared or SharedWeights.of_model(self, self.tp, self.attention.qkv.layer)
+        if shared is None or self.own_bucket:
+            shared = SharedWeights.of_model(self, self.tp, self.attention.qkv.layer)
         if dropout_key is None and self.training and self.dropout.p + self.attention.dropout.p:
             dropout_key = rng.draw_seed()
         attended = self.attention(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from colrow import rng
+from colrow.comm import primitives
 from colrow.partition import Partition
 
 
@@ -60,8 +61,11 @@ class ParallelDropout(nn.Module):
     ) -> Tensor:
         """True where an element of ``x`` stays; arguments as for the forward pass."""
         shape, offset = list(x.shape), 0
+        if (dim is None) != (partition is None):
+            raise ValueError("dropout of a shard needs both dim and partition")
         if dim is not None and partition is not None:
             dim %= x.dim()
+            primitives.check_length(x, dim, partition.size(rank), "the shard to drop out")
             shape[dim], offset = partition.length, partition.bounds[rank][0]
         position = torch.zeros((), dtype=torch.int64, device=x.device)
         for axis, length in enumerate(x.shape):

@@ -31,6 +31,7 @@ class VocabParallelEmbedding(nn.Module):
         embedding_dim: size of a vector.
         tp: the tensor-parallel group.
         partition: how the vocabulary is divided; as evenly as possible by default.
+        padding_idx: a token whose vector gets no gradient, as in nn.Embedding.
         sequence_parallel: whether the result is a shard of the sequence.
         layer: name for messages and the ledger.
 
@@ -44,21 +45,33 @@ class VocabParallelEmbedding(nn.Module):
         tp: ParallelGroup,
         *,
         partition: Partition | None = None,
+        padding_idx: int | None = None,
         sequence_parallel: bool = False,
         layer: str = "",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if padding_idx is not None and not 0 <= padding_idx < num_embeddings:
+            raise ValueError(f"padding_idx={padding_idx} is outside 0 to {num_embeddings - 1}")
         partition = partition or Partition.even(num_embeddings, tp.size)
         if partition.length != num_embeddings or partition.parts != tp.size:
             raise ValueError(
                 f"num_embeddings={num_embeddings} on {tp.size} ranks, but the partition divides "
                 f"{partition.length} over {partition.parts}"
             )
+        primitives.check_split(partition, tp)
+        if 0 in partition.sizes:
+            raise ValueError(
+                f"num_embeddings={num_embeddings} leaves a rank without any: the sizes are "
+                f"{list(partition.sizes)}"
+            )
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.partition, self.tp, self.layer = partition, tp, layer
         self.sequence_parallel = sequence_parallel
+        start, stop = partition.bounds[tp.rank]
+        held = padding_idx is not None and start <= padding_idx < stop
+        self._local_padding = padding_idx - start if padding_idx is not None and held else None
         self.weight_spec = ShardSpec((num_embeddings, embedding_dim), 0, (partition,))
         self.weight = nn.Parameter(
             torch.empty(self.weight_spec.local_shape(tp.rank), device=device, dtype=dtype)
@@ -81,10 +94,11 @@ class VocabParallelEmbedding(nn.Module):
         """
         check_range(token_ids, self.num_embeddings, "token id")
         if self.tp.size == 1:
-            return F.embedding(token_ids, self.weight)
+            return F.embedding(token_ids, self.weight, self._local_padding)
         start, stop = self.partition.bounds[self.tp.rank]
         elsewhere = (token_ids < start) | (token_ids >= stop)
-        local = F.embedding((token_ids - start).masked_fill(elsewhere, 0), self.weight)
+        index = (token_ids - start).masked_fill(elsewhere, 0)
+        local = F.embedding(index, self.weight, self._local_padding)
         local = local.masked_fill(elsewhere.unsqueeze(-1), 0)
         if not self.sequence_parallel:
             return collectives.reduce_from_tp(local, self.tp, layer=self.layer)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from colrow.comm import collectives, primitives
 from colrow.mesh import ParallelGroup
@@ -44,6 +45,8 @@ def column_linear(
         return F.linear(x, weight, bias)
     # A gather that is repeated in backward has no plain form; the compiler captures the fused one.
     plain = not overlap or (torch.compiler.is_compiling() and keep_gathered_input)
+    if plain:
+        x = _cast(x, _autocast(x))  # so that the collectives carry the narrow dtype here too
     if plain and sequence is None:
         return F.linear(collectives.copy_to_tp(x, tp, layer=layer), weight, bias)
     if plain and keep_gathered_input:
@@ -112,6 +115,7 @@ class _ColumnLinear(torch.autograd.Function):
         return F.linear(whole, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         tp: ParallelGroup = ctx.tp
         sequence: Partition | None = ctx.sequence
@@ -163,6 +167,7 @@ class _RowLinear(torch.autograd.Function):
         return primitives.reduce_scatter(partial, tp, -2, partition=sequence, layer=layer)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
         x_dtype, weight_dtype = ctx.dtypes
@@ -179,9 +184,9 @@ class _RowLinear(torch.autograd.Function):
 
 
 def _autocast(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast asks for on x's device, if it is on."""
+    """The dtype that autocast asks for on x's device, if it is on; it leaves fp64 alone."""
     kind = x.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
+    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from colrow import rng
-from colrow.comm import collectives
+from colrow.comm import collectives, primitives
 from colrow.layers.fused import column_linear, row_linear
 from colrow.layers.shared import SharedParameter, SharedRows, SharedWeights
 from colrow.mesh import ParallelGroup
@@ -71,7 +71,7 @@ class FusedColumnParallelLinear(nn.Module):
     ) -> None:
         super().__init__()
         for block in blocks:
-            _check_parts(block, tp)
+            primitives.check_parts(block, tp)
         self.in_features = in_features
         self.out_features = sum(block.length for block in blocks)
         self.tp, self.layer = tp, layer
@@ -163,6 +163,8 @@ class ColumnParallelLinear(FusedColumnParallelLinear):
     ) -> None:
         partition = partition or Partition.even(out_features, tp.size)
         _check_partition(partition, out_features, "out_features")
+        if gather_output:
+            primitives.check_split(partition, tp)
         super().__init__(
             in_features,
             [partition],
@@ -308,7 +310,7 @@ class RowParallelLinear(nn.Module):
         super().__init__()
         partition = partition or Partition.even(in_features, tp.size)
         _check_partition(partition, in_features, "in_features")
-        _check_parts(partition, tp)
+        primitives.check_split(partition, tp)
         self.in_features, self.out_features = in_features, out_features
         self.tp, self.layer = tp, layer
         self.partition = partition
@@ -371,7 +373,7 @@ class RowParallelLinear(nn.Module):
         if self.bias is None:
             return y
         shared = shared or SharedWeights.of_layer(self)
-        return y + shared(self.bias)
+        return y + shared(self.bias).to(y.dtype)  # under autocast y is narrower
 
     def extra_repr(self) -> str:
         """Rank, global and local shape."""
@@ -395,13 +397,6 @@ def reset_linear_(
             rng.fill_shard_(
                 tensor, spec, tp.rank, lambda at, key=key: rng.uniform_between(key, at, bound)
             )
-
-
-def _check_parts(partition: Partition, tp: ParallelGroup) -> None:
-    if partition.parts != tp.size:
-        raise ValueError(
-            f"a partition over {partition.parts} ranks was given to a {tp.name} group of {tp.size}"
-        )
 
 
 def _check_partition(partition: Partition, features: int, argument: str) -> None:

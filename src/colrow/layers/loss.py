@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from colrow.comm import primitives
 from colrow.layers.embedding import check_range
@@ -60,7 +62,10 @@ def vocab_parallel_cross_entropy(
     exchanged = partition is None
     if partition is None:
         partition = _exchange_sizes(logits, tp, layer)
-    elif logits.shape[-1] != partition.size(tp.rank):
+    primitives.check_split(partition, tp)
+    if 0 in partition.sizes:
+        raise ValueError(f"a rank has no logits: the sizes are {list(partition.sizes)}")
+    if logits.shape[-1] != partition.size(tp.rank):
         whole = logits.shape[-1] == partition.length
         raise ValueError(
             f"the loss got logits for {logits.shape[-1]} tokens, but this rank holds "
@@ -98,6 +103,8 @@ class _CrossEntropy(torch.autograd.Function):
         position = (labels - start).masked_fill(~mine, 0).unsqueeze(-1)
         values = logits.to(wide)
         largest = values.amax(-1)
+        # A shard of which every token is masked out (-inf) adds nothing, and inf - inf is nan.
+        largest = largest.masked_fill(largest == -math.inf, torch.finfo(wide).min)
         exponentials = torch.exp(values - largest.unsqueeze(-1))
         label_logit = values.gather(-1, position).squeeze(-1).masked_fill(~mine, 0)
         statistics = [largest, exponentials.sum(-1), label_logit]
@@ -108,19 +115,24 @@ class _CrossEntropy(torch.autograd.Function):
         if check_gathered and tp.size > 1:
             _check_not_gathered(maxima, sums, logits)
         top = maxima.amax(0)
-        log_z = top + torch.log((sums * torch.exp(maxima - top)).sum(0))
-        loss = (1 - label_smoothing) * (log_z - gathered[:, 2].sum(0)) + z_loss * log_z.square()
+        total = (sums * torch.exp(maxima - top)).sum(0)
+        # Differences to the largest logit first: the digits of large logits would be lost in log_z.
+        log_total, log_z = torch.log(total), top + torch.log(total)
+        loss = (1 - label_smoothing) * (log_total + (top - gathered[:, 2].sum(0)))
+        loss = loss + z_loss * log_z.square()
         if label_smoothing:
-            loss = loss + label_smoothing * (log_z - gathered[:, 3].sum(0) / partition.length)
+            mean = gathered[:, 3].sum(0) / partition.length
+            loss = loss + label_smoothing * (log_total + (top - mean))
         ignored = labels == ignore_index
         # This rank's share of the probabilities; exponentials is a buffer of our own.
-        share = exponentials.mul_(torch.exp(largest - log_z).unsqueeze(-1))
+        share = exponentials.mul_((torch.exp(largest - top) / total).unsqueeze(-1))
         ctx.save_for_backward(share, log_z, position, mine, ignored)
         ctx.label_smoothing, ctx.z_loss = label_smoothing, z_loss
         ctx.vocab_size, ctx.dtype = partition.length, logits.dtype
         return loss.masked_fill(ignored, 0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         share, log_z, position, mine, ignored = ctx.saved_tensors
         grad = grad.to(share.dtype).masked_fill(ignored, 0)

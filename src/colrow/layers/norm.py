@@ -72,7 +72,7 @@ class RMSNorm(_Norm):
         shared = shared or SharedWeights.of_layer(self)
         wide = x if x.dtype == torch.float64 else x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * shared(self.weight)
+        return (normed.to(x.dtype) * shared(self.weight)).to(x.dtype)
 
 
 class LayerNorm(_Norm):

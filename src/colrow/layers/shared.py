@@ -13,12 +13,13 @@ its layers and hands them the resulting :class:`SharedWeights`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from colrow.comm import primitives
 from colrow.mesh import ParallelGroup
@@ -41,6 +42,10 @@ class SharedRows:
     def whole(cls, rows: int) -> SharedRows:
         """Every rank holds all rows and contributes to their gradient."""
         return cls(rows, ((0, 0, rows),))
+
+    def is_whole(self, rows: int) -> bool:
+        """Whether all of this rank's ``rows`` make up the buffer, in order."""
+        return self == SharedRows.whole(rows)
 
     @classmethod
     def of(cls, spec: ShardSpec, rank: int) -> SharedRows:
@@ -99,12 +104,15 @@ class SharedWeights:
 
     @classmethod
     def of_model(cls, model: nn.Module, tp: ParallelGroup, layer: str) -> SharedWeights:
-        """For all layers inside ``model``, in one bucket; tied parameters count once."""
+        """For all layers inside ``model``, in one bucket; tied parameters count once.
+
+        Modules inside it that have ``own_bucket`` set are left to make theirs.
+        """
         if not torch.is_grad_enabled() or tp.size == 1:
             return cls({})
         found = {
             id(shared.parameter): shared
-            for module in model.modules()
+            for module in _modules_of_bucket(model)
             if isinstance(module, HasSharedParameters)
             for shared in module.shared_parameters()
         }
@@ -123,6 +131,13 @@ class SharedWeights:
         return cls({id(p): alias for p, alias in zip(parameters, aliases, strict=True)})
 
 
+def _modules_of_bucket(module: nn.Module) -> Iterator[nn.Module]:
+    yield module
+    for child in module.children():
+        if not getattr(child, "own_bucket", False):
+            yield from _modules_of_bucket(child)
+
+
 class _SumGradients(torch.autograd.Function):
     """Parameters in, their aliases out; backward all-reduces the shared rows of all gradients."""
 
@@ -134,6 +149,7 @@ class _SumGradients(torch.autograd.Function):
         return tuple(parameter.view_as(parameter) for parameter in parameters)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         rows: list[SharedRows] = ctx.rows
         dtype = grads[0].dtype
@@ -158,7 +174,7 @@ class _SumGradients(torch.autograd.Function):
 
 def _pack(grad: Tensor, rows: SharedRows) -> Tensor:
     """The shared rows of ``grad`` in buffer order, zeros where this rank holds none."""
-    if rows.pieces == ((0, 0, grad.shape[0]),):
+    if rows.is_whole(grad.shape[0]):
         return grad
     buffer = grad.new_zeros(rows.total, *grad.shape[1:])
     for local, start, count in rows.pieces:
@@ -168,7 +184,7 @@ def _pack(grad: Tensor, rows: SharedRows) -> Tensor:
 
 def _unpack(grad: Tensor, summed: Tensor, rows: SharedRows) -> Tensor:
     """``grad`` with its shared rows replaced by their sum."""
-    if rows.pieces == ((0, 0, grad.shape[0]),):
+    if rows.is_whole(grad.shape[0]):
         return summed
     result = grad.clone()
     for local, start, count in rows.pieces:

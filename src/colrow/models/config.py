@@ -30,6 +30,7 @@ class ModelConfig:
         initializer_range: standard deviation of initial weights.
         scaled_residual_init: weights that write to the residual stream start smaller by
             ``sqrt(2 * num_layers)`` (Radford et al. 2019, section 2.3).
+        freeze_padding: the padding token's embedding gets no gradient.
         bos_token_id, eos_token_ids, pad_token_id: special tokens, where known.
     """
 
@@ -61,6 +62,7 @@ class ModelConfig:
     residual_dropout: float = 0.0
     initializer_range: float = 0.02
     scaled_residual_init: bool = False
+    freeze_padding: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None

@@ -91,6 +91,7 @@ class Decoder(nn.Module):
             hidden,
             tp,
             partition=self.layout.vocab,
+            padding_idx=config.pad_token_id if config.freeze_padding else None,
             sequence_parallel=sequence_parallel,
             layer="embedding",
             **place,

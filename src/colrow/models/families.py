@@ -84,7 +84,12 @@ _LLAMA_KEYS = {
     "attention_dropout": "attention_dropout",
     "initializer_range": "initializer_range",
 }
-_LLAMA_FIXED: dict[str, object] = {"norm": "rmsnorm", "gated": True, "position": "rope"}
+_LLAMA_FIXED: dict[str, object] = {
+    "norm": "rmsnorm",
+    "gated": True,
+    "position": "rope",
+    "freeze_padding": True,
+}
 _BLOOM_LIKE: dict[str, object] = {
     "norm": "layernorm",
     "gated": False,
@@ -316,7 +321,10 @@ def config_from_hf(values: Mapping[str, object]) -> ModelConfig:
         fields["rope"] = _rope(values, int(str(fields["head_dim"])))
     fields["windows"] = _windows(values, _required(fields, "num_layers", family))
     fields["bos_token_id"] = values.get("bos_token_id")
-    fields["pad_token_id"] = values.get("pad_token_id")
+    padding = values.get("pad_token_id")
+    if isinstance(padding, int) and padding < 0:  # counted from the end, as nn.Embedding does
+        padding += _required(fields, "vocab_size", family)
+    fields["pad_token_id"] = padding
     eos = values.get("eos_token_id")
     fields["eos_token_ids"] = tuple(eos) if isinstance(eos, list) else (eos,) if eos is not None else ()
     for name in ("vocab_size", "num_layers", "max_positions"):

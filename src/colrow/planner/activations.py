@@ -127,11 +127,6 @@ def _mlp(model: ModelShape, layout: Layout, sizes: Sizes) -> float:
     return sizes.ffn * 2
 
 
-def block_input_bytes(model: ModelShape, layout: Layout, division: Division, rank: int) -> float:
-    """What full recomputation keeps of a block."""
-    return Sizes.of(model, layout, division, rank).residual
-
-
 def embedding_bytes(model: ModelShape, layout: Layout, division: Division, rank: int) -> float:
     """The dropout's mask after the embedding (Korthikanti et al. 2022, section 4.3), its norm."""
     sizes = Sizes.of(model, layout, division, rank)

@@ -128,8 +128,13 @@ def find_model(name: str) -> ModelShape:
     wanted = ALIASES.get(wanted, wanted)
     by_key = {_key(known): known for known in catalog()}
     key = _key(wanted)
-    for candidate in (key, key.removeprefix("meta"), key.removesuffix("instruct"),
-                      key.removesuffix("hf"), key.removeprefix("meta").removesuffix("instruct")):
+    for candidate in (
+        key,
+        key.removeprefix("meta"),
+        key.removesuffix("instruct"),
+        key.removesuffix("hf"),
+        key.removeprefix("meta").removesuffix("instruct"),
+    ):
         if candidate in by_key:
             return catalog()[by_key[candidate]]
     near = difflib.get_close_matches(key, by_key, n=3, cutoff=0.5)

@@ -24,6 +24,10 @@ PROCESSOR_SHARE = 0.15
 # Transformer Engine's overlapped reduce-scatter runs in this many chunks, of which the last has
 # nothing left to hide behind (TransformerEngine d0067d0d, pipelined GEMM + reduce-scatter).
 SCATTER_CHUNKS = 4
+# ZeRO-3 across nodes: block by block, rings reach this share of one adapter's bandwidth per GPU.
+# Calibrated on the 174.6B rows of Narayanan et al. 2021, Table 2, where one and two sequences per
+# GPU take equally long: 67 s for three times 349 GB of weights.
+ZERO3_ADAPTER_SHARE = 0.68
 COLUMN_LAYERS = ("attention.qkv", "mlp.up", "head")
 
 
@@ -34,7 +38,7 @@ def tp_calls(model: ModelShape, layout: Layout) -> list[Call]:
     """
     return predict_step(
         model.config,
-        model.division(layout.tp, layout.tp_weights or None),
+        model.division(layout.tp, layout.tp_weights),
         batch=layout.microbatch,
         sequence=layout.sequence,
         sequence_parallel=layout.sequence_parallel,
@@ -66,7 +70,7 @@ def collectives(model: ModelShape, layout: Layout) -> Collectives:
             if call.phase == "forward" and call.layer.startswith("blocks.")
         ]
     place: dict[str, list[Call]] = {"blocks": [], "embedding": [], "head": [], "loss": []}
-    once = []
+    once: list[Call] = []
     for call in calls:
         place.get(call.layer.split(".")[0], once).append(call)
     return Collectives(
@@ -169,9 +173,9 @@ def dp_collective_seconds(op: str, size: float, layout: Layout, hardware: Hardwa
     network, passes = hardware.network, 2 if op == "all_reduce" else 1
     members = min(ranks, max(1, hardware.devices_per_node // layout.tp))
     bandwidth = min(members * network.bandwidth, hardware.link.bandwidth)
-    steps = passes * (
-        nodes * network.hop_seconds + (ranks - nodes) * hardware.link.hop_seconds
-    )
+    if layout.zero == 3:
+        bandwidth = min(bandwidth, network.bandwidth * ZERO3_ADAPTER_SHARE)
+    steps = passes * (nodes * network.hop_seconds + (ranks - nodes) * hardware.link.hop_seconds)
     if op == "all_reduce":
         steps = min(steps, 2 * math.ceil(math.log2(nodes)) * network.hop_seconds)
     return network.latency_seconds + steps + size * wire_factor(op, ranks) / bandwidth

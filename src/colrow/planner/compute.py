@@ -106,7 +106,7 @@ def block_pass(model: ModelShape, layout: Layout, device: Device) -> Pass:
 
     ``layout``'s pp, dp and batch do not enter; callers that search pass a reduced layout.
     """
-    division = model.division(layout.tp, layout.tp_weights or None)
+    division = model.division(layout.tp, layout.tp_weights)
     rank = fullest_rank(division)
     tokens = layout.microbatch * layout.sequence
     forward = backward = Seconds()
@@ -200,8 +200,8 @@ def _elementwise(
     # Two norms: read, write; backward reads input and gradient, writes. Two residual additions:
     # read two, write one, with bias and dropout in the same kernel or one pass each. Backward adds
     # the two branches' gradients, and multiplies by the mask.
-    forward = residual * 2 * (2 + 3)
-    backward = residual * 2 * (3 + 3)
+    forward: float = residual * 2 * (2 + 3)
+    backward: float = residual * 2 * (3 + 3)
     if dropout:
         forward += residual * 2 * (mask if fused else 2 + mask)
         backward += residual * 2 * (2 + mask)
@@ -225,16 +225,14 @@ def _elementwise(
     kernels = 8 if fused else 16
     overhead = kernels * device.kernel_seconds
     backward_seconds = stream_seconds(device, backward) + 1.5 * overhead
-    backward_seconds += stream_seconds(device, _accumulation_bytes(model, layout, division, rank))
+    backward_seconds += stream_seconds(device, _accumulation_bytes(model, layout, rank))
     return Pass(
         Seconds(elementwise=stream_seconds(device, forward) + overhead),
         Seconds(elementwise=backward_seconds),
     )
 
 
-def _accumulation_bytes(
-    model: ModelShape, layout: Layout, division: Division, rank: int
-) -> float:
+def _accumulation_bytes(model: ModelShape, layout: Layout, rank: int) -> float:
     """Adding a microbatch's weight gradients to the accumulated ones.
 
     Accumulated ones are read and written; the new one is also read, unless the matmul adds it.
@@ -243,7 +241,7 @@ def _accumulation_bytes(
     wide = layout.gradient_bytes
     if layout.num_microbatches == 1 and wide == layout.itemsize:
         return 0.0
-    weights = model.shards(division)[rank]["block"]
+    weights = model.shards(layout.tp, layout.tp_weights)[rank].block
     return weights * (2 * wide + (0 if layout.program.fused_accumulation else layout.itemsize))
 
 
@@ -251,7 +249,7 @@ def _accumulation_bytes(
 def ends_pass(model: ModelShape, layout: Layout, device: Device) -> tuple[Pass, Pass]:
     """The embedding, and the final norm, head and loss, for one microbatch on the fullest rank."""
     config, size = model.config, layout.itemsize
-    division = model.division(layout.tp, layout.tp_weights or None)
+    division = model.division(layout.tp, layout.tp_weights)
     tokens = layout.microbatch * layout.sequence
     vocab = division.vocab.largest
     lookup = tokens * config.hidden_size * size

@@ -1,4 +1,4 @@
-"""What a device computes, holds and sends: built-in GPUs, CPU hosts, and files that describe others.
+"""What a device computes, holds and sends: the built-in GPUs and their nodes.
 
 A gigabyte is 10^9 bytes throughout.
 """
@@ -30,6 +30,7 @@ class Device:
             the tile model off (CPUs).
         stream_fraction: share of ``memory_bandwidth`` that an elementwise kernel reaches.
         kernel_seconds: a kernel's launch and ramp, during which it does no work.
+        speed_spread: standard deviation of the speed of devices of this kind, as a fraction.
         flash_attention: whether a fused attention kernel exists for it.
         matmul_curve: measured ``(FLOPs of a matmul, FLOP/s)``, ascending, for devices that are
             described by measurements rather than by tiles; empty otherwise.
@@ -44,6 +45,7 @@ class Device:
     processors: int
     stream_fraction: float = 0.85
     kernel_seconds: float = 4e-6
+    speed_spread: float = 0.0
     flash_attention: bool = True
     matmul_curve: tuple[tuple[float, float], ...] = ()
     source: str = ""
@@ -97,6 +99,10 @@ COLLECTIVE_START_SECONDS = 8.4e-6
 # 48 of 50 GB/s (400 Gbit/s), NVIDIA GTC24 S62129.
 NETWORK_FRACTION = 0.96
 
+# Sustained matmul rates of 40 H200 lie within 4.5 % of each other (stas00/ml-engineering,
+# accelerator/benchmarks); the range of 40 normal values is 4.3 standard deviations.
+SPEED_SPREAD = 0.045 / 4.3
+
 _SPEC = "data sheet; stas00/ml-engineering 744d01e, compute/accelerator"
 _SUSTAINED_HOPPER = (
     "; sustained 698.6 TFLOP/s: mean of 8 busy H200, stas00/ml-engineering, accelerator/benchmarks"
@@ -123,6 +129,7 @@ def _builtin() -> dict[str, Hardware]:
             tuple((k, v * 1e12) for k, v in tflops.items()),
             sustained_tflops / peak,
             processors,
+            speed_spread=SPEED_SPREAD,
             flash_attention=flash,
             source=source,
         )
@@ -144,12 +151,8 @@ def _builtin() -> dict[str, Hardware]:
         "v100-32gb": gpu("V100-32GB", 32, 900, volta, 95, 80, v100_source, flash=False),
         "a100-40gb": gpu("A100-40GB", 40, 1555, ampere, 257, 108, a100_source),
         "a100-80gb": gpu("A100-80GB", 80, 2039, ampere, 257, 108, a100_source),
-        "h100-80gb": gpu(
-            "H100-80GB", 80, 3350, hopper, 698.6, 132, _SPEC + _SUSTAINED_HOPPER
-        ),
-        "h200-141gb": gpu(
-            "H200-141GB", 141, 4800, hopper, 698.6, 132, _SPEC + _SUSTAINED_HOPPER
-        ),
+        "h100-80gb": gpu("H100-80GB", 80, 3350, hopper, 698.6, 132, _SPEC + _SUSTAINED_HOPPER),
+        "h200-141gb": gpu("H200-141GB", 141, 4800, hopper, 698.6, 132, _SPEC + _SUSTAINED_HOPPER),
         "b200-180gb": gpu("B200-180GB", 180, 8000, blackwell, 1426.4, 148, b200_source),
     }
     network = {
@@ -201,7 +204,9 @@ def find_hardware(name: str) -> Hardware:
         return builtin[key]
     near = difflib.get_close_matches(key, [*builtin, *ALIASES], n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(builtin)}"
-    raise ValueError(f"unknown GPU {name!r}: {hint} A file describes other machines: --machine FILE")
+    raise ValueError(
+        f"unknown GPU {name!r}: {hint} A file describes other machines: --machine FILE"
+    )
 
 
 def hardware_names() -> list[str]:
@@ -245,4 +250,4 @@ def _nvlink(generation: str) -> Link:
 
 
 def _bytes(text: str) -> float:
-    return float(text[:-1]) * 2 ** {"K": 10, "M": 20, "G": 30}[text[-1]]
+    return float(text[:-1]) * float(1 << {"K": 10, "M": 20, "G": 30}[text[-1]])

@@ -1,8 +1,8 @@
-"""A training layout: how the work is divided, in what order it runs, and in which number formats."""
+"""A training layout: how the work is divided, in what order it runs, in which number formats."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from colrow.planner.model import ModelShape
@@ -120,6 +120,23 @@ class Layout:
     def num_microbatches(self) -> int:
         """Forward passes per replica and step."""
         return self.batch // (self.dp * self.microbatch)
+
+    @property
+    def per_microbatch(self) -> Layout:
+        """The layout as far as one microbatch depends on it, a key under which results are kept.
+
+        Whether there is one microbatch or more decides whether gradients are accumulated.
+        """
+        return replace(
+            self,
+            pp=1,
+            dp=1,
+            global_batch=self.microbatch * min(self.num_microbatches, 2),
+            schedule="1f1b",
+            virtual_stages=1,
+            zero=0,
+            stage_layers=(),
+        )
 
     @property
     def program(self) -> Software:

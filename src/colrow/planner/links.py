@@ -70,7 +70,9 @@ class Link:
         curve = self.curve if op == "all_reduce" else self.split_curve or self.curve
         if curve:
             return sent / _bus_bandwidth(curve, message_bytes)
-        return self.latency_seconds + self._hops(op, ranks) * self.hop_seconds + sent / self.bandwidth
+        return (
+            self.latency_seconds + self._hops(op, ranks) * self.hop_seconds + sent / self.bandwidth
+        )
 
     def send_seconds(self, message_bytes: float) -> float:
         """Time of one point-to-point message."""
@@ -128,7 +130,9 @@ def fit_latency_bandwidth(
     latency = max(0.0, (ya * bb - yb * ab) / determinant)
     slope = (yb - latency * ab) / bb
     if slope <= 0:
-        raise ValueError("the measured times do not grow with the message size; measure larger ones")
+        raise ValueError(
+            "the measured times do not grow with the message size; measure larger ones"
+        )
     return latency, 1 / slope
 
 

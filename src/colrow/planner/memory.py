@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import lru_cache
 
-from colrow.models.config import Layout as Division
 from colrow.planner.activations import (
     Sizes,
     block_bytes,
-    block_input_bytes,
     embedding_bytes,
     head_bytes,
 )
@@ -53,7 +52,8 @@ class RankMemory:
     @property
     def total(self) -> float:
         """Everything."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        kept = self.weights + self.gradients + self.optimizer + self.activations
+        return kept + self.transient + self.communication + self.reserve
 
     @property
     def model_states(self) -> float:
@@ -83,68 +83,133 @@ class Memory:
 
 def training_memory(model: ModelShape, layout: Layout, hardware: Hardware) -> Memory:
     """Memory of every pipeline stage and tensor-parallel rank."""
-    division = model.division(layout.tp, layout.tp_weights or None)
-    stages = layout.layers_of_stage(model)
-    ranks = range(layout.tp) if _uneven(division) else range(1)
+    key, flash_device = layout.per_microbatch, hardware.device.flash_attention
+    kinds = _kinds_of_ranks(model, layout.tp, layout.tp_weights)
+    counts = {kind: microbatch_bytes(model, key, kind, flash_device) for kind in set(kinds)}
     result = []
-    for stage, layers in enumerate(stages):
-        found = [_rank(model, layout, hardware, division, stage, layers, rank) for rank in ranks]
-        result.append(tuple(found) if len(found) == layout.tp else tuple(found * layout.tp))
+    for stage, layers in enumerate(layout.layers_of_stage(model)):
+        found = {
+            kind: _rank(model, layout, hardware, count, stage, layers, kind)
+            for kind, count in counts.items()
+        }
+        result.append(tuple(found[kind] for kind in kinds))
     return Memory(tuple(result))
 
 
+@lru_cache(maxsize=256)
+def _kinds_of_ranks(model: ModelShape, tp: int, weights: tuple[float, ...]) -> tuple[int, ...]:
+    """For each tensor-parallel rank the first rank that holds as much of everything."""
+    division = model.division(tp, weights)
+    parts = (division.heads.query, division.heads.key_value, division.ffn, division.vocab)
+    sizes = [tuple(part.size(rank) for part in parts) for rank in range(tp)]
+    return tuple(sizes.index(size) for size in sizes)
+
+
+@dataclass(frozen=True)
+class MicrobatchBytes:
+    """Bytes of one microbatch on one tensor-parallel rank.
+
+    Attributes:
+        block: kept of a block; with full recomputation its input.
+        embedding, head: kept of the first and after the last block.
+        moments, last_moments: the most that is needed beside what is kept, on a stage and on the
+            last stage.
+        end: at the end of backward, when nothing else is left.
+        end_pipelined: the same when the tied head is on another stage.
+        full: of a ``[tokens, hidden]`` tensor.
+        residual: the same where it is divided under sequence parallelism.
+    """
+
+    block: float
+    embedding: float
+    head: float
+    moments: float
+    last_moments: float
+    end: float
+    end_pipelined: float
+    full: float
+    residual: float
+
+
+@lru_cache(maxsize=4096)
+def microbatch_bytes(
+    model: ModelShape, layout: Layout, rank: int, device_has_flash: bool
+) -> MicrobatchBytes:
+    """What a microbatch keeps and needs; ``layout``'s pp, dp and schedule do not enter."""
+    division = model.division(layout.tp, layout.tp_weights)
+    flash = layout.is_flash(model, device_has_flash)
+    sizes = Sizes.of(model, layout, division, rank)
+    block = sum(block_bytes(model, layout, division, rank, flash=flash).values())
+    most = []
+    for last in (False, True):
+        at = moments(model, layout, division, rank, last_stage=last, flash=flash)
+        if layout.recompute == "full":
+            # All but the loss and the head happens while one block's activations are back.
+            outside = ("loss", "head backward")
+            at = {name: size + (name not in outside) * block for name, size in at.items()}
+        if layout.recompute == "selective":
+            at["attention again"] = sizes.scores * (2 * sizes.item + 1)
+        most.append(max(at.values()))
+    end = embedding_backward_bytes(model, layout, division, rank)
+    single = embedding_backward_bytes(model, layout, division, rank, tied_elsewhere=True)
+    return MicrobatchBytes(
+        block=sizes.residual if layout.recompute == "full" else block,
+        embedding=embedding_bytes(model, layout, division, rank),
+        head=head_bytes(model, layout, division, rank)[0],
+        moments=most[0],
+        last_moments=most[1],
+        end=end,
+        end_pipelined=single,
+        full=sizes.full,
+        residual=sizes.residual,
+    )
+
+
 def stage_elements(
-    model: ModelShape, layout: Layout, division: Division, stage: int, layers: int, rank: int
+    model: ModelShape, layout: Layout, stage: int, layers: int, rank: int
 ) -> tuple[int, int]:
     """Parameters of one rank of a stage, and in how many tensors.
 
     A tied head on another stage than the embedding is a copy of it.
     """
-    part = model.shards(division)[rank]
-    elements, tensors = layers * part["block"], layers * model.tensors_per_block
+    part = model.shards(layout.tp, layout.tp_weights)[rank]
+    elements, tensors = layers * part.block, layers * model.tensors_per_block
     norm = 2 if model.config.has_norm_bias else 1
     if stage == 0:
-        elements += part["embedding"]
+        elements += part.embedding
         tensors += 1 + (model.config.position == "learned")
         tensors += norm if model.config.embedding_norm else 0
     if stage == layout.pp - 1:
-        elements += part["head"]
+        elements += part.head
         tensors += norm + (not model.config.tie_embeddings)
-        if layout.pp > 1 and model.config.tie_embeddings:
-            elements += division.vocab.size(rank) * model.config.hidden_size
+        if layout.pp > 1 and part.tied:
+            elements += part.tied
             tensors += 1
     return elements, tensors
-
-
-def _uneven(division: Division) -> bool:
-    heads = division.heads
-    return not all(
-        part.is_even for part in (heads.query, heads.key_value, division.ffn, division.vocab)
-    )
 
 
 def _rank(
     model: ModelShape,
     layout: Layout,
     hardware: Hardware,
-    division: Division,
+    count: MicrobatchBytes,
     stage: int,
     layers: int,
     rank: int,
 ) -> RankMemory:
-    elements, tensors = stage_elements(model, layout, division, stage, layers, rank)
+    elements, tensors = stage_elements(model, layout, stage, layers, rank)
     share = [layout.dp if layout.zero > level else 1 for level in range(3)]
     optimizer = elements * layout.state_bytes / share[0]
     if layout.optimizer.startswith("adamw"):
         optimizer += tensors * STEP_COUNTER_BYTES
-    kept, transient = _activations(model, layout, hardware, division, stage, layers, rank)
-    sizes = Sizes.of(model, layout, division, rank)
-    communication = 2 * sizes.full if layout.tp > 1 and layout.sequence_parallel else 0.0
+    kept, transient = _activations(layout, count, stage, layers)
+    communication = 2 * count.full if layout.tp > 1 and layout.sequence_parallel else 0.0
     if layout.zero == 3 and layout.dp > 1:
         # The block that computes and the one gathered ahead of it.
-        communication += 2 * model.shards(division)[rank]["block"] * layout.itemsize
+        block = model.shards(layout.tp, layout.tp_weights)[rank].block
+        communication += 2 * block * layout.itemsize
     if layout.pp > 1:
-        communication += 2 * sizes.residual
+        communication += 2 * count.residual
     reserve = 0.0
     if hardware.device.processors:
         reserve = RUNTIME_BYTES + ALLOCATOR_MARGIN * (kept + transient + communication)
@@ -160,39 +225,17 @@ def _rank(
 
 
 def _activations(
-    model: ModelShape,
-    layout: Layout,
-    hardware: Hardware,
-    division: Division,
-    stage: int,
-    layers: int,
-    rank: int,
+    layout: Layout, count: MicrobatchBytes, stage: int, layers: int
 ) -> tuple[float, float]:
-    """Kept for backward, and needed for a moment beside it."""
-    flash = layout.is_flash(model, hardware.device.flash_attention)
-    block = sum(block_bytes(model, layout, division, rank, flash=flash).values())
+    """Kept for backward by all microbatches in flight, and needed for a moment beside it."""
     in_flight = layers_in_flight(layout, stage, layers)
     last = stage == layout.pp - 1
-    at = moments(model, layout, division, rank, last_stage=last, flash=flash)
-    if layout.recompute == "full":
-        kept = in_flight * block_input_bytes(model, layout, division, rank)
-        # All but the loss happens while one block's activations are back.
-        at = {
-            name: size + (0.0 if name in ("loss", "head backward") else block)
-            for name, size in at.items()
-        }
-    else:
-        kept = in_flight * block
-    if layout.recompute == "selective":
-        sizes = Sizes.of(model, layout, division, rank)
-        at["attention again"] = sizes.scores * (2 * sizes.item + 1)
-    microbatches = max(1.0, in_flight / layers) if layers else 1.0
-    if stage == 0:
-        kept += microbatches * embedding_bytes(model, layout, division, rank)
+    kept = in_flight * count.block
+    transient = count.last_moments if last else count.moments
     if last:
-        kept += head_bytes(model, layout, division, rank)[0]
-    transient = max(at.values())
+        kept += count.head
     if stage == 0:
-        end = embedding_backward_bytes(model, layout, division, rank)
+        kept += max(1.0, in_flight / max(1, layers)) * count.embedding
+        end = count.end if layout.pp == 1 else count.end_pipelined
         transient = max(transient, end - kept)
     return kept, transient

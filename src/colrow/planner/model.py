@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from colrow.models.config import Layout as Division
 from colrow.models.config import ModelConfig, num_parameters, parameter_specs
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Elements that one tensor-parallel rank holds.
+
+    Attributes:
+        embedding: with positions and the norm after it.
+        block: of one of ``num_layers`` equal blocks, all experts included.
+        head: final norm and, unless tied, the head.
+        tied: of the embedding, when the head uses it too; 0 otherwise.
+    """
+
+    embedding: int
+    block: int
+    head: int
+    tied: int
 
 
 @dataclass(frozen=True)
@@ -62,32 +80,13 @@ class ModelShape:
         biases = width * config.ffn_size + config.hidden_size if config.mlp_bias else 0
         return (width + 1) * config.hidden_size * config.ffn_size + biases
 
-    def division(self, tp: int, weights: tuple[float, ...] | None = None) -> Division:
-        """How a tensor-parallel group divides it; see :meth:`colrow.models.config.Layout.create`."""
-        return Division.create(self.config, tp, weights=weights)
+    def division(self, tp: int, weights: tuple[float, ...] = ()) -> Division:
+        """How a tensor-parallel group divides it, see :class:`colrow.models.config.Layout`."""
+        return _division(self, tp, weights)
 
-    def shards(self, division: Division) -> tuple[dict[str, int], ...]:
-        """Elements that each tensor-parallel rank holds, by part.
-
-        Parts: "embedding" (with positions and its norm), "block" (one of ``num_layers`` equal
-        ones), "head" (final norm and, unless tied, the head).
-        """
-        ranks = division.vocab.parts
-        one_layer = replace(self.config, num_layers=1, windows=())
-        parts = [{"embedding": 0, "block": 0, "head": 0} for _ in range(ranks)]
-        for name, spec in parameter_specs(one_layer, division).items():
-            head = name.startswith(("norm", "head"))
-            part = "block" if name.startswith("blocks.") else "head" if head else "embedding"
-            copies = self.experts if ".mlp." in name else 1
-            for rank in range(ranks):
-                elements = copies
-                for length in spec.local_shape(rank):
-                    elements *= length
-                parts[rank][part] += elements
-        if self.experts > 1:
-            for part in parts:
-                part["block"] += self.config.hidden_size * self.experts
-        return tuple(parts)
+    def shards(self, tp: int, weights: tuple[float, ...] = ()) -> tuple[Shard, ...]:
+        """What each tensor-parallel rank holds."""
+        return _shards(self, tp, weights)
 
     @cached_property
     def tensors_per_block(self) -> int:
@@ -97,6 +96,35 @@ class ModelShape:
         block = sum(name.startswith("blocks.") for name in names)
         mlp = sum(".mlp." in name for name in names)
         return block if self.experts == 1 else block + (self.experts - 1) * mlp + 1
+
+
+@lru_cache(maxsize=256)
+def _division(model: ModelShape, tp: int, weights: tuple[float, ...]) -> Division:
+    return Division.create(model.config, tp, weights=weights or None)
+
+
+@lru_cache(maxsize=256)
+def _shards(model: ModelShape, tp: int, weights: tuple[float, ...]) -> tuple[Shard, ...]:
+    division = _division(model, tp, weights)
+    one_layer = replace(model.config, num_layers=1, windows=())
+    parts = [{"embedding": 0, "block": 0, "head": 0} for _ in range(tp)]
+    for name, spec in parameter_specs(one_layer, division).items():
+        head = name.startswith(("norm", "head"))
+        part = "block" if name.startswith("blocks.") else "head" if head else "embedding"
+        copies = model.experts if ".mlp." in name else 1
+        for rank in range(tp):
+            parts[rank][part] += copies * math.prod(spec.local_shape(rank))
+    router = model.config.hidden_size * model.experts if model.experts > 1 else 0
+    hidden = model.config.hidden_size if model.config.tie_embeddings else 0
+    return tuple(
+        Shard(
+            part["embedding"],
+            part["block"] + router,
+            part["head"],
+            division.vocab.size(rank) * hidden,
+        )
+        for rank, part in enumerate(parts)
+    )
 
 
 # Mixtures of experts are dense decoders of another family, with experts in place of the MLP.
@@ -135,10 +163,14 @@ def model_from_mapping(mapping: Mapping[str, object], *, name: str) -> ModelShap
     experts = mapping.get("num_local_experts", mapping.get("num_experts"))
     active = mapping.get("num_experts_per_tok")
     if not isinstance(experts, int) or not isinstance(active, int):
-        raise ValueError(f"{name}: a {family} configuration needs its number of experts, and of "
-                         "experts per token (num_experts_per_tok)")
+        raise ValueError(
+            f"{name}: a {family} configuration needs its number of experts, and of "
+            "experts per token (num_experts_per_tok)"
+        )
     if "moe_intermediate_size" in mapping:
         dense["intermediate_size"] = mapping["moe_intermediate_size"]
     if mapping.get("mlp_only_layers") or mapping.get("decoder_sparse_step", 1) != 1:
-        raise ValueError(f"{name}: layers without experts among layers with experts are not counted")
+        raise ValueError(
+            f"{name}: layers without experts among layers with experts are not counted"
+        )
     return ModelShape(name, config_from_hf(dense), experts, active, source="config.json")

@@ -63,12 +63,17 @@ def moments(
 
 
 def embedding_backward_bytes(
-    model: ModelShape, layout: Layout, division: Division, rank: int
+    model: ModelShape,
+    layout: Layout,
+    division: Division,
+    rank: int,
+    *,
+    tied_elsewhere: bool = False,
 ) -> float:
     """At the end of backward, when nothing kept is left: gradients of the embedding.
 
-    A dense one; with a tied head the head's, the embedding's and their sum.
+    A dense one; with a tied head on the same stage the head's, the embedding's and their sum.
     """
     size = division.vocab.size(rank) * model.config.hidden_size * layout.itemsize
-    tied = model.config.tie_embeddings and layout.pp == 1
+    tied = model.config.tie_embeddings and not tied_elsewhere
     return float(size * (3 if tied else 1))

@@ -147,6 +147,6 @@ def check_layout(model: ModelShape, layout: Layout, hardware: Hardware) -> None:
             f"positions of {model.name}"
         )
     hardware.device.flops(layout.precision)
-    model.division(layout.tp, layout.tp_weights or None)
+    model.division(layout.tp, layout.tp_weights)
     layout.layers_of_stage(model)
     check_schedule(layout)

@@ -206,12 +206,13 @@ def _narayanan_table_2() -> Iterator[Case]:
         rate = float(row["tflops_per_gpu"]) * 1e12 * gpus
         layouts = (base,) if zero else _free(base, model, microbatches=(1,))
         yield Case(
-            f"Narayanan 2021 Table 2 {row['scheme']}",
+            f"Narayanan 2021 Table 2 {row['scheme']}" + (f" {row['params_B']}B" if zero else ""),
             f"{row['params_B']}B {gpus} GPUs",
             model,
             find_hardware("a100-80gb"),
             layouts,
             flops_with_recompute(model, batch, 2048) / rate,
+            calibrated=zero and row["params_B"] == "174.6",
             source=row["source"],
         )
 
@@ -249,7 +250,12 @@ def flops(model: ModelShape, batch: int, sequence: int) -> float:
     c = model.config
     h, layers = c.hidden_size, c.num_layers
     return (
-        72.0 * batch * sequence * layers * h * h
+        72.0
+        * batch
+        * sequence
+        * layers
+        * h
+        * h
         * (1 + sequence / (6 * h) + c.vocab_size / (12 * h * layers))
     )
 
@@ -259,7 +265,12 @@ def flops_with_recompute(model: ModelShape, batch: int, sequence: int) -> float:
     c = model.config
     h, layers = c.hidden_size, c.num_layers
     return (
-        96.0 * batch * sequence * layers * h * h
+        96.0
+        * batch
+        * sequence
+        * layers
+        * h
+        * h
         * (1 + sequence / (6 * h) + c.vocab_size / (16 * h * layers))
     )
 
@@ -287,11 +298,12 @@ def _free(base: Layout, model: ModelShape, microbatches: tuple[int, ...]) -> tup
             continue
         layout = replace(base, microbatch=size)
         layouts.append(layout)
-        per_stage = model.config.num_layers / base.pp
-        for chunks in (2, 3, 4):
-            whole = per_stage % chunks == 0
-            if base.pp > 1 and whole and layout.num_microbatches % base.pp == 0:
-                layouts.append(
-                    replace(layout, schedule="interleaved", virtual_stages=chunks)
-                )
+        per_stage, rest = divmod(model.config.num_layers, base.pp)
+        if base.pp == 1 or rest or layout.num_microbatches % base.pp:
+            continue
+        layouts += [
+            replace(layout, schedule="interleaved", virtual_stages=chunks)
+            for chunks in range(2, per_stage + 1)
+            if per_stage % chunks == 0
+        ]
     return tuple(layouts)

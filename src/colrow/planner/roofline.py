@@ -13,11 +13,13 @@ TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))
 # Multiply-adds per element loaded below which feeding the multiprocessor limits it: a 128 x 128
 # tile is at the limit (CUTLASS documentation, "Efficient GEMM", threadblock tiles).
 TILE_INTENSITY = 64.0
-# Filling and draining a tile's pipeline and writing its result, as an equal number of steps of the
-# inner dimension. Calibrated, see colrow.planner.accuracy.
-TILE_OVERHEAD = 160.0
-# A fused attention kernel's rate as a share of the large matmul's, causal, 128 per head: 2-4k
-# tokens on A100 give about 180 and 150 of 257 TFLOP/s (Dao 2023, arXiv 2307.08691, figures 5-6).
+# Before its first multiply-add a tile waits for its first operands, after its last it hands over to
+# the next: about two trips to memory under load. Unloaded, one takes 0.3 us on V100 (Jia et al.
+# 2018, arXiv 1804.06826); loaded, half a microsecond each is assumed.
+TILE_LATENCY_SECONDS = 1.0e-6
+# A fused attention kernel's rate as a share of the large matmul's: causal, 128 per head, 2-4k
+# tokens on A100 give about 180 and 150 of 257 TFLOP/s (read off Dao 2023, arXiv 2307.08691,
+# figures 5 and 6).
 FLASH_FORWARD = 0.70
 FLASH_BACKWARD = 0.60
 
@@ -44,35 +46,38 @@ def matmul_seconds(
     flops = 2.0 * m * n * k * count
     weight = itemsize if weight_itemsize is None else weight_itemsize
     moved = count * (itemsize * (m * k + m * n) + weight * k * n)
-    rate = _matmul_rate(device, m, n, k, count, flops, precision)
-    return max(flops / rate, stream_seconds(device, moved)) + device.kernel_seconds
-
-
-def _matmul_rate(
-    device: Device, m: float, n: float, k: float, count: float, flops: float, precision: str
-) -> float:
+    rate = device.flops(precision) * device.sustained_fraction
     if device.matmul_curve:
         scale = device.flops(precision) / device.flops("fp32")
-        return scale * _interpolate(device.matmul_curve, flops)
-    sustained = device.flops(precision) * device.sustained_fraction
-    if not device.processors:
-        return sustained
-    return sustained * tile_efficiency(m, n, count, device.processors) * k / (k + TILE_OVERHEAD)
+        computing = flops / (scale * _interpolate(device.matmul_curve, flops))
+    elif device.processors:
+        computing = _tiled_seconds(device, m, n, k, count, itemsize, rate)
+    else:
+        computing = flops / rate
+    return max(computing, stream_seconds(device, moved)) + device.kernel_seconds
 
 
-def tile_efficiency(m: float, n: float, count: float, processors: int) -> float:
-    """Share of the multiprocessors' time that computes results that are kept.
+def _tiled_seconds(
+    device: Device, m: float, n: float, k: float, count: float, itemsize: float, rate: float
+) -> float:
+    """Waves of tiles, one tile per multiprocessor and wave, with the best tile shape.
 
-    Tiles overhang the matrix, the last wave of tiles leaves multiprocessors idle, and small tiles
-    cannot be fed; the best tile shape is taken.
+    A tile multiplies at its multiprocessor's share of the sustained rate, slower where it is too
+    small to be fed; before and after it waits for memory and writes its result through its share
+    of the memory's bandwidth. Tiles that overhang the matrix and the last, incomplete wave cost as
+    much as full ones.
     """
-    best = 0.0
+    processors = device.processors
+    best = math.inf
     for tile_m, tile_n in TILES:
         tiles = count * math.ceil(m / tile_m) * math.ceil(n / tile_n)
         waves = math.ceil(tiles / processors)
-        used = count * m * n / (waves * processors * tile_m * tile_n)
-        fed = min(1.0, tile_m * tile_n / (tile_m + tile_n) / TILE_INTENSITY)
-        best = max(best, used * fed)
+        area = tile_m * tile_n
+        fed = min(1.0, area / (tile_m + tile_n) / TILE_INTENSITY)
+        multiplying = 2.0 * area * k / (rate / processors * fed)
+        written = area * itemsize * min(tiles, processors)
+        seconds = waves * (multiplying + TILE_LATENCY_SECONDS + stream_seconds(device, written))
+        best = min(best, seconds)
     return best
 
 

@@ -100,7 +100,8 @@ SOFTWARE = {
             flash_attention=False,
             tp_overlap="none",
             gradient_bytes=2,
-            source="ZeRO-3 as measured in Narayanan et al. 2021, section 5.2",
+            source="Rajbhandari et al. 2019, arXiv 1910.02054; ZeRO-3 as compared in Narayanan et "
+            "al. 2021, section 5.2",
         ),
         Software(
             "megatron-core",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
+from statistics import NormalDist
 
 from colrow.planner.communication import (
     PROCESSOR_SHARE,
@@ -13,8 +14,9 @@ from colrow.planner.communication import (
     tp_seconds,
 )
 from colrow.planner.compute import Pass, Seconds, block_pass, ends_pass
-from colrow.planner.hardware import Hardware
+from colrow.planner.hardware import Device, Hardware
 from colrow.planner.layout import Layout
+from colrow.planner.memory import stage_elements
 from colrow.planner.model import ModelShape
 from colrow.planner.pipeline import StageSeconds, bubble_seconds
 from colrow.planner.roofline import stream_seconds
@@ -29,6 +31,7 @@ class StepTime:
         attention: scores, softmax, weighted sum.
         elementwise: what memory bandwidth limits, gradient accumulation and loss included.
         recompute: what backward computes again.
+        stragglers: waiting for the slowest of the devices, which are not equally fast.
         tp_exposed: tensor-parallel collectives that computing waits for.
         pp_bubble: waiting for other pipeline stages.
         pp_transfer: handing activations between stages, where that is not hidden.
@@ -40,6 +43,7 @@ class StepTime:
     attention: float
     elementwise: float
     recompute: float
+    stragglers: float
     tp_exposed: float
     pp_bubble: float
     pp_transfer: float
@@ -49,7 +53,7 @@ class StepTime:
     @property
     def total(self) -> float:
         """The step."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        return float(sum(getattr(self, field.name) for field in fields(self)))
 
     @property
     def computing(self) -> float:
@@ -65,6 +69,18 @@ class _Stage:
     recompute: float
     tp: CommunicationSeconds
     schedule: StageSeconds
+
+
+def straggler_share(device: Device, devices: int) -> float:
+    """By how much the slowest of so many devices is expected to be slower than the average.
+
+    Devices that wait for each other in every collective run at the pace of the slowest; of n normal
+    values the expected largest is about the (n - 3/8) / (n + 1/4) quantile (Blom 1958).
+    """
+    if devices == 1 or not device.speed_spread:
+        return 0.0
+    quantile = NormalDist().inv_cdf((devices - 0.375) / (devices + 0.25))
+    return device.speed_spread * quantile
 
 
 @dataclass(frozen=True)
@@ -83,14 +99,12 @@ class BlockTime:
     @property
     def backward(self) -> float:
         """Backward with recomputation and exposed collectives, seconds."""
-        return (
-            self.passes.backward.total + self.passes.recompute.total + self.tp_backward.exposed
-        )
+        return self.passes.backward.total + self.passes.recompute.total + self.tp_backward.exposed
 
 
 def block_time(model: ModelShape, layout: Layout, hardware: Hardware) -> BlockTime:
     """One transformer block and microbatch."""
-    key = _per_microbatch(layout)
+    key = layout.per_microbatch
     passes = block_pass(model, key, hardware.device)
     calls = collectives(model, key).block
     return BlockTime(
@@ -112,6 +126,8 @@ def step_time(model: ModelShape, layout: Layout, hardware: Hardware) -> StepTime
         attention=work.attention,
         elementwise=work.elementwise,
         recompute=slowest.recompute * count,
+        stragglers=straggler_share(hardware.device, layout.devices)
+        * (work.total + slowest.recompute * count),
         tp_exposed=slowest.tp.exposed * count,
         pp_bubble=bubble_seconds(layout, [stage.schedule for stage in stages]),
         pp_transfer=transfer,
@@ -126,26 +142,8 @@ def tp_total_seconds(model: ModelShape, layout: Layout, hardware: Hardware) -> f
     return slowest.tp.total * layout.num_microbatches
 
 
-def _per_microbatch(layout: Layout) -> Layout:
-    """The layout as far as one microbatch depends on it, so that results are found again.
-
-    Whether there is one microbatch or more decides whether gradients are accumulated.
-    """
-    single = layout.num_microbatches == 1
-    return replace(
-        layout,
-        pp=1,
-        dp=1,
-        global_batch=layout.microbatch * (1 if single else 2),
-        schedule="1f1b",
-        virtual_stages=1,
-        zero=0,
-        stage_layers=(),
-    )
-
-
 def _stages(model: ModelShape, layout: Layout, hardware: Hardware) -> list[_Stage]:
-    key = _per_microbatch(layout)
+    key = layout.per_microbatch
     block = block_time(model, layout, hardware)
     embedding, head = ends_pass(model, key, hardware.device)
     calls = collectives(model, key)
@@ -181,29 +179,25 @@ def _transfer(model: ModelShape, layout: Layout, hardware: Hardware) -> float:
     Filling and draining the pipeline passes every boundary once each way, always exposed. In
     between, every chunk of every microbatch is received and sent once per direction.
     """
+    if layout.pp == 1:
+        return 0.0
     once = stage_seconds(model, layout, hardware)
-    fill = 2 * (layout.pp - 1) * once
-    if layout.pp == 1 or layout.program.p2p_overlap:
-        return fill
-    return fill + 2 * (layout.num_microbatches - 1) * layout.virtual_stages * once
+    steady = 2 * (layout.num_microbatches - 1) * layout.virtual_stages * once
+    exposed = PROCESSOR_SHARE if layout.program.p2p_overlap else 1.0
+    return 2 * (layout.pp - 1) * once + exposed * steady
 
 
 def _stage_parameters(model: ModelShape, layout: Layout) -> float:
     """Parameters of the fullest rank of the fullest stage."""
-    shards = model.shards(model.division(layout.tp, layout.tp_weights or None))
-    layers = layout.layers_of_stage(model)
-    counts = []
-    for part in shards:
-        for index, number in enumerate(layers):
-            count = number * part["block"]
-            if index == 0:
-                count += part["embedding"]
-            if index == layout.pp - 1:
-                count += part["head"]
-                if layout.pp > 1 and model.config.tie_embeddings:
-                    count += part["embedding"]
-            counts.append(count)
-    return float(max(counts))
+    stages = layout.layers_of_stage(model)
+    return float(
+        max(
+            stage_elements(model, layout, stage, layers, rank)[0]
+            for stage, layers in {0: stages[0], layout.pp - 1: stages[-1]}.items()
+            | {stages.index(max(stages)): max(stages)}.items()
+            for rank in range(layout.tp)
+        )
+    )
 
 
 def _dp_exposed(
@@ -221,8 +215,11 @@ def _dp_exposed(
     gradients, weights = parameters * layout.gradient_bytes, parameters * layout.itemsize
     count = layout.num_microbatches
 
+    # ZeRO-3 gathers and scatters block by block.
+    pieces = max(layout.layers_of_stage(model)) if layout.zero == 3 else 1
+
     def seconds(op: str, size: float) -> float:
-        return dp_collective_seconds(op, size, layout, hardware)
+        return pieces * dp_collective_seconds(op, size / pieces, layout, hardware)
 
     def exposed(traffic: float, room: float) -> float:
         if not layout.program.dp_overlap:

@@ -1,0 +1,244 @@
+"""Training checkpoints: saved while training goes on, published whole, read in any layout."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+
+from colrow.checkpoint.training_placement import Placement, local_tensor, placements
+from colrow.checkpoint.training_plan import Shard, ShardLoadPlanner, ShardSavePlanner
+from colrow.checkpoint.training_storage import (
+    PART,
+    CheckpointReader,
+    CheckpointWriter,
+    check_files,
+    read_index,
+)
+
+_NAME = re.compile(r"step-(\d{8})")
+
+
+class TrainingCheckpoints:
+    """The checkpoints of one training run, in one directory that all ranks can reach.
+
+    A checkpoint holds the parameters, every state of the optimiser, and what else the caller gives
+    as JSON. It does not depend on how either was divided: it can be loaded at another tp size, at
+    another dp size, with or without FSDP2. Nothing in it can run code.
+
+    Args:
+        directory: where they are; made when it is missing.
+        keep: how many of the newest stay.
+
+    Communicates: makes a process group of all ranks of its own, since it saves while the others
+    are in use; all ranks must make it, and call its methods in the same order.
+    """
+
+    def __init__(self, directory: str | Path, *, keep: int = 3) -> None:
+        if keep < 1:
+            raise ValueError(f"keep={keep}: at least one checkpoint must stay")
+        self.directory, self._keep = Path(directory), keep
+        several = dist.is_initialized() and dist.get_world_size() > 1
+        self._group = dist.new_group(backend="gloo") if several else None
+        self._rank = dist.get_rank() if several else 0
+        self._ranks = dist.get_world_size() if several else 1
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="colrow-checkpoint")
+        self._pending: tuple[int, Future[None]] | None = None
+
+    def save(
+        self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    ) -> None:
+        """Copies everything to the CPU and writes it in the background.
+
+        Waits for the previous checkpoint first. ``module`` is the one whose parameters are trained,
+        wrapped by FSDP2 or DDP or not; ``state`` is anything that JSON can hold.
+
+        Raises:
+            RuntimeError: when the previous checkpoint could not be written.
+        """
+        self.wait()
+        shards, scalars = _collect(module, optimizer, copy=True)
+        content = {"step": step, "optimizer": scalars, "user": state}
+        self._pending = (step, self._thread.submit(self._write, step, shards, content))
+
+    def wait(self) -> None:
+        """Returns when the checkpoint under way is published.
+
+        Raises:
+            RuntimeError: when it could not be written; says why, and on which rank.
+        """
+        if self._pending is not None:
+            (_, future), self._pending = self._pending, None
+            future.result()
+
+    def check(self) -> None:
+        """Raises what :meth:`wait` would if the checkpoint under way has failed already."""
+        if self._pending is not None and self._pending[1].done():
+            self.wait()
+
+    def steps(self) -> list[int]:
+        """The steps of the published checkpoints, in order."""
+        if not self.directory.is_dir():
+            return []
+        found = (_NAME.fullmatch(entry.name) for entry in self.directory.iterdir())
+        return sorted(int(match[1]) for match in found if match)
+
+    def latest(self) -> int | None:
+        """The step of the newest checkpoint as rank 0 sees it, on all ranks; None without one."""
+        steps = self.steps()
+        latest: list[int | None] = [steps[-1] if steps else None]
+        if self._group is not None:
+            dist.broadcast_object_list(latest, src=0, group=self._group)
+        return latest[0]
+
+    def path(self, step: int) -> Path:
+        """The directory of the checkpoint of this step."""
+        return self.directory / f"step-{step:08d}"
+
+    def load(
+        self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer | None
+    ) -> dict[str, Any]:
+        """Fills the parameters, and the optimiser when there is one; returns the caller's state.
+
+        Every file's checksum is verified first, each by one rank.
+
+        Raises:
+            ValueError: a damaged checkpoint, or one of another model; the same on all ranks.
+        """
+        path = self.path(step)
+        index = self._verified(path)
+        if optimizer is not None:
+            _make_states(index, module, optimizer)
+        shards, _ = _collect(module, optimizer, copy=False)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that one process loads alone
+            try:
+                dcp.load(
+                    dict.fromkeys(shards),
+                    storage_reader=CheckpointReader(path, index),
+                    planner=ShardLoadPlanner(shards),
+                    process_group=self._group,
+                    no_dist=self._group is None,
+                )
+            except CheckpointException as error:
+                raise ValueError(_cause(error, f"{path} cannot be loaded")) from error
+        state: dict[str, Any] = index["state"]["user"]
+        return state
+
+    def _write(self, step: int, shards: dict[str, Shard], content: dict[str, Any]) -> None:
+        writer = CheckpointWriter(self.path(step), self._rank, content)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that one process saves alone
+                dcp.save(
+                    dict.fromkeys(shards),
+                    storage_writer=writer,
+                    planner=ShardSavePlanner(shards),
+                    process_group=self._group,
+                    no_dist=self._group is None,
+                )
+        except CheckpointException as error:
+            if self._rank == 0:
+                shutil.rmtree(f"{self.path(step)}{PART}", ignore_errors=True)
+            what = f"the checkpoint of step {step} could not be written to {self.directory}"
+            raise RuntimeError(_cause(error, what)) from error
+        if self._rank == 0:
+            for old in self.steps()[: -self._keep]:
+                # Renamed first: a name without .part is a whole checkpoint at every moment.
+                gone = self.path(old).rename(f"{self.path(old)}{PART}")
+                shutil.rmtree(gone, ignore_errors=True)
+
+    def _verified(self, path: Path) -> dict[str, Any]:
+        problem, index = "", {}
+        try:
+            index = read_index(path)
+            check_files(path, index["files"], sorted(index["files"])[self._rank :: self._ranks])
+        except (ValueError, OSError) as error:
+            problem = str(error)
+        problems = [problem]
+        if self._group is not None:
+            problems = [""] * self._ranks
+            dist.all_gather_object(problems, problem, group=self._group)
+        for rank, found in enumerate(problems):
+            if found:
+                raise ValueError(f"{found} (found by rank {rank})")
+        return index
+
+
+def _collect(
+    module: nn.Module, optimizer: torch.optim.Optimizer | None, *, copy: bool
+) -> tuple[dict[str, Shard], dict[str, dict[str, float]]]:
+    """What is divided, by name, and the optimiser's numbers.
+
+    With ``copy``, the boxes that this rank owns, copied to the CPU; without, views of all boxes.
+    """
+    shards: dict[str, Shard] = {}
+    scalars: dict[str, dict[str, float]] = {}
+    places = placements(unwrap(module))
+    for name, parameter in unwrap(module).named_parameters():
+        shards[f"model.{name}"] = _shard(parameter, places[name], copy)
+        state = {} if optimizer is None else optimizer.state.get(parameter, {})
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim():
+                shards[f"optimizer.{name}.{key}"] = _shard(value, places[name], copy)
+            else:
+                scalars.setdefault(name, {})[key] = float(value)
+    return shards, scalars
+
+
+def _shard(tensor: Tensor, place: Placement, copy: bool) -> Shard:
+    local = local_tensor(tensor.detach())
+    pairs = [(box, box.view(local)) for box in (place.owned if copy else place.boxes)]
+    if copy:
+        pairs = [(box, part.to("cpu", copy=True).contiguous()) for box, part in pairs]
+    return Shard(place.spec.shape, tensor.dtype, tuple(pairs))
+
+
+def _make_states(
+    index: dict[str, Any], module: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Gives the optimiser, which makes its states in its first step, those that were stored."""
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    stored: dict[str, Any] = index["tensors"]
+    on_device = any(g.get("fused") or g.get("capturable") for g in optimizer.param_groups)
+    for name, parameter in unwrap(module).named_parameters():
+        prefix = f"optimizer.{name}."
+        if id(parameter) not in trained:
+            continue
+        state: dict[str, Any] = {}
+        for key, value in index["state"]["optimizer"].get(name, {}).items():
+            device = parameter.device if on_device else "cpu"
+            state[key] = torch.tensor(value, dtype=torch.float32, device=device)
+        for full, found in stored.items():
+            key = full.removeprefix(prefix)
+            if key != full and "." not in key:
+                dtype = getattr(torch, found["dtype"])
+                state[key] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+        if state:
+            optimizer.state[parameter] = state
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel."""
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        inner: nn.Module = module.module
+        return inner
+    return module
+
+
+def _cause(error: CheckpointException, what: str) -> str:
+    """One line: what failed, on which rank, and why."""
+    failures = error.failures
+    rank = min(failures)
+    cause: Any = failures[rank]
+    cause = cause[0] if isinstance(cause, tuple) else cause
+    return f"{what}: rank {rank}: {type(cause).__name__}: {cause}"

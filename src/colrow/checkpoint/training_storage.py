@@ -1,0 +1,289 @@
+"""How a training state lies on disk: safetensors files, and an index with their checksums.
+
+``torch.distributed.checkpoint`` keeps its own index as a pickle, which can run any code when it is
+loaded. Here the index is JSON and the data is safetensors, neither of which can.
+
+A checkpoint is a directory. It is written under a temporary name and renamed when everything in it,
+flushed to the disk, is whole: a directory with the final name is complete or was tampered with,
+and the checksums tell.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.checkpoint import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    SavePlan,
+    SavePlanner,
+    StorageReader,
+    StorageWriter,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.metadata import TensorProperties
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+INDEX = "index.json"
+FORMAT = "colrow training checkpoint 1"
+PART = ".part"
+_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Where a box was written."""
+
+    file: str
+    key: str
+    file_bytes: int
+    sha256: str
+
+
+class CheckpointWriter(StorageWriter):
+    """Writes one checkpoint: each rank a file, the coordinator the index, then the final name.
+
+    Args:
+        directory: the final name.
+        rank: of this process among those that write.
+        state: what else belongs to the checkpoint, as JSON.
+    """
+
+    def __init__(self, directory: Path, rank: int, state: dict[str, Any]) -> None:
+        self._final, self._rank, self._state = directory, rank, state
+        self._part = directory.with_name(directory.name + PART)
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Nothing is kept between checkpoints."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Makes an empty directory under the temporary name."""
+        if is_coordinator:
+            shutil.rmtree(self._part, ignore_errors=True)
+            self._part.mkdir(parents=True)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """As it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """As they are."""
+        return plans
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """This rank's file, flushed to the disk."""
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(self._write(plan, planner))
+        return done
+
+    def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
+        tensors = {}
+        for item in plan.items:
+            data = planner.resolve_data(item)
+            assert isinstance(data, torch.Tensor)
+            tensors[_key(item.index)] = data.contiguous()
+        if not tensors:
+            return []
+        path = self._part / f"rank-{self._rank:05d}.safetensors"
+        save_file(tensors, path)
+        _flush(path)
+        size, digest = path.stat().st_size, sha256(path)
+        return [
+            WriteResult(
+                index=item.index,
+                size_in_bytes=tensors[key].nbytes,
+                storage_data=_Stored(path.name, key, size, digest),
+            )
+            for item in plan.items
+            for key in [_key(item.index)]
+        ]
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """The index, and the final name."""
+        stored = {result.index: result.storage_data for rank in results for result in rank}
+        tensors: dict[str, Any] = {}
+        for name, found in metadata.state_dict_metadata.items():
+            assert isinstance(found, TensorStorageMetadata)
+            chunks = []
+            for chunk in found.chunks:
+                place: _Stored = stored[MetadataIndex(name, chunk.offsets)]
+                chunks.append(
+                    {
+                        "offsets": list(chunk.offsets),
+                        "sizes": list(chunk.sizes),
+                        "file": place.file,
+                        "key": place.key,
+                    }
+                )
+            tensors[name] = {
+                "dtype": str(found.properties.dtype).removeprefix("torch."),
+                "shape": list(found.size),
+                "chunks": chunks,
+            }
+        files = {
+            place.file: {"bytes": place.file_bytes, "sha256": place.sha256}
+            for place in stored.values()
+        }
+        content = {"format": FORMAT, "state": self._state, "files": files, "tensors": tensors}
+        index = self._part / INDEX
+        index.write_text(json.dumps({**content, "sha256": _digest(content)}), encoding="utf-8")
+        _flush(index)
+        _flush(self._part)
+        replaced = self._final.with_name(f"{self._final.name}.old{PART}")
+        if self._final.exists():  # of the same step, by an earlier run
+            self._final.rename(replaced)
+        self._part.rename(self._final)
+        _flush(self._final.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Any path."""
+        return True
+
+
+class CheckpointReader(StorageReader):
+    """Reads boxes of a checkpoint; only the bytes that are asked for."""
+
+    def __init__(self, directory: Path, index: dict[str, Any]) -> None:
+        self._directory, self._index = directory, index
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Nothing is kept."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The tensors and their boxes."""
+        return Metadata(
+            state_dict_metadata={
+                name: TensorStorageMetadata(
+                    properties=TensorProperties(dtype=getattr(torch, found["dtype"])),
+                    size=torch.Size(found["shape"]),
+                    chunks=[
+                        ChunkStorageMetadata(torch.Size(c["offsets"]), torch.Size(c["sizes"]))
+                        for c in found["chunks"]
+                    ],
+                )
+                for name, found in self._index["tensors"].items()
+            }
+        )
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        """Nothing to set up."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """As it is."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """As they are."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Copies each part of a stored box to its place."""
+        places = {
+            (name, tuple(chunk["offsets"])): (chunk["file"], chunk["key"])
+            for name, found in self._index["tensors"].items()
+            for chunk in found["chunks"]
+        }
+        open_files: dict[str, Any] = {}
+        for item in plan.items:
+            file, key = places[item.storage_index.fqn, tuple(item.storage_index.offset or ())]
+            if file not in open_files:
+                open_files[file] = safe_open(self._directory / file, framework="pt")
+            ends = map(sum, zip(item.storage_offsets, item.lengths, strict=True))
+            part = tuple(map(slice, item.storage_offsets, ends))
+            planner.resolve_tensor(item).copy_(open_files[file].get_slice(key)[part])
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Any path."""
+        return True
+
+
+def read_index(directory: Path) -> dict[str, Any]:
+    """The index of a checkpoint, checked against its own checksum.
+
+    Raises:
+        ValueError: no checkpoint there, or one that was altered after it was written.
+    """
+    path = directory / INDEX
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{directory} is not a training checkpoint: it has no {INDEX}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: it is not JSON ({error}). {_REMEDY}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path} is not the index of a training checkpoint of this version")
+    digest = content.pop("sha256", None)
+    if digest != _digest(content):
+        raise ValueError(f"{path} is damaged: its checksum does not fit its content. {_REMEDY}")
+    return content
+
+
+def check_files(directory: Path, files: dict[str, Any], names: list[str]) -> None:
+    """Compares these files with the sizes and checksums of the index.
+
+    Raises:
+        ValueError: a missing, truncated or altered file.
+    """
+    for name in names:
+        path, expected = directory / name, files[name]
+        if Path(name).name != name:
+            raise ValueError(f"the index of {directory} names {name!r}, outside the checkpoint")
+        if not path.is_file():
+            raise ValueError(f"{path} is missing. {_REMEDY}")
+        if path.stat().st_size != expected["bytes"]:
+            raise ValueError(
+                f"{path} is truncated or was appended to: {path.stat().st_size} bytes instead of "
+                f"{expected['bytes']}. {_REMEDY}"
+            )
+        if sha256(path) != expected["sha256"]:
+            raise ValueError(f"{path} is damaged: its checksum does not fit. {_REMEDY}")
+
+
+_REMEDY = "Remove this checkpoint's directory to continue from the one before it"
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _key(index: MetadataIndex) -> str:
+    return f"{index.fqn}@{','.join(map(str, index.offset or ()))}"
+
+
+def _digest(content: dict[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Waits until the file or directory is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,128 @@
+"""``colrow plan``: which layout, what it costs, and why."""
+
+from __future__ import annotations
+
+import argparse
+import io
+
+from colrow.cli.common import add_json, write_json
+
+HELP = "say which layout a model needs on which hardware, what it costs, and why"
+DESCRIPTION = """\
+Plans training, or with --inference generation, before a single device is rented: memory per device,
+time per step and where both go. Without --tp, --pp or --dp all layouts are searched.
+
+  colrow plan llama-3-70b --gpus 64 --gpu h100-80gb
+  colrow plan gpt3-175b --gpu a100 --tp 8 --pp 12 --dp 4 --global-batch 1536 --explain
+  colrow plan llama-2-70b --inference --gpu a100 --weights int4
+  colrow plan llama-2-13b --inference --device-memory 24,16,8
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.add_argument(
+        "model",
+        nargs="?",
+        help="name of a built-in model, or a Hugging Face config.json or directory; or describe "
+        "one with --hidden, --layers, --heads and --vocab",
+    )
+    parser.add_argument("--list-models", action="store_true", help="show the built-in models")
+    _add_model(parser.add_argument_group("a model of your own"))
+    _add_hardware(parser.add_argument_group("hardware"))
+    _add_layout(parser.add_argument_group("training"))
+    _add_inference(parser.add_argument_group("inference"))
+    output = parser.add_argument_group("output")
+    output.add_argument("--explain", action="store_true", help="print the arithmetic, step by step")
+    output.add_argument("--top", type=int, default=4, metavar="N", help="layouts to compare")
+    output.add_argument(
+        "--plot",
+        metavar="DIRECTORY",
+        help="draw memory.png, time.png and scaling.png there (needs matplotlib)",
+    )
+    add_json(parser)
+
+
+def _add_model(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--family", default="llama", help="gpt2, llama, mistral, qwen2, qwen3, ...")
+    for name, text in (
+        ("hidden", "hidden size"),
+        ("layers", "transformer blocks"),
+        ("heads", "query heads"),
+        ("kv-heads", "key-value heads (default: as many as query heads)"),
+        ("head-dim", "size of a head"),
+        ("ffn", "width of the MLP, or of one expert"),
+        ("vocab", "vocabulary size"),
+        ("experts", "experts per layer"),
+        ("active-experts", "experts per token"),
+    ):
+        group.add_argument(f"--{name}", type=int, metavar="N", help=text)
+    group.add_argument(
+        "--tied", action=argparse.BooleanOptionalAction, help="whether embedding and head are one"
+    )
+
+
+def _add_hardware(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--gpus", type=int, metavar="N", help="devices (default 1)")
+    group.add_argument("--gpu", default="a100-80gb", metavar="NAME", help="default a100-80gb")
+    group.add_argument("--machine", metavar="FILE", help="a TOML or JSON file instead of --gpu")
+    group.add_argument("--gpus-per-node", type=int, metavar="N", help="devices on the fast link")
+
+
+def _add_layout(group: argparse._ArgumentGroup) -> None:
+    from colrow.planner.layout import DTYPE, OPTIMIZERS, RECOMPUTE, SCHEDULES
+    from colrow.planner.software import SOFTWARE
+
+    for name in ("tp", "pp", "dp", "microbatch", "global-batch", "sequence", "virtual-stages"):
+        group.add_argument(f"--{name}", type=int, metavar="N")
+    group.add_argument("--sequence-parallel", action="store_true", default=None)
+    group.add_argument("--recompute", choices=RECOMPUTE, help="default none")
+    group.add_argument("--schedule", choices=SCHEDULES, help="of the pipeline (default 1f1b)")
+    group.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="3 is FSDP (default 0)")
+    group.add_argument("--precision", choices=tuple(DTYPE), default="bf16")
+    group.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
+    group.add_argument(
+        "--master-weights",
+        action=argparse.BooleanOptionalAction,
+        help="fp32 gradients and weights beside 16-bit ones (default: yes in 16 bit)",
+    )
+    group.add_argument("--attention", choices=("auto", "flash", "unfused"), default="auto")
+    group.add_argument(
+        "--software", choices=tuple(SOFTWARE), default="colrow", help="whose overlap and kernels"
+    )
+    group.add_argument(
+        "--stage-layers", metavar="N,N,...", help="layers of each pipeline stage, when uneven"
+    )
+
+
+def _add_inference(group: argparse._ArgumentGroup) -> None:
+    from colrow.planner.serving import KV_BYTES, WEIGHT_BYTES
+
+    group.add_argument("--inference", action="store_true", help="plan generation")
+    group.add_argument("--batch", type=int, default=1, metavar="N", help="sequences per replica")
+    group.add_argument("--prompt", type=int, metavar="N", help="tokens read (default 1024)")
+    group.add_argument("--new-tokens", type=int, default=256, metavar="N")
+    group.add_argument("--weights", choices=tuple(WEIGHT_BYTES), default="fp16")
+    group.add_argument("--kv-cache", choices=tuple(KV_BYTES), default="fp16")
+    group.add_argument(
+        "--device-memory", metavar="GB,GB,...", help="unequal devices: split by memory"
+    )
+    group.add_argument("--tensor-split", metavar="0.5,0.3,0.2", help="shares of unequal devices")
+
+
+def run(args: argparse.Namespace) -> int:
+    """0, or 1 when nothing fits."""
+    from rich.console import Console
+
+    from colrow.planner import catalog
+    from colrow.planner.command import plan
+    from colrow.planner.report import show_models
+
+    console = Console(highlight=False, file=io.StringIO() if args.json == "-" else None)
+    if args.list_models:
+        show_models(console, list(catalog().values()))
+        return 0
+    fits, data = plan(args, console)
+    if args.json:
+        write_json(data, args.json)
+    return 0 if fits else 1

@@ -1,0 +1,269 @@
+"""What ``colrow plan`` does with its arguments."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from colrow.planner.catalog import decoder, find_model
+from colrow.planner.explain import explain, explain_serving
+from colrow.planner.hardware import Hardware, find_hardware
+from colrow.planner.inference import predict_serving
+from colrow.planner.layout import Layout
+from colrow.planner.machine_file import load_machine
+from colrow.planner.model import ModelShape, model_from_config_json
+from colrow.planner.predict import Prediction, predict
+from colrow.planner.reasons import what_loses, why_first
+from colrow.planner.recommend import recommend, scaling, smallest_change
+from colrow.planner.report import (
+    show_model,
+    show_nothing_fits,
+    show_prediction,
+    show_recommendation,
+    show_serving,
+    show_splits,
+)
+from colrow.planner.serving import Serving
+from colrow.planner.serving_search import recommend_serving
+from colrow.planner.unequal import split_unequal
+
+DEFAULT_SEQUENCE = 4096
+DEFAULT_PROMPT = 1024
+SEQUENCES_PER_DEVICE = 2
+# Options of one layout, which a search chooses itself.
+OF_ONE_LAYOUT = (
+    "microbatch",
+    "virtual_stages",
+    "sequence_parallel",
+    "recompute",
+    "schedule",
+    "zero",
+    "stage_layers",
+)
+
+
+def plan(args: Namespace, console: Console) -> tuple[bool, object]:
+    """Evaluates or searches; prints to ``console``.
+
+    Returns:
+        Whether something fits, and the result as plain values.
+    """
+    model, hardware = _model(args), _hardware(args)
+    if args.gpus is not None and args.gpus < 1:
+        raise ValueError(f"--gpus {args.gpus}: at least 1 device is needed")
+    if args.device_memory or args.tensor_split:
+        return _unequal(args, model, hardware, console)
+    if args.inference:
+        return _inference(args, model, hardware, console)
+    if _given(args):
+        return _evaluate(args, model, hardware, console)
+    return _search(args, model, hardware, console)
+
+
+def _given(args: Namespace) -> dict[str, int]:
+    """The parallel sizes that were given."""
+    return {name: n for name in ("tp", "pp", "dp") if (n := getattr(args, name)) is not None}
+
+
+def _model(args: Namespace) -> ModelShape:
+
+    if args.model is not None:
+        path = Path(args.model)
+        if path.suffix == ".json" or path.is_dir():
+            return model_from_config_json(path)
+        return find_model(args.model)
+    sizes = {name: getattr(args, name) for name in ("hidden", "layers", "heads", "vocab")}
+    missing = [f"--{name}" for name, value in sizes.items() if value is None]
+    if missing:
+        raise ValueError(f"name a model, or describe one; missing {', '.join(missing)}")
+    optional = {
+        name: value
+        for name in ("kv_heads", "head_dim", "ffn", "experts", "active_experts", "tied")
+        if (value := getattr(args, name)) is not None
+    }
+    positions = max(args.sequence or 0, DEFAULT_SEQUENCE)
+    return decoder("model", args.family, positions=positions, **sizes, **optional)
+
+
+def _hardware(args: Namespace) -> Hardware:
+
+    hardware = load_machine(args.machine) if args.machine else find_hardware(args.gpu)
+    if args.gpus_per_node is not None:
+        hardware = hardware.with_devices_per_node(args.gpus_per_node)
+    return hardware
+
+
+def _layout(args: Namespace, model: ModelShape, **sizes: Any) -> Layout:
+
+    sequence = args.sequence
+    if sequence is None:
+        sequence = min(model.config.max_positions, DEFAULT_SEQUENCE)
+    return Layout(
+        sequence=sequence,
+        precision=args.precision,
+        optimizer=args.optimizer,
+        master_weights=args.master_weights,
+        software=args.software,
+        attention=args.attention,
+        **sizes,
+    )
+
+
+def _evaluate(
+    args: Namespace, model: ModelShape, hardware: Hardware, console: Console
+) -> tuple[bool, object]:
+
+    sizes = {"tp": 1, "pp": 1, "dp": 1} | _given(args)
+    if args.gpus and args.dp is None and sizes["tp"] > 0 and sizes["pp"] > 0:
+        sizes["dp"], rest = divmod(args.gpus, sizes["tp"] * sizes["pp"])
+        if rest or not sizes["dp"]:
+            raise ValueError(
+                f"{args.gpus} devices do not divide by tp × pp = {sizes['tp']} × {sizes['pp']}"
+            )
+    schedule = args.schedule or ("interleaved" if (args.virtual_stages or 1) > 1 else "1f1b")
+    layout = _layout(
+        args,
+        model,
+        **sizes,
+        microbatch=1 if args.microbatch is None else args.microbatch,
+        global_batch=args.global_batch,
+        sequence_parallel=bool(args.sequence_parallel) and sizes["tp"] > 1,
+        recompute=args.recompute or "none",
+        schedule=schedule,
+        virtual_stages=1 if args.virtual_stages is None else args.virtual_stages,
+        zero=args.zero or 0,
+        stage_layers=tuple(int(n) for n in _numbers("--stage-layers", args.stage_layers)),
+    )
+    if args.gpus and args.gpus != layout.devices:
+        raise ValueError(
+            f"tp × pp × dp = {layout.tp} × {layout.pp} × {layout.dp} = {layout.devices}, but "
+            f"--gpus says {args.gpus}"
+        )
+    prediction = predict(model, layout, hardware)
+    show_model(console, model, hardware.name, layout.devices)
+    show_prediction(console, prediction)
+    if args.explain:
+        console.print("\n" + explain(prediction), markup=False, soft_wrap=True)
+    _plot(args, [prediction], model, hardware)
+    return prediction.fits, prediction.as_dict()
+
+
+def _search(
+    args: Namespace, model: ModelShape, hardware: Hardware, console: Console
+) -> tuple[bool, object]:
+
+    pinned = [name for name in OF_ONE_LAYOUT if getattr(args, name) is not None]
+    if pinned:
+        option = "--" + pinned[0].replace("_", "-")
+        raise ValueError(
+            f"{option} belongs to one layout: give its --tp, --pp or --dp too, or leave {option} "
+            "to the search"
+        )
+    devices = args.gpus or 1
+    batch = args.global_batch
+    base = _layout(
+        args,
+        model,
+        global_batch=SEQUENCES_PER_DEVICE * devices if batch is None else batch,
+    )
+    found = recommend(model, hardware, devices, base, keep=max(1, args.top))
+    show_model(console, model, hardware.name, devices)
+    if not found.best:
+        changes = smallest_change(model, hardware, devices, base)
+        show_nothing_fits(console, found, changes)
+        nearest = found.nearest.as_dict() if found.nearest else None
+        return False, {"best": [], "nearest": nearest, "what_would_fit": changes}
+    show_recommendation(console, found)
+    first, *others = found.best
+    if args.explain:
+        console.print("\n" + explain(first), markup=False, soft_wrap=True)
+    _plot(args, found.best, model, hardware)
+    return True, {
+        "best": [p.as_dict() for p in found.best],
+        "why": why_first(first),
+        "why_not": [what_loses(first, other) for other in others],
+        "considered": found.considered,
+        "do_not_fit": found.rejected,
+    }
+
+
+def _serving(args: Namespace, model: ModelShape) -> Serving:
+
+    prompt = args.prompt
+    if prompt is None:
+        prompt = max(1, min(DEFAULT_PROMPT, model.config.max_positions - args.new_tokens))
+    return Serving(
+        batch=args.batch,
+        prompt=prompt,
+        new_tokens=args.new_tokens,
+        weights=args.weights,
+        kv_cache=args.kv_cache,
+    )
+
+
+def _inference(
+    args: Namespace, model: ModelShape, hardware: Hardware, console: Console
+) -> tuple[bool, object]:
+
+    serving = _serving(args, model)
+    given = _given(args)
+    notes: list[str] = []
+    if given:
+        sizes = {"tp": 1, "pp": 1, "dp": 1} | given
+        chosen = replace(serving, tp=sizes["tp"], pp=sizes["pp"], dp=sizes["dp"])
+        prediction = predict_serving(model, chosen, hardware)
+    else:
+        prediction, notes = recommend_serving(model, hardware, args.gpus, serving)
+    show_model(console, model, hardware.name, prediction.serving.devices)
+    show_serving(console, prediction)
+    for note in notes:
+        console.print(note)
+    if args.explain:
+        console.print("\n" + explain_serving(prediction), markup=False, soft_wrap=True)
+    return prediction.fits, prediction.as_dict() | {"notes": notes}
+
+
+def _unequal(
+    args: Namespace, model: ModelShape, hardware: Hardware, console: Console
+) -> tuple[bool, object]:
+
+    shares = _numbers("--tensor-split", args.tensor_split)
+    memory = [gigabytes * 1e9 for gigabytes in _numbers("--device-memory", args.device_memory)]
+    memory = memory or [hardware.device.memory_bytes] * len(shares)
+    splits = split_unequal(model, _serving(args, model), hardware, memory, shares)
+    name = "devices of " + ", ".join(f"{size / 1e9:g}" for size in memory) + " GB"
+    show_model(console, model, name, len(memory))
+    show_splits(console, splits)
+    return any(split.fits for split in splits), [split.as_dict() for split in splits]
+
+
+def _numbers(option: str, text: str | None) -> list[float]:
+    if not text:
+        return []
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{option} {text!r}: numbers with commas between are needed") from None
+
+
+def _plot(
+    args: Namespace,
+    predictions: Sequence[Prediction],
+    model: ModelShape,
+    hardware: Hardware,
+) -> None:
+    if not args.plot:
+        return
+
+    from colrow.planner.plots import plot_memory, plot_scaling, plot_time
+
+    folder = Path(args.plot)
+    folder.mkdir(parents=True, exist_ok=True)
+    plot_memory(predictions[0], folder / "memory.png")
+    plot_time(predictions, folder / "time.png")
+    plot_scaling(scaling(model, hardware, predictions[0]), folder / "scaling.png")

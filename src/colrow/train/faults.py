@@ -1,0 +1,101 @@
+"""What can go wrong in a run with many ranks: stopping, disagreeing, numbers that are not finite."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from colrow.checkpoint.training_placement import local_tensor
+
+
+class StopRequest:
+    """Whether SIGTERM or SIGINT asked this rank to stop; ``name`` is the signal's."""
+
+    def __init__(self) -> None:
+        self.name = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.name)
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Inside it the first SIGTERM or SIGINT only sets the request; a second one does as before."""
+    request = StopRequest()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        request.name = signal.Signals(number).name
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in numbers:
+        signal.signal(number, handle)
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def check_agreement(values: Mapping[str, object]) -> None:
+    """Compares these values over all ranks.
+
+    Raises:
+        ValueError: on every rank, naming the first value that differs and the ranks.
+
+    Communicates: gathers the values on every rank.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    mine = {name: repr(value) for name, value in values.items()}
+    everyone: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, mine)
+    for name, expected in everyone[0].items():
+        others = {rank: found.get(name) for rank, found in enumerate(everyone)}
+        different = [rank for rank, value in others.items() if value != expected]
+        if different:
+            raise ValueError(
+                f"the ranks disagree on {name}: rank 0 has {expected}, rank {different[0]} has "
+                f"{others[different[0]]}; give all ranks the same settings and the same data"
+            )
+
+
+def not_finite(step: int, loss: float, model: nn.Module, microbatch_losses: list[float]) -> str:
+    """Why a step's loss or gradients are not finite: the first cause, and the rank that has it.
+
+    Communicates: gathers a line from every rank; all must call it.
+    """
+    mine = ""
+    bad = [i for i, value in enumerate(microbatch_losses) if not math.isfinite(value)]
+    if bad:
+        mine = f"the loss of its microbatch {bad[0]} is {microbatch_losses[bad[0]]}"
+    else:
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                wrong = ~torch.isfinite(local_tensor(parameter.grad))
+                if wrong.any():
+                    mine = f"{int(wrong.sum())} elements of the gradient of {name} are not finite"
+                    break
+    found = [mine]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        found = [""] * dist.get_world_size()
+        dist.all_gather_object(found, mine)
+    causes = [f"rank {rank}: {text}" for rank, text in enumerate(found) if text]
+    losses = [text for text in causes if "the loss of" in text]
+    cause = (losses or causes or ["no rank has such a value any more"])[0]
+    return (
+        f"step {step}: the loss is {loss:.6g} and not all numbers are finite ({cause}). Nothing of "
+        "this step was saved; lower the learning rate, clip, or look at the data of this step"
+    )

@@ -1,0 +1,170 @@
+"""A decoder made ready for training: number formats, recomputation, data parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from colrow.layers.block import ParallelBlock
+from colrow.mesh import Mesh
+from colrow.models.decoder import Decoder
+
+Recompute = Literal["none", "selective", "full"]
+
+
+class SummedLoss(nn.Module):
+    """A decoder whose forward pass is its loss, summed over tokens: what DDP and FSDP2 wrap.
+
+    Args:
+        model: the decoder.
+        compute_dtype: matmuls and activations have this dtype, while the parameters, and so their
+            gradients and the optimiser, keep their own; None leaves everything as it is.
+        label_smoothing, z_loss: of the loss.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        compute_dtype: torch.dtype | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.model, self.compute_dtype = model, compute_dtype
+        self.label_smoothing, self.z_loss = label_smoothing, z_loss
+
+    def forward(self, input_ids: Tensor, labels: Tensor, dropout_key: int | None = None) -> Tensor:
+        """The sum over the tokens that count; ``[batch, sequence]`` ids and labels."""
+        outside = [m for m in self.model.children() if m is not self.model.blocks]
+        with cast_parameters(outside, self.compute_dtype):
+            return self.model.loss(
+                input_ids,
+                labels,
+                label_smoothing=self.label_smoothing,
+                z_loss=self.z_loss,
+                reduction="sum",
+                dropout_key=dropout_key,
+            )
+
+
+def parallelize(
+    model: Decoder,
+    mesh: Mesh,
+    *,
+    fsdp: bool = False,
+    compute_dtype: torch.dtype | None = None,
+    recompute: Recompute = "none",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> nn.Module:
+    """The module to call in a training step; ``model`` keeps the parameters and their names.
+
+    Args:
+        fsdp: divide parameters, gradients and optimiser state over the dp ranks (FSDP2: Zhao et al.
+            2023), block by block; otherwise every dp rank holds all of its tp shard (DDP). Both
+            divide plain local tensors, so shards that are uneven under tp stay right.
+        compute_dtype: see :class:`SummedLoss`. Gradients are reduced over dp in the parameters'
+            dtype.
+        recompute: "full" keeps only each block's input for backward (Chen et al. 2016),
+            "selective" recomputes the attention between the projections (Korthikanti et al. 2022,
+            section 5), "none" keeps everything.
+
+    Communicates: DDP compares and broadcasts the initial parameters over dp; all ranks call it.
+    """
+    sharded = fsdp and mesh.dp.size > 1
+    for block in model.blocks:
+        assert isinstance(block, ParallelBlock)
+        block.own_bucket = sharded or compute_dtype is not None
+        forward: Callable[..., Tensor] = block.forward
+        if compute_dtype is not None and not sharded:
+            forward = _with_dtype(block, forward, compute_dtype)
+        if recompute == "full":
+            forward = _recomputed(forward)
+        block.forward = forward  # type: ignore[method-assign]
+        if recompute == "selective":
+            attention = block.attention
+            attention._attend = _recomputed(attention._attend)  # type: ignore[method-assign]
+            attention._attend_with_dropout = _recomputed(  # type: ignore[method-assign]
+                attention._attend_with_dropout
+            )
+    loss = SummedLoss(
+        model,
+        compute_dtype=None if sharded else compute_dtype,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+    )
+    if sharded:
+        return _fully_shard(loss, mesh, compute_dtype)
+    if mesh.dp.size == 1:
+        return loss
+    return DistributedDataParallel(
+        loss,
+        process_group=mesh.dp.group,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+    )
+
+
+def _fully_shard(loss: SummedLoss, mesh: Mesh, compute_dtype: torch.dtype | None) -> nn.Module:
+    assert mesh.device_mesh is not None
+    dp = mesh.device_mesh["dp"]
+    wide = next(loss.parameters()).dtype
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=wide)
+    for block in loss.model.blocks:
+        fully_shard(block, mesh=dp, mp_policy=policy)
+    fully_shard(loss, mesh=dp, mp_policy=policy)
+    return loss
+
+
+@contextmanager
+def cast_parameters(modules: list[nn.Module], dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside it, the parameters of these modules are their casts; gradients flow to the originals.
+
+    Parameters that have the dtype stay. A parameter that two modules share is cast once.
+    """
+    swapped: list[tuple[dict[str, Any], str, nn.Parameter]] = []
+    casts: dict[int, Tensor] = {}
+    try:
+        for module in [m for outer in modules for m in outer.modules()] if dtype else []:
+            parameters: dict[str, Any] = module._parameters
+            for name, parameter in list(parameters.items()):
+                if parameter is not None and parameter.dtype != dtype:
+                    cast = casts.setdefault(id(parameter), parameter.to(dtype))
+                    swapped.append((parameters, name, parameter))
+                    parameters[name] = cast
+        yield
+    finally:
+        for parameters, name, parameter in swapped:
+            parameters[name] = parameter
+
+
+def _with_dtype(
+    module: nn.Module, forward: Callable[..., Tensor], dtype: torch.dtype
+) -> Callable[..., Tensor]:
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        with cast_parameters([module], dtype):
+            return forward(*args, **kwargs)
+
+    return run
+
+
+def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keeps the inputs instead of the intermediate results; dropout masks are addressed by key."""
+
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        result: Tensor = checkpoint(
+            forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+        )
+        return result
+
+    return run

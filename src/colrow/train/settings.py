@@ -1,0 +1,158 @@
+"""Everything that a training run depends on, from a TOML file and the command line. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+PRECISIONS = ("fp32", "bf16", "fp64")
+RECOMPUTE = ("none", "selective", "full")
+
+
+def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """The settings of ``colrow train``; each is a key of the TOML file and an option.
+
+    Raises:
+        ValueError: values that do not go together, named.
+    """
+
+    model: str = _option("", "Hugging Face directory, cached hub id or .gguf file to fine-tune, or "
+        "a config.json to train from random weights")
+    data: str = _option("", "text, JSON Lines or Parquet file, a directory of them, or a saved "
+        "Hugging Face dataset")
+    output: str = _option("", "directory for checkpoints, logs and the resolved settings; a run that "
+        "finds checkpoints there continues from the newest")
+    tokenizer: str = _option("", 'checkpoint whose tokenizer to use, or "bytes"; by default the '
+        "model's own")
+    token_cache: str = _option("", "directory for tokenised texts (default OUTPUT/tokens)")
+    eval_data: str = _option("", "text to evaluate on; by default a share of the data is held out")
+    eval_share: float = _option(0.1, "share of the data's sequences that is held out")
+    eval_every: int = _option(100, "steps between evaluations; 0 evaluates at the end only")
+    eval_sequences: int = _option(64, "sequences per evaluation, at most")
+    tp: int = _option(1, "tensor-parallel size")
+    dp: int = _option(1, "data-parallel size")
+    sequence_parallel: bool = _option(False, "divide norms, dropout and residuals over the sequence")
+    fsdp: bool = _option(False, "divide parameters, gradients and optimiser state over dp (FSDP2)")
+    device: str = _option("auto", "cpu, cuda or auto")
+    sequence: int = _option(512, "tokens of a sequence")
+    microbatch: int = _option(1, "sequences in one forward pass of a dp rank")
+    global_batch: int = _option(8, "sequences in one step, over all dp ranks")
+    steps: int = _option(100, "optimiser steps of the whole run")
+    precision: str = _option("fp32", "fp32, bf16 (compute; fp32 parameters and optimiser) or fp64",
+        PRECISIONS)
+    seed: int = _option(0, "of initial weights, order of the data and dropout")
+    learning_rate: float = _option(3e-4, "peak learning rate")
+    final_learning_rate_share: float = _option(0.1, "share of the peak at the end of the cosine")
+    warmup_steps: int = _option(10, "steps of linear warm-up")
+    weight_decay: float = _option(0.1, "of matrices")
+    beta1: float = _option(0.9, "AdamW's first decay rate")
+    beta2: float = _option(0.95, "AdamW's second decay rate")
+    epsilon: float = _option(1e-8, "AdamW's epsilon")
+    clip: float = _option(1.0, "largest norm of the gradients; 0 does not clip")
+    dropout: float = _option(-1.0, "probability for embeddings, attention and residuals; by default "
+        "what the model's configuration says when it starts from random weights, else 0")
+    label_smoothing: float = _option(0.0, "weight of the uniform distribution in the target")
+    z_loss: float = _option(0.0, "weight of logsumexp squared")
+    recompute: str = _option("none", "activations to compute again in backward: none, selective "
+        "(attention), full (blocks)", RECOMPUTE)
+    save_every: int = _option(100, "steps between checkpoints; the last step is always saved")
+    keep: int = _option(3, "how many of the newest checkpoints stay")
+    log_every: int = _option(10, "steps between lines of the log")
+    max_restarts: int = _option(0, "how many times all ranks are started again after one died")
+    timeout_seconds: float = _option(600.0, "how long a rank waits for another")
+
+    def __post_init__(self) -> None:
+        for name in ("model", "data", "output"):
+            if not getattr(self, name):
+                raise ValueError(f"--{name} is needed, on the command line or in the TOML file")
+        at_least = {1: ("tp", "dp", "microbatch", "global_batch", "steps", "keep", "log_every",
+                        "save_every", "eval_sequences"),
+                    0: ("eval_every", "warmup_steps", "max_restarts", "clip", "weight_decay",
+                        "learning_rate", "label_smoothing", "z_loss"),
+                    2: ("sequence",)}  # fmt: skip
+        for least, names in at_least.items():
+            for name in names:
+                if getattr(self, name) < least:
+                    raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
+        for entry in dataclasses.fields(self):
+            choices = entry.metadata["choices"]
+            if choices and getattr(self, entry.name) not in choices:
+                raise ValueError(
+                    f"{entry.name}={getattr(self, entry.name)!r}: must be one of "
+                    f"{', '.join(choices)}"
+                )
+        if self.global_batch % (self.dp * self.microbatch):
+            raise ValueError(
+                f"global_batch={self.global_batch} is not a multiple of dp x microbatch = "
+                f"{self.dp} x {self.microbatch}"
+            )
+        if self.dropout != -1.0 and not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1")
+        if self.sequence_parallel and self.sequence < self.tp:
+            raise ValueError(f"a sequence of {self.sequence} cannot be divided over tp={self.tp}")
+
+    @property
+    def microbatches(self) -> int:
+        """Forward passes of a dp rank in one step."""
+        return self.global_batch // (self.dp * self.microbatch)
+
+    @property
+    def from_random(self) -> bool:
+        """Whether the model is a configuration without weights."""
+        return self.model.endswith(".json")
+
+    def numbers(self) -> dict[str, object]:
+        """The settings that the loss curve depends on, beyond rounding."""
+        names = (
+            "sequence", "global_batch", "steps", "seed", "learning_rate",
+            "final_learning_rate_share", "warmup_steps", "weight_decay", "beta1", "beta2",
+            "epsilon", "clip", "dropout", "label_smoothing", "z_loss", "precision", "eval_share",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+
+def load_settings(file: str | Path | None, overrides: Mapping[str, Any]) -> TrainSettings:
+    """The TOML file's settings, with those of the command line in their place.
+
+    Raises:
+        ValueError: a file that is not TOML, an unknown key, a value of the wrong type.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            values = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{file} is not TOML: {error}") from error
+    types = get_type_hints(TrainSettings)
+    for name, value in values.items():
+        if name not in types:
+            raise ValueError(f"{file}: unknown setting {name!r}")
+        if isinstance(value, int) and not isinstance(value, bool) and types[name] is float:
+            values[name] = float(value)
+        elif type(value) is not types[name]:
+            raise ValueError(f"{file}: {name}={value!r} should be of type {types[name].__name__}")
+    return TrainSettings(**{**values, **overrides})
+
+
+def to_toml(settings: TrainSettings) -> str:
+    """The settings as a TOML file that :func:`load_settings` reads."""
+    lines = ["# The settings of this run, resolved: colrow train THIS_FILE repeats it."]
+    for entry in dataclasses.fields(settings):
+        value = getattr(settings, entry.name)
+        if isinstance(value, bool):
+            text = str(value).lower()
+        elif isinstance(value, str):
+            text = '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        else:
+            text = repr(value)
+        lines.append(f"{entry.name} = {text}")
+    return "\n".join(lines) + "\n"

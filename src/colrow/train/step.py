@@ -1,0 +1,165 @@
+"""One optimiser step: gradients of the global batch, their norm, the update."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from colrow import rng
+from colrow.comm import primitives
+from colrow.mesh import Mesh, ParallelGroup
+from colrow.models.decoder import Decoder
+from colrow.train.batches import IGNORED, Order, Windows
+from colrow.train.clip import grad_norm, scale_grads_
+from colrow.train.faults import not_finite
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did.
+
+    Attributes:
+        loss: mean over the tokens of the global batch that count.
+        tokens: how many count.
+        grad_norm: before clipping.
+        stop: whether some rank was asked to stop.
+    """
+
+    loss: float
+    tokens: int
+    grad_norm: float
+    stop: bool
+
+
+class Stepper:
+    """Takes optimiser steps; the sums over the batch do not depend on how it is divided.
+
+    Args:
+        model: the decoder, in training mode.
+        loss: what :func:`colrow.train.parallel.parallelize` made of it.
+        order: which sequences come when.
+        global_batch: sequences of a step; a multiple of ``dp x microbatch``.
+        clip: largest gradient norm; 0 does not clip.
+        dropout_seed: of the dropout masks, which depend on it, the sequence's place in the run and
+            the size of the microbatch alone.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        loss: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        mesh: Mesh,
+        order: Order,
+        *,
+        microbatch: int,
+        global_batch: int,
+        clip: float = 1.0,
+        dropout_seed: int = 0,
+    ) -> None:
+        self.model, self.loss, self.optimizer, self.mesh = model, loss, optimizer, mesh
+        self.order, self.microbatch, self.global_batch = order, microbatch, global_batch
+        self.clip, self._dropout_seed = clip, dropout_seed
+        self._world = world_group(mesh)
+
+    def step(self, index: int, learning_rate: float, *, stop: bool = False) -> StepResult:
+        """Step number ``index``, from 0.
+
+        Args:
+            stop: whether this rank was asked to stop, which all learn from the result.
+
+        Raises:
+            RuntimeError: the loss or a gradient is not finite; nothing was updated then.
+            ValueError: no token of the batch counts.
+
+        Communicates: beside the layers' and the data parallelism's collectives, the number of
+        tokens over dp, the loss over all ranks, and the norm (:func:`colrow.clip_grad_norm_`).
+        """
+        batches = self._microbatches(index)
+        mine = torch.tensor(sum(counted(labels) for _, labels, _ in batches))
+        device = self.mesh.device
+        tokens = int(primitives.all_reduce(mine.to(device), self.mesh.dp, layer="tokens").item())
+        if tokens == 0:
+            raise ValueError(f"no token of the batch of step {index} counts in the loss")
+        losses = [self._backward(batch, tokens, batch is batches[-1]) for batch in batches]
+        total = torch.stack(losses).double().sum() if self.mesh.tp.rank == 0 else losses[0] * 0.0
+        report = torch.stack([total.double(), torch.tensor(float(stop), device=device).double()])
+        report = primitives.all_reduce(report, self._world, layer="loss")
+        mean, norm = report[0].item() / tokens, grad_norm(self.model)
+        if not (math.isfinite(mean) and math.isfinite(norm.item())):
+            own = [value.item() for value in losses]
+            raise RuntimeError(not_finite(index, mean, self.model, own))
+        if self.clip:
+            factor = torch.clamp(self.clip / (norm + 1e-6), max=1.0)
+            scale_grads_(self.model.parameters(), factor)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return StepResult(mean, tokens, norm.item(), bool(report[1].item()))
+
+    def _microbatches(self, index: int) -> list[tuple[Tensor, Tensor, int]]:
+        """This dp rank's ids, labels and dropout keys; microbatch ``n`` of all is rank n % dp's."""
+        dp, size, found = self.mesh.dp, self.microbatch, []
+        for number in range(dp.rank, self.global_batch // size, dp.size):
+            first = index * self.global_batch + number * size
+            ids, labels = self.order.batch(first, size)
+            key = rng.stream_key(self._dropout_seed, "dropout", first)
+            found.append((ids.to(self.mesh.device), labels.to(self.mesh.device), key))
+        return found
+
+    def _backward(self, batch: tuple[Tensor, Tensor, int], tokens: int, last: bool) -> Tensor:
+        """Adds a microbatch's gradients; DDP reduces them once, FSDP2 after every microbatch."""
+        later = isinstance(self.loss, DistributedDataParallel) and not last
+        with self.loss.no_sync() if later else nullcontext():
+            summed: Tensor = self.loss(*batch)
+            # Data parallelism averages over the dp ranks; the mean over all tokens is wanted.
+            (summed * (self.mesh.dp.size / tokens)).backward()  # type: ignore[no-untyped-call]
+        return summed.detach()
+
+
+@torch.no_grad()
+def evaluate(
+    loss: nn.Module, mesh: Mesh, windows: Windows, *, microbatch: int, sequences: int
+) -> float:
+    """Mean loss per token of the first ``sequences`` of ``windows``, on every rank.
+
+    Without dropout, label smoothing and z-loss.
+
+    Communicates: as forward passes do, and one all-reduce over dp.
+    """
+    if isinstance(loss, DistributedDataParallel):
+        loss = loss.module
+    loss.eval()
+    count = min(sequences, windows.count)
+    order = Order(windows, 0)
+    total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+    rounds = -(-count // (microbatch * mesh.dp.size))
+    for number in range(rounds):
+        first = (number * mesh.dp.size + mesh.dp.rank) * microbatch
+        ids, labels = order.batch(first, microbatch)  # every rank takes part in every round
+        beyond = torch.arange(first, first + microbatch) >= count
+        labels = labels.masked_fill(beyond[:, None], IGNORED)
+        summed = loss(ids.to(mesh.device), labels.to(mesh.device))
+        total += torch.stack([summed.double(), summed.new_tensor(counted(labels)).double()])
+    loss.train()
+    total = primitives.all_reduce(total, mesh.dp, layer="evaluation")
+    return (total[0] / total[1]).item()
+
+
+def counted(labels: Tensor) -> int:
+    """How many predictions count: labels are shifted, so the first of a sequence is not one."""
+    return int((labels[:, 1:] != IGNORED).sum())
+
+
+def world_group(mesh: Mesh) -> ParallelGroup:
+    """All ranks of the grid."""
+    if mesh.world_size == 1:
+        return ParallelGroup.single("world")
+    return ParallelGroup(dist.group.WORLD, dist.get_rank(), mesh.world_size, "world")

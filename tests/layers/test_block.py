@@ -1,0 +1,216 @@
+"""Whole blocks, and what must hold for layers in combination."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from colrow import (
+    HeadPartition,
+    LayerNorm,
+    ParallelAttention,
+    ParallelBlock,
+    ParallelGroup,
+    ParallelMLP,
+    Partition,
+    RMSNorm,
+    rng,
+)
+from colrow.layers.options import RopeConfig
+from tests.layers.dense import (
+    Weights,
+    assert_close,
+    compare,
+    divided,
+    parameter_specs,
+    part,
+    place,
+    raises,
+    random,
+    whole_weights,
+)
+from tests.layers.test_attention import HEAD_DIM, DenseAttention
+from tests.layers.test_mlp import FFN, dense_mlp
+from tests.ranks import RankPool
+
+BATCH, SEQUENCE, HIDDEN = 2, 7, 12
+ROPE = RopeConfig(theta=100.0, dims=HEAD_DIM)
+LLAMA, NEOX = "llama", "neox"  # RMS norm, GQA, SwiGLU, serial; layer norm, biases, parallel
+
+
+def make_block(
+    tp: ParallelGroup, kind: str, *, sp: bool, dtype: torch.dtype = torch.float64, **options: Any
+) -> ParallelBlock:
+    llama, applied_to = kind == LLAMA, "shard" if sp else "all"
+    place: dict[str, Any] = {"dtype": dtype, "sequence_parallel": sp}
+    norm = RMSNorm if llama else LayerNorm
+    dropout = options.pop("dropout", 0.0)
+    return ParallelBlock(
+        ParallelAttention(
+            HIDDEN,
+            HeadPartition.create(*((9, 3) if llama else (5, 5)), tp.size),
+            HEAD_DIM,
+            tp,
+            rope=ROPE,
+            qkv_bias=not llama,
+            output_bias=not llama,
+            qk_norm_eps=1e-5 if llama else None,
+            dropout=dropout,
+            layer="attention",
+            **place,
+            **options,
+        ),
+        ParallelMLP(
+            HIDDEN,
+            FFN,
+            tp,
+            activation="silu" if llama else "gelu",
+            gated=llama,
+            bias=not llama,
+            layer="mlp",
+            **place,
+            **options,
+        ),
+        norm(HIDDEN, tp, eps=1e-5, applied_to=applied_to, dtype=dtype),
+        norm(HIDDEN, tp, eps=1e-5, applied_to=applied_to, dtype=dtype),
+        tp,
+        parallel_residual=not llama,
+        dropout=dropout,
+    )
+
+
+def dense_block(weights: Weights, x: Tensor, kind: str, dropout_key: int | None = None) -> Tensor:
+    """``dropout_key``: with masks at p = 0.25 where the block documents them."""
+    llama = kind == LLAMA
+
+    def inner(name: str) -> Weights:
+        return {k.removeprefix(f"{name}."): w for k, w in weights.items() if k.startswith(name)}
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        if llama:
+            return F.rms_norm(x, (HIDDEN,), weights[f"{name}.weight"], 1e-5)
+        return F.layer_norm(x, (HIDDEN,), weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-5)
+
+    def drop(x: Tensor, name: str) -> Tensor:
+        if dropout_key is None:
+            return x
+        key = rng.derived_key(dropout_key, name)
+        keep = rng.uniform(key, torch.arange(x.numel())).view(x.shape) >= 0.25
+        return x * keep / 0.75
+
+    masks = None if dropout_key is None else (int(rng.derived_key(dropout_key, "weights")), 0.25)
+    attention = (
+        DenseAttention(9, 3, rope=ROPE, norm_eps=1e-5, dropout=masks)
+        if llama
+        else DenseAttention(5, 5, rope=ROPE, dropout=masks)
+    )
+    mlp = dense_mlp("silu" if llama else "gelu", gated=llama)
+    attended = attention(inner("attention"), norm(x, "attention_norm"))
+    residual = x + drop(attended, "attention")
+    expanded = mlp(inner("mlp"), norm(residual if llama else x, "mlp_norm"))
+    return residual + drop(expanded, "mlp")
+
+
+def compare_block(
+    tp: ParallelGroup, kind: str, sp: bool, *, key: int | None = None, run: Any = None, **options: Any
+) -> None:
+    sequence = Partition.even(SEQUENCE, tp.size)
+    block = make_block(tp, kind, sp=sp, dropout=0.0 if key is None else 0.25, **options)
+    arguments: dict[str, Any] = {"sequence": sequence if sp else None, "dropout_key": key}
+    x = random(BATCH, SEQUENCE, HIDDEN).requires_grad_()
+    compare(
+        tp,
+        block,
+        lambda w, x: dense_block(w, x, kind, key),
+        x,
+        f"{kind} {sp=} {key=} {options}",
+        x_spec=divided(x, 1, sequence) if sp else None,
+        y_spec=(lambda y: divided(y, 1, sequence)) if sp else None,
+        run=lambda x: run(block, x, **arguments) if run else block(x, **arguments),
+    )
+
+
+def check_block(tp: ParallelGroup) -> None:
+    for kind in (LLAMA, NEOX):
+        for sp in (False, True):
+            compare_block(tp, kind, sp)
+            compare_block(tp, kind, sp, overlap=False)
+            compare_block(tp, kind, sp, key=99)
+        compare_block(tp, kind, True, keep_gathered_input=False)
+
+
+def check_recomputed(tp: ParallelGroup) -> None:
+    """Activation checkpointing: the same numbers, with dropout masks drawn again the same."""
+
+    def run(block: nn.Module, x: Tensor, **arguments: Any) -> Tensor:
+        y: Tensor = checkpoint(block, x, use_reentrant=False, **arguments)
+        return y
+
+    for kind in (LLAMA, NEOX):
+        for sp in (False, True):
+            compare_block(tp, kind, sp, run=run)
+            compare_block(tp, kind, sp, run=run, key=99)
+    block = make_block(tp, LLAMA, sp=False, dropout=0.25)  # masks from torch's generator
+    place(block, whole_weights(block), tp.rank)
+    grads = []
+    for call in (lambda x: block(x), lambda x: run(block, x)):
+        torch.manual_seed(5)
+        block.zero_grad()
+        call(random(BATCH, SEQUENCE, HIDDEN)).square().sum().backward()
+        grads.append([p.grad for p in block.parameters()])
+    for a, b in zip(*grads, strict=True):
+        assert a is not None and b is not None and torch.equal(a, b)
+
+
+def check_accumulation(tp: ParallelGroup) -> None:
+    """Two microbatches add up to the gradient of both, in parameters that ranks share too."""
+    sequence = Partition.even(SEQUENCE, tp.size)
+    for kind in (LLAMA, NEOX):
+        for sp in (False, True):
+            block = make_block(tp, kind, sp=sp)
+            weights = whole_weights(block)
+            place(block, weights, tp.rank)
+            x = random(BATCH, SEQUENCE, HIDDEN)
+            dense_block(weights, x, kind).square().sum().backward()
+            for microbatch in x.split(1):
+                local = part(microbatch, divided(microbatch, 1, sequence), tp.rank)
+                y = block(local if sp else microbatch, sequence=sequence if sp else None)
+                y.square().sum().backward()
+            for name, spec in parameter_specs(block).items():
+                parameter, whole = block.get_parameter(name), weights[name].grad
+                assert parameter.grad is not None and whole is not None
+                assert_close(parameter.grad, part(whole, spec, tp.rank), 1e-12, f"{kind} {name}")
+
+
+def check_refusals(tp: ParallelGroup) -> None:
+    plain, split = make_block(tp, LLAMA, sp=False), make_block(tp, LLAMA, sp=True)
+    with raises(ValueError, "agree on sequence_parallel"):
+        ParallelBlock(split.attention, plain.mlp, plain.mlp_norm, plain.mlp_norm, tp)
+    with raises(ValueError, "applied_to='shard'"):
+        ParallelBlock(split.attention, split.mlp, plain.mlp_norm, split.mlp_norm, tp)
+    with raises(ValueError, "applied_to='all'"):
+        ParallelBlock(plain.attention, plain.mlp, plain.mlp_norm, split.mlp_norm, tp)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_against_dense(ranks: RankPool, n: int) -> None:
+    ranks(n, check_block)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_with_activation_checkpointing(ranks: RankPool, n: int) -> None:
+    ranks(n, check_recomputed)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_gradients_of_microbatches_accumulate(ranks: RankPool, n: int) -> None:
+    ranks(n, check_accumulation)
+
+
+def test_what_does_not_fit_is_refused(ranks: RankPool) -> None:
+    ranks(2, check_refusals)

@@ -1,0 +1,124 @@
+"""``verify`` finds nothing where nothing is wrong, and names what is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from colrow.cli import main
+from colrow.differences import relative_error
+from colrow.mesh import Mesh, ParallelGroup
+from colrow.models.decoder import Decoder
+from colrow.verify import Report, verify
+from tests.models import tiny
+from tests.ranks import RankPool
+
+
+def run(
+    tp: ParallelGroup, path: Path, dtype: torch.dtype, sequence_parallel: bool, harm: str
+) -> Report | None:
+    """Verifies on the pool's ranks; ``harm`` is a parameter that rank 1 gets slightly wrong."""
+
+    def perturb(model: Decoder) -> None:
+        if harm and tp.rank == 1:
+            with torch.no_grad():
+                weight = dict(model.named_parameters())[harm]
+                weight.view(-1)[0] += 0.1 * weight.norm()
+
+    mesh = Mesh(
+        tp, ParallelGroup.single("dp"), ParallelGroup.single("pp"), None, torch.device("cpu")
+    )
+    return verify(
+        path, mesh, dtype=dtype, sequence_parallel=sequence_parallel, new_tokens=8, prepare=perturb
+    )
+
+
+@pytest.mark.parametrize("name", tiny.CASES)
+def test_every_family_passes(ranks: RankPool, tiny_models: Path, name: str) -> None:
+    report = ranks(2, run, tiny_models / name, torch.float64, True, "")[0]
+    assert report.passed, report
+    assert report.first_difference is None
+    assert set(report.gradient_errors) == set(
+        torch.load(tiny_models / f"{name}-torch.float64.pt", weights_only=True)["grads"]
+    )
+    assert max(report.gradient_errors.values()) < 1e-12
+    assert report.tp == 2 and report.sequence_parallel and report.dtype == "float64"
+
+
+@pytest.mark.parametrize(
+    ("harm", "layer", "weight"),
+    [
+        ("blocks.1.mlp.down.weight", "model.layers.1", "mlp.down_proj.weight"),
+        ("blocks.0.attention.qkv.weight", "model.layers.0", "self_attn.q_proj.weight"),
+        ("embedding.weight", "model.embed_tokens", "weight"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_a_wrong_weight_of_one_rank_is_named(
+    ranks: RankPool, tiny_models: Path, harm: str, layer: str, weight: str, dtype: torch.dtype
+) -> None:
+    report = ranks(2, run, tiny_models / "llama", dtype, False, harm)[0]
+    assert not report.passed
+    assert report.logits_error > 1e-5
+    assert report.first_difference == f"{layer} (its weights differ: {layer}.{weight})"
+
+
+def test_sixteen_bits_pass_within_their_rounding(ranks: RankPool, tiny_models: Path) -> None:
+    report = ranks(3, run, tiny_models / "qwen2", torch.bfloat16, True, "")[0]
+    assert report.passed, report
+    assert 0 < report.rounding.gradients
+    assert report.logits_error > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "sequence_parallel"),
+    [
+        (2, "fp32", False),
+        (3, "fp64", True),
+        pytest.param(2, "fp32", True, marks=pytest.mark.slow),
+        pytest.param(2, "fp64", False, marks=pytest.mark.slow),
+        pytest.param(2, "fp64", True, marks=pytest.mark.slow),
+        pytest.param(3, "fp32", False, marks=pytest.mark.slow),
+        pytest.param(3, "fp32", True, marks=pytest.mark.slow),
+        pytest.param(3, "fp64", False, marks=pytest.mark.slow),
+    ],
+)
+def test_a_real_model_passes(
+    smollm2: Path, tmp_path: Path, size: int, dtype: str, sequence_parallel: bool
+) -> None:
+    """SmolLM2 has 9 query and 3 KV heads, and 272 parameter tensors, all of them compared."""
+    out = tmp_path / "report.json"
+    arguments = ["verify", str(smollm2), "--tp", str(size), "--dtype", dtype, "--json", str(out)]
+    code = main([*arguments, "--sequence-parallel"] if sequence_parallel else arguments)
+    report = json.loads(out.read_text())
+    assert code == 0
+    assert report["passed"] and report["greedy_equal"] and report["first_difference"] is None
+    assert report["tp"] == size
+    assert len(report["gradient_errors"]) == 272
+    limit = 1e-12 if dtype == "fp64" else report["tolerances"]["gradients"]
+    assert max(report["gradient_errors"].values()) <= limit < 1e-4
+    assert report["logits_error"] < (1e-12 if dtype == "fp64" else 1e-5)
+    assert report["loss_error"] < (1e-12 if dtype == "fp64" else 1e-6)
+    heads = {2: [[5, 2], [4, 2]], 3: [[3, 1]] * 3}
+    assert report["heads_per_rank"] == heads[size]
+
+
+def test_failing_ends_with_one(tiny_models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(tiny_models / "llama"), "--tp", "1"]) == 0
+    assert "PASSED" in capsys.readouterr().out
+    assert main(["verify", str(tiny_models / "llama"), "--tp", "6"]) == 2
+    assert "5 query heads cannot be split over 6 ranks" in capsys.readouterr().err
+    assert main(["verify", "nowhere", "--tp", "2"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_relative_error() -> None:
+    one = torch.ones(4)
+    assert relative_error(one, one) == 0
+    assert relative_error(one * 1.5, one) == 0.5
+    assert relative_error(one, torch.zeros(4)) == 2
+    assert relative_error(one, torch.ones(3)) == float("inf")
+    assert relative_error(one * float("nan"), one) == float("inf")
