@@ -12,12 +12,11 @@ from colrow.comm.ledger import Call, summarize
 from colrow.mesh import ParallelGroup
 from colrow.models.config import Layout, ModelConfig
 from colrow.models.communication import predict_step
-from colrow.models.families import config_from_file
+from colrow.models.hf_config import config_from_file
 from colrow.planner.catalog import find_model
 from colrow.traffic import Traffic, dry_run, record_step
 from tests.models import tiny
 from tests.ranks import RankPool
-
 
 
 def recorded(tp: ParallelGroup, root: Path, names: list[str]) -> dict[str, Traffic]:

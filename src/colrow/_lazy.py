@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 
-def lazy_exports(package: str, modules: Mapping[str, str]) -> Callable[[str], object]:
+def lazy_exports(package: str, exports: Mapping[str, Sequence[str]]) -> Callable[[str], object]:
     """A module-level ``__getattr__`` (PEP 562) for ``package``.
 
     Args:
         package: ``__name__`` of the package.
-        modules: exported name to the module that defines it.
+        exports: module to the names that it defines.
     """
+    modules = {name: module for module, names in exports.items() for name in names}
 
     def __getattr__(name: str) -> object:
         if name not in modules:

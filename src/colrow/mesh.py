@@ -113,8 +113,8 @@ def init_mesh(
     local_world = environment.local_world_size if environment else 1
     chosen = _choose_device(device, local_rank, local_world)
     if world == 1 and not dist.is_initialized():
-        groups = (ParallelGroup.single(name) for name in ("tp", "dp", "pp"))
-        return Mesh(*groups, device_mesh=None, device=chosen)
+        alone = ParallelGroup.single
+        return Mesh(alone("tp"), alone("dp"), alone("pp"), device_mesh=None, device=chosen)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timeout, **rendezvous_arguments())

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from colrow.comm.ledger import Entry, record, summarize
+from colrow.comm.ledger import record, summarize
 from colrow.mesh import ParallelGroup
 from colrow.models.communication import predict_step
 from colrow.models.config import ModelConfig
@@ -57,7 +57,7 @@ def record_step(model: Decoder, *, batch: int, sequence: int) -> Traffic:
     tp, parameter = model.tp, next(model.parameters())
     ids = torch.zeros(batch, sequence, dtype=torch.int64, device=parameter.device)
     with record(tp) as ledger:
-        model.loss(ids, ids).backward()  # type: ignore[no-untyped-call]
+        model.loss(ids, ids).backward()
     predicted = predict_step(
         model.config,
         model.layout,
@@ -71,8 +71,8 @@ def record_step(model: Decoder, *, batch: int, sequence: int) -> Traffic:
     return Traffic(
         summarize(predicted),
         summarize(ledger.calls),
-        _total(ledger.entries, "seconds") if real else None,
-        _total(ledger.entries, "exposed_seconds") if real else None,
+        ledger.seconds() if real else None,
+        ledger.seconds(exposed=True) if real else None,
     )
 
 
@@ -117,7 +117,3 @@ def _pretended_group(rank: int, size: int) -> Iterator[ParallelGroup]:
         yield ParallelGroup(dist.group.WORLD, rank, size)
     finally:
         dist.destroy_process_group()
-
-
-def _total(entries: list[Entry], field: str) -> float:
-    return sum(getattr(entry, field) for entry in entries)

@@ -265,7 +265,9 @@ def _tied(
 
     In 16 bits such a tie may go either way, and what follows it is a different text.
     """
-    parting = next(i for i, pair in enumerate(zip(tokens, expected, strict=True)) if len(set(pair)) > 1)
+    parting = next(
+        i for i, pair in enumerate(zip(tokens, expected, strict=True)) if len(set(pair)) > 1
+    )
     prefix = torch.cat([prompt, torch.tensor([expected[:parting]], dtype=torch.long)], dim=1)
     with precision(torch.float64):
         logits = reference(input_ids=prefix).logits[0, -1]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from colrow import HeadPartition, ParallelAttention, ParallelGroup, Partition, rng
-from colrow.layers.attention import AttentionContext
+from colrow.layers.context import AttentionContext
 from colrow.layers.options import RopeConfig
 from colrow.layers.position import alibi_slopes, rope_frequencies
 from tests.layers.dense import Weights, compare, divided, place, raises, random, whole_weights

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import colrow
 from colrow.mesh import ParallelGroup
-from colrow.models.families import config_from_hf
+from colrow.models.hf_config import config_from_hf
 from tests.ranks import RankError, RankPool
 
 LLAMA = {
@@ -75,8 +75,14 @@ def test_shapes_of_a_batch() -> None:
 
 
 def test_learned_positions_end() -> None:
-    gpt2 = {"model_type": "gpt2", "vocab_size": 9, "n_embd": 8, "n_layer": 1, "n_head": 2,
-            "n_positions": 4}
+    gpt2 = {
+        "model_type": "gpt2",
+        "vocab_size": 9,
+        "n_embd": 8,
+        "n_layer": 1,
+        "n_head": 2,
+        "n_positions": 4,
+    }
     with pytest.raises(ValueError, match="5 positions is longer than the model's 4"):
         colrow.from_config(gpt2)(torch.zeros(1, 5, dtype=torch.long))
 

@@ -34,8 +34,9 @@ def compare(
         grads = colrow.full_grads(model)
         if tp.rank == 0:
             worst = max(relative_error(grads[key], grad) for key, grad in expected["grads"].items())
-            errors = relative_error(logits, expected["logits"]), relative_error(
-                loss, expected["loss"]
+            errors = (
+                relative_error(logits, expected["logits"]),
+                relative_error(loss, expected["loss"]),
             )
             found[name] = (*errors, worst, len(grads), len(expected["grads"]))
     return found

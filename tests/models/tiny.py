@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from colrow.checkpoint.naming import hf_naming
-from colrow.models.families import config_from_hf
+from colrow.models.hf_config import config_from_hf
 from colrow.reference import precision, prepare_reference, quiet_transformers, reference_grads
 
 SIZES = {"vocab_size": 97, "hidden_size": 40, "num_hidden_layers": 2, "intermediate_size": 101}
@@ -49,7 +49,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("gpt_neox", {**SIZES, "num_attention_heads": 5}),
     "gpt_neox-serial": (
         "gpt_neox",
-        {**SIZES, "num_attention_heads": 5, "use_parallel_residual": False, "attention_bias": False},
+        {
+            **SIZES,
+            "num_attention_heads": 5,
+            "use_parallel_residual": False,
+            "attention_bias": False,
+        },
     ),
     "bloom": ("bloom", GPT),
 }

@@ -31,9 +31,7 @@ def full_grads(model: Decoder) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _assemble(
-    model: Decoder, value: Callable[[nn.Parameter], Tensor | None]
-) -> dict[str, Tensor]:
+def _assemble(model: Decoder, value: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
     naming, tp = hf_naming(model.config), model.tp
     whole: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():

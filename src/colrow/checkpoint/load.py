@@ -95,9 +95,7 @@ def _check(
             )
     tied = set(naming.modules["head"]) if model.config.tie_embeddings else set()
     ignored = {f"{name}.weight" for name in tied}
-    extra = sorted(
-        name for name in names - expected.keys() - ignored if not _IGNORED.search(name)
-    )
+    extra = sorted(name for name in names - expected.keys() - ignored if not _IGNORED.search(name))
     if extra:
         raise ValueError(
             f"{reader.description} has {_some(extra)} beyond what a {model.config.family} model of "

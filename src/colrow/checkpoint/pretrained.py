@@ -17,7 +17,7 @@ from colrow.mesh import Mesh, ParallelGroup
 from colrow.models.build import DecoderOptions, resolve_mesh
 from colrow.models.config import ModelConfig
 from colrow.models.decoder import Decoder
-from colrow.models.families import config_from_file
+from colrow.models.hf_config import config_from_file
 
 
 def from_pretrained(

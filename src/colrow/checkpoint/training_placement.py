@@ -137,7 +137,11 @@ def tensor_parallel_group(module: nn.Module) -> ParallelGroup:
     Raises:
         ValueError: when its layers have different groups.
     """
-    groups = [child.tp for child in module.modules() if isinstance(getattr(child, "tp", None), ParallelGroup)]
+    groups = [
+        child.tp
+        for child in module.modules()
+        if isinstance(getattr(child, "tp", None), ParallelGroup)
+    ]
     if any(group.group is not groups[0].group for group in groups):
         raise ValueError("the layers of this module have different tensor-parallel groups")
     found: ParallelGroup = groups[0] if groups else ParallelGroup.single()

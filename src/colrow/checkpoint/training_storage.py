@@ -24,14 +24,13 @@ from safetensors.torch import save_file
 from torch.distributed.checkpoint import (
     ChunkStorageMetadata,
     Metadata,
-    MetadataIndex,
     SavePlan,
     SavePlanner,
     StorageReader,
     StorageWriter,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.metadata import TensorProperties
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future

@@ -106,10 +106,10 @@ def _configuration(name: str) -> tuple[ModelConfig, bool]:
     """The model's configuration, and whether there are weights to run it with."""
     path = Path(name)
     if path.suffix == ".json" or (path.is_dir() and not _weights(path)):
-        from colrow.models.families import config_from_file
+        from colrow.models.hf_config import config_from_file
 
         return config_from_file(path), False
-    if not path.exists() and "/" not in name and not path.suffix == ".gguf":
+    if not path.exists() and "/" not in name and path.suffix != ".gguf":
         from colrow.planner.catalog import find_model
 
         return find_model(name).config, False
@@ -156,7 +156,9 @@ def show(traffic: Traffic, args: argparse.Namespace) -> None:
         table.add_column(column, no_wrap=True)
     for column in ("bytes", "pred.", "rec.", "wire"):
         table.add_column(column, justify="right", no_wrap=True)
-    predicted, recorded = (_grouped(rows, args.all) for rows in (traffic.predicted, traffic.recorded))
+    predicted, recorded = (
+        _grouped(rows, args.all) for rows in (traffic.predicted, traffic.recorded)
+    )
     total_calls, total_wire, section = 0, 0.0, ""
     for key in dict.fromkeys([*predicted, *recorded]):
         phase, layer, op, size = key
@@ -191,9 +193,7 @@ def show(traffic: Traffic, args: argparse.Namespace) -> None:
         console.print("[red]Predicted and recorded differ.[/]")
 
 
-def _grouped(
-    rows: list[dict[str, object]], every: bool
-) -> dict[tuple[str, str, str, int], int]:
+def _grouped(rows: list[dict[str, object]], every: bool) -> dict[tuple[str, str, str, int], int]:
     """Counts by phase, layer (blocks as one unless ``every``), operation and size."""
     counts: dict[tuple[str, str, str, int], int] = {}
     for row in rows:

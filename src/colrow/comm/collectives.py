@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from colrow.comm import primitives
+from colrow.comm.autograd import apply
 from colrow.mesh import ParallelGroup
 from colrow.partition import Partition
 
@@ -124,12 +125,18 @@ def copy_to_tp(x: Tensor, tp: ParallelGroup, *, layer: str = "") -> Tensor:
 
     ``x``: the same tensor on every rank, any shape; so is the result.
     """
-    return x if tp.size == 1 else _apply(_Copy, x, tp, layer)
+    if tp.size == 1:
+        return x
+    result: Tensor = apply(_Copy, x, tp, layer)
+    return result
 
 
 def reduce_from_tp(x: Tensor, tp: ParallelGroup, *, layer: str = "") -> Tensor:
     """Output of a row-parallel layer: the ranks' partial sums become one tensor on every rank."""
-    return x if tp.size == 1 else _apply(_Reduce, x, tp, layer)
+    if tp.size == 1:
+        return x
+    result: Tensor = apply(_Reduce, x, tp, layer)
+    return result
 
 
 def gather_from_tp(
@@ -143,7 +150,8 @@ def gather_from_tp(
     if tp.size == 1:
         return x
     partition = partition or Partition.even(x.shape[FEATURES] * tp.size, tp.size)
-    return _apply(_Gather, x, tp, FEATURES, partition, False, layer)
+    result: Tensor = apply(_Gather, x, tp, FEATURES, partition, False, layer)
+    return result
 
 
 def scatter_to_tp(
@@ -157,20 +165,22 @@ def scatter_to_tp(
     if tp.size == 1:
         return x
     partition = partition or Partition.even(x.shape[FEATURES], tp.size)
-    return _apply(_Scatter, x, tp, FEATURES, partition, False, layer)
+    result: Tensor = apply(_Scatter, x, tp, FEATURES, partition, False, layer)
+    return result
 
 
 def scatter_to_sequence(
     x: Tensor, tp: ParallelGroup, *, partition: Partition | None = None, layer: str = ""
 ) -> Tensor:
-    """``[..., sequence, features]``, the same on every rank, to ``[..., sequence_local, features]``.
+    """``[..., sequence, features]``, whole on every rank, to ``[..., sequence_local, features]``.
 
     Enters the sequence-parallel region; backward gathers the gradient again.
     """
     if tp.size == 1:
         return x
     partition = partition or Partition.even(x.shape[SEQUENCE], tp.size)
-    return _apply(_Scatter, x, tp, SEQUENCE, partition, False, layer)
+    result: Tensor = apply(_Scatter, x, tp, SEQUENCE, partition, False, layer)
+    return result
 
 
 def gather_from_sequence(
@@ -184,22 +194,19 @@ def gather_from_sequence(
     if tp.size == 1:
         return x
     partition = partition or Partition.even(x.shape[SEQUENCE] * tp.size, tp.size)
-    return _apply(_Gather, x, tp, SEQUENCE, partition, True, layer)
+    result: Tensor = apply(_Gather, x, tp, SEQUENCE, partition, True, layer)
+    return result
 
 
 def reduce_scatter_to_sequence(
     x: Tensor, tp: ParallelGroup, *, partition: Partition | None = None, layer: str = ""
 ) -> Tensor:
-    """Partial sums ``[..., sequence, features]`` to their sum's ``[..., sequence_local, features]``.
+    """Partial sums ``[..., sequence, features]`` to the sum, ``[..., sequence_local, features]``.
 
     Output of a row-parallel layer under sequence parallelism.
     """
     if tp.size == 1:
         return x
     partition = partition or Partition.even(x.shape[SEQUENCE], tp.size)
-    return _apply(_Scatter, x, tp, SEQUENCE, partition, True, layer)
-
-
-def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Tensor:
-    result: Tensor = function.apply(*arguments)
+    result: Tensor = apply(_Scatter, x, tp, SEQUENCE, partition, True, layer)
     return result

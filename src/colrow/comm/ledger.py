@@ -111,6 +111,4 @@ def summarize(calls: Iterable[Call]) -> list[dict[str, object]]:
 
 def _natural(name: str) -> tuple[tuple[int, int, str], ...]:
     """Sorts ``blocks.2`` before ``blocks.10``."""
-    return tuple(
-        (0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")
-    )
+    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split("."))

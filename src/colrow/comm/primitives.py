@@ -28,7 +28,10 @@ class Pending:
     """A collective under way; ``wait`` returns its result, once."""
 
     def __init__(
-        self, finish: Callable[[], Tensor], work: dist.Work | None = None, clock: _Clock | None = None
+        self,
+        finish: Callable[[], Tensor],
+        work: dist.Work | None = None,
+        clock: _Clock | None = None,
     ) -> None:
         self._finish, self._work, self._clock = finish, work, clock
 
@@ -215,9 +218,7 @@ def check_length(x: Tensor, dim: int, expected: int, what: str) -> None:
         )
 
 
-def _sizes(
-    x: Tensor, tp: ParallelGroup, dim: int, partition: Partition | None
-) -> tuple[int, ...]:
+def _sizes(x: Tensor, tp: ParallelGroup, dim: int, partition: Partition | None) -> tuple[int, ...]:
     if partition is None:
         return (x.shape[dim],) * tp.size
     check_split(partition, tp)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from colrow import rng
-from colrow.layers.attention import AttentionContext, KeyValueCache, ParallelAttention
+from colrow.layers.attention import ParallelAttention
+from colrow.layers.context import AttentionContext, KeyValueCache
 from colrow.layers.dropout import ParallelDropout
 from colrow.layers.mlp import ParallelMLP
 from colrow.layers.norm import LayerNorm, RMSNorm
@@ -98,9 +98,7 @@ class ParallelBlock(nn.Module):
         if self.attention.sequence_parallel:
             dim = 1
             sequence = sequence or Partition.even(x.shape[1] * self.tp.size, self.tp.size)
-        dropped: Tensor = self.dropout(
-            x, key=key, dim=dim, partition=sequence, rank=self.tp.rank
-        )
+        dropped: Tensor = self.dropout(x, key=key, dim=dim, partition=sequence, rank=self.tp.rank)
         return dropped
 
 

@@ -78,9 +78,7 @@ class VocabParallelEmbedding(nn.Module):
         )
         if not self.weight.is_meta:
             key = rng.stream_key(rng.draw_seed(), "embedding")
-            rng.fill_shard_(
-                self.weight, self.weight_spec, tp.rank, lambda at: rng.normal(key, at)
-            )
+            rng.fill_shard_(self.weight, self.weight_spec, tp.rank, lambda at: rng.normal(key, at))
 
     def forward(self, token_ids: Tensor, *, sequence: Partition | None = None) -> Tensor:
         """The vectors of these tokens.
@@ -127,9 +125,7 @@ def check_range(ids: Tensor, length: int, what: str, *, ignore: int | None = Non
     if ids.is_cuda or torch.compiler.is_compiling():
         torch._assert_async(~bad.any(), f"a {what} is outside the valid range 0 to {length - 1}")
     elif bad.any():
-        raise ValueError(
-            f"{what} {int(ids[bad][0])} is outside the valid range 0 to {length - 1}"
-        )
+        raise ValueError(f"{what} {int(ids[bad][0])} is outside the valid range 0 to {length - 1}")
 
 
 class PositionEmbedding(nn.Module):
@@ -157,12 +153,12 @@ class PositionEmbedding(nn.Module):
         self.max_positions, self.tp, self.layer = max_positions, tp, layer
         self.sequence_parallel = sequence_parallel
         self.weight_spec = ShardSpec.replicated(max_positions, embedding_dim)
-        self.weight = nn.Parameter(torch.empty(max_positions, embedding_dim, device=device, dtype=dtype))
+        self.weight = nn.Parameter(
+            torch.empty(max_positions, embedding_dim, device=device, dtype=dtype)
+        )
         if not self.weight.is_meta:
             key = rng.stream_key(rng.draw_seed(), "positions")
-            rng.fill_shard_(
-                self.weight, self.weight_spec, tp.rank, lambda at: rng.normal(key, at)
-            )
+            rng.fill_shard_(self.weight, self.weight_spec, tp.rank, lambda at: rng.normal(key, at))
 
     def shared_parameters(self) -> list[SharedParameter]:
         """The table, when each rank reads its own positions."""

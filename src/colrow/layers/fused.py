@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from colrow.comm import collectives, primitives
+from colrow.comm.autograd import apply
 from colrow.mesh import ParallelGroup
 from colrow.partition import Partition
 
@@ -52,8 +53,8 @@ def column_linear(
     if plain and keep_gathered_input:
         whole = collectives.gather_from_sequence(x, tp, partition=sequence, layer=layer)
         return F.linear(whole, weight, bias)
-    y: Tensor = _ColumnLinear.apply(
-        x, weight, bias, tp, sequence, keep_gathered_input, layer, _autocast(x)
+    y: Tensor = apply(
+        _ColumnLinear, x, weight, bias, tp, sequence, keep_gathered_input, layer, _autocast(x)
     )
     return y
 
@@ -86,7 +87,7 @@ def row_linear(
         if sequence is None:
             return collectives.reduce_from_tp(partial, tp, layer=layer)
         return collectives.reduce_scatter_to_sequence(partial, tp, partition=sequence, layer=layer)
-    y: Tensor = _RowLinear.apply(x, weight, tp, sequence, layer, _autocast(x))
+    y: Tensor = apply(_RowLinear, x, weight, tp, sequence, layer, _autocast(x))
     return y
 
 

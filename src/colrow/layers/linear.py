@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,9 @@ class FusedColumnParallelLinear(nn.Module):
             torch.empty(self.weight_spec.local_shape(tp.rank), device=device, dtype=dtype)
         )
         self.bias = (
-            nn.Parameter(torch.empty(self.bias_spec.local_shape(tp.rank), device=device, dtype=dtype))
+            nn.Parameter(
+                torch.empty(self.bias_spec.local_shape(tp.rank), device=device, dtype=dtype)
+            )
             if bias
             else None
         )
@@ -360,9 +363,7 @@ class RowParallelLinear(nn.Module):
                 )
         else:
             _check_features(x, self.in_features, self)
-            x = collectives.scatter_to_tp(
-                x, self.tp, partition=self.partition, layer=self.layer
-            )
+            x = collectives.scatter_to_tp(x, self.tp, partition=self.partition, layer=self.layer)
         if not self.sequence_parallel:
             sequence = None
         elif sequence is None:
@@ -393,10 +394,8 @@ def reset_linear_(
     seed, bound = rng.draw_seed(), 1 / math.sqrt(weight_spec.shape[1])
     for name, tensor, spec in (("weight", weight, weight_spec), ("bias", bias, bias_spec)):
         if tensor is not None:
-            key = rng.stream_key(seed, name)
-            rng.fill_shard_(
-                tensor, spec, tp.rank, lambda at, key=key: rng.uniform_between(key, at, bound)
-            )
+            draw = partial(rng.uniform_between, rng.stream_key(seed, name), bound=bound)
+            rng.fill_shard_(tensor, spec, tp.rank, draw)
 
 
 def _check_partition(partition: Partition, features: int, argument: str) -> None:
@@ -407,8 +406,7 @@ def _check_partition(partition: Partition, features: int, argument: str) -> None
 def _check_features(x: Tensor, expected: int, module: nn.Module) -> None:
     if x.shape[-1] != expected:
         raise ValueError(
-            f"{_name(module)} expects an input with {expected} features, "
-            f"got shape {tuple(x.shape)}"
+            f"{_name(module)} expects an input with {expected} features, got shape {tuple(x.shape)}"
         )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from colrow.comm import primitives
+from colrow.comm.autograd import apply
 from colrow.layers.embedding import check_range
 from colrow.mesh import ParallelGroup
 from colrow.partition import Partition
@@ -73,8 +74,17 @@ def vocab_parallel_cross_entropy(
             + (": these are gathered logits; give it the local ones" if whole else "")
         )
     check_range(labels, partition.length, "label", ignore=ignore_index)
-    losses: Tensor = _CrossEntropy.apply(
-        logits, labels, tp, partition, ignore_index, label_smoothing, z_loss, exchanged, layer
+    losses: Tensor = apply(
+        _CrossEntropy,
+        logits,
+        labels,
+        tp,
+        partition,
+        ignore_index,
+        label_smoothing,
+        z_loss,
+        exchanged,
+        layer,
     )
     if reduction == "none":
         return losses

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from colrow.layers.activation import ACTIVATIONS
 from colrow.layers.linear import FusedColumnParallelLinear, RowParallelLinear
+from colrow.layers.options import Activation
 from colrow.layers.shared import SharedWeights
 from colrow.mesh import ParallelGroup
-from colrow.layers.options import Activation
 from colrow.partition import Partition
 
 

@@ -45,9 +45,7 @@ class _Norm(nn.Module):
         self.applied_to = applied_to
         self.weight_spec = self.bias_spec = ShardSpec.replicated(size)
         self.weight = nn.Parameter(torch.ones(size, device=device, dtype=dtype))
-        self.bias = (
-            nn.Parameter(torch.zeros(size, device=device, dtype=dtype)) if bias else None
-        )
+        self.bias = nn.Parameter(torch.zeros(size, device=device, dtype=dtype)) if bias else None
 
     def shared_parameters(self) -> list[SharedParameter]:
         """All parameters, when each rank normalises its own part."""

@@ -30,7 +30,9 @@ def rope_frequencies(config: RopeConfig, device: torch.device | str | None = Non
     return frequency
 
 
-def rope_tables(frequencies: Tensor, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rope_tables(
+    frequencies: Tensor, positions: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """``cos`` and ``sin`` for these positions, each ``[..., sequence, 1, dims]``.
 
     Computed in fp32 (fp64 for fp64 activations) whatever ``dtype`` they are returned in, since

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from colrow.comm import primitives
+from colrow.comm.autograd import apply
 from colrow.mesh import ParallelGroup
 from colrow.partition import ShardSpec
 
@@ -127,7 +128,7 @@ class SharedWeights:
             return cls({})
         parameters = [s.parameter for s in wanted]
         rows = [s.rows for s in wanted]
-        aliases: tuple[Tensor, ...] = _SumGradients.apply(tp, layer, rows, *parameters)
+        aliases: tuple[Tensor, ...] = apply(_SumGradients, tp, layer, rows, *parameters)
         return cls({id(p): alias for p, alias in zip(parameters, aliases, strict=True)})
 
 

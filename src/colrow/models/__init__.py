@@ -1,0 +1,1 @@
+"""The one decoder, its configuration, and a small table per model family."""

@@ -11,7 +11,7 @@ import torch
 from colrow.mesh import Mesh, ParallelGroup
 from colrow.models.config import Layout, ModelConfig
 from colrow.models.decoder import Decoder
-from colrow.models.families import config_from_file, config_from_hf
+from colrow.models.hf_config import config_from_file, config_from_hf
 from colrow.models.initialize import initialize_
 
 

@@ -80,9 +80,7 @@ def predict_step(
     return calls
 
 
-def shared_elements(
-    config: ModelConfig, layout: Layout, sequence_parallel: bool
-) -> dict[str, int]:
+def shared_elements(config: ModelConfig, layout: Layout, sequence_parallel: bool) -> dict[str, int]:
     """Parameters whose gradient is summed over ranks, and their elements in the bucket.
 
     Row biases and norms under sequence parallelism; query and key norms always, because each rank

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from colrow.layers.options import Activation, Norm, Position, RopeConfig
 from colrow.partition import HeadPartition, Partition, ShardSpec
 
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer.

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from colrow import rng
-from colrow.layers.attention import AttentionContext, KeyValueCache, ParallelAttention
+from colrow.layers.attention import ParallelAttention
 from colrow.layers.block import ParallelBlock
+from colrow.layers.context import AttentionContext, KeyValueCache
 from colrow.layers.dropout import ParallelDropout
 from colrow.layers.embedding import PositionEmbedding, VocabParallelEmbedding
 from colrow.layers.fused import column_linear
@@ -78,7 +79,8 @@ class Decoder(nn.Module):
         }
         # Built without memory, then allocated once: no layer draws values that are replaced anyway.
         place: _Place = {"device": torch.device("meta"), "dtype": dtype}
-        hidden, applied_to = config.hidden_size, "shard" if sequence_parallel else "all"
+        hidden = config.hidden_size
+        applied_to: Literal["all", "shard"] = "shard" if sequence_parallel else "all"
 
         def norm(layer: str) -> nn.Module:
             kind = RMSNorm if config.norm == "rmsnorm" else LayerNorm
@@ -210,7 +212,7 @@ class Decoder(nn.Module):
         """The next-token loss; every rank returns the same value.
 
         Args:
-            labels: ``[batch, sequence]``, usually ``input_ids``; shifted in here, so that the logits
+            labels: ``[batch, sequence]``, usually ``input_ids``; shifted in here, so that logits
                 at position i are compared with the label at i + 1, as in transformers.
             The others as in :meth:`forward` and :func:`vocab_parallel_cross_entropy`.
         """
@@ -253,7 +255,9 @@ class Decoder(nn.Module):
         past = 0 if cache is None else cache.length
         if cache is not None and self.sequence_parallel:
             raise ValueError("a key-value cache needs a model built with sequence_parallel=False")
-        check_batch(input_ids, attention_mask, past, self.config.max_positions, self.config.position)
+        check_batch(
+            input_ids, attention_mask, past, self.config.max_positions, self.config.position
+        )
         length = input_ids.shape[1]
         sequence = Partition.even(length, self.tp.size) if self.sequence_parallel else None
         shared = SharedWeights.of_model(self, self.tp, "shared")
@@ -291,10 +295,8 @@ class Decoder(nn.Module):
             )
         return self.norm(x, shared=shared), sequence, shared
 
-    def logits(
-        self, hidden: Tensor, sequence: Partition | None, shared: SharedWeights
-    ) -> Tensor:
-        """The head: ``[batch, sequence (_local), hidden]`` to ``[batch, sequence, vocab_local]``."""
+    def logits(self, hidden: Tensor, sequence: Partition | None, shared: SharedWeights) -> Tensor:
+        """The head: ``[batch, sequence (_local), hidden]`` to local logits."""
         if self.head is not None:
             logits: Tensor = self.head(hidden, sequence=sequence, shared=shared)
             return logits

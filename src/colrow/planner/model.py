@@ -154,7 +154,7 @@ def model_from_config_json(path: str | Path) -> ModelShape:
 
 def model_from_mapping(mapping: Mapping[str, object], *, name: str) -> ModelShape:
     """The model of a Hugging Face configuration's keys."""
-    from colrow.models.families import config_from_hf
+    from colrow.models.hf_config import config_from_hf
 
     family = mapping.get("model_type")
     if family not in _MOE_FAMILIES:

@@ -105,6 +105,8 @@ class Order:
     def _epoch(self, epoch: int) -> npt.NDArray[np.int64]:
         if epoch not in self._epochs:
             self._epochs = {e: order for e, order in self._epochs.items() if e == epoch - 1}
-            generator = np.random.Generator(np.random.Philox(rng.stream_key(self._seed, "order", epoch)))
+            generator = np.random.Generator(
+                np.random.Philox(rng.stream_key(self._seed, "order", epoch))
+            )
             self._epochs[epoch] = generator.permutation(self.windows.count)
         return self._epochs[epoch]

@@ -166,11 +166,8 @@ def peak_flops(mesh: Mesh, precision: str) -> float | None:
     """Of this rank's device, by its name; None for one that the planner does not know."""
     if mesh.device.type != "cuda":
         return None
-    from colrow.planner.hardware import find_hardware, hardware_names
+    from colrow.planner.hardware import ALIASES, find_hardware
 
     name = torch.cuda.get_device_name(mesh.device).lower()
-    for known in hardware_names():
-        device = find_hardware(known).device
-        if known.lower().split("-")[0] in name:
-            return dict(device.peak_flops).get(precision)
-    return None
+    known = next((alias for alias in ALIASES if alias in name), None)
+    return None if known is None else dict(find_hardware(known).device.peak_flops).get(precision)

@@ -25,14 +25,22 @@ class TrainSettings:
         ValueError: values that do not go together, named.
     """
 
-    model: str = _option("", "Hugging Face directory, cached hub id or .gguf file to fine-tune, or "
-        "a config.json to train from random weights")
-    data: str = _option("", "text, JSON Lines or Parquet file, a directory of them, or a saved "
-        "Hugging Face dataset")
-    output: str = _option("", "directory for checkpoints, logs and the resolved settings; a run that "
-        "finds checkpoints there continues from the newest")
-    tokenizer: str = _option("", 'checkpoint whose tokenizer to use, or "bytes"; by default the '
-        "model's own")
+    model: str = _option(
+        "",
+        "Hugging Face directory, cached hub id or .gguf file to fine-tune, or "
+        "a config.json to train from random weights",
+    )
+    data: str = _option(
+        "", "text, JSON Lines or Parquet file, a directory of them, or a saved Hugging Face dataset"
+    )
+    output: str = _option(
+        "",
+        "directory for checkpoints, logs and the resolved settings; a run that "
+        "finds checkpoints there continues from the newest",
+    )
+    tokenizer: str = _option(
+        "", 'checkpoint whose tokenizer to use, or "bytes"; by default the model\'s own'
+    )
     token_cache: str = _option("", "directory for tokenised texts (default OUTPUT/tokens)")
     eval_data: str = _option("", "text to evaluate on; by default a share of the data is held out")
     eval_share: float = _option(0.1, "share of the data's sequences that is held out")
@@ -40,15 +48,18 @@ class TrainSettings:
     eval_sequences: int = _option(64, "sequences per evaluation, at most")
     tp: int = _option(1, "tensor-parallel size")
     dp: int = _option(1, "data-parallel size")
-    sequence_parallel: bool = _option(False, "divide norms, dropout and residuals over the sequence")
+    sequence_parallel: bool = _option(
+        False, "divide norms, dropout and residuals over the sequence"
+    )
     fsdp: bool = _option(False, "divide parameters, gradients and optimiser state over dp (FSDP2)")
     device: str = _option("auto", "cpu, cuda or auto")
     sequence: int = _option(512, "tokens of a sequence")
     microbatch: int = _option(1, "sequences in one forward pass of a dp rank")
     global_batch: int = _option(8, "sequences in one step, over all dp ranks")
     steps: int = _option(100, "optimiser steps of the whole run")
-    precision: str = _option("fp32", "fp32, bf16 (compute; fp32 parameters and optimiser) or fp64",
-        PRECISIONS)
+    precision: str = _option(
+        "fp32", "fp32, bf16 (compute; fp32 parameters and optimiser) or fp64", PRECISIONS
+    )
     seed: int = _option(0, "of initial weights, order of the data and dropout")
     learning_rate: float = _option(3e-4, "peak learning rate")
     final_learning_rate_share: float = _option(0.1, "share of the peak at the end of the cosine")
@@ -58,12 +69,18 @@ class TrainSettings:
     beta2: float = _option(0.95, "AdamW's second decay rate")
     epsilon: float = _option(1e-8, "AdamW's epsilon")
     clip: float = _option(1.0, "largest norm of the gradients; 0 does not clip")
-    dropout: float = _option(-1.0, "probability for embeddings, attention and residuals; by default "
-        "what the model's configuration says when it starts from random weights, else 0")
+    dropout: float = _option(
+        -1.0,
+        "probability for embeddings, attention and residuals; by default "
+        "what the model's configuration says when it starts from random weights, else 0",
+    )
     label_smoothing: float = _option(0.0, "weight of the uniform distribution in the target")
     z_loss: float = _option(0.0, "weight of logsumexp squared")
-    recompute: str = _option("none", "activations to compute again in backward: none, selective "
-        "(attention), full (blocks)", RECOMPUTE)
+    recompute: str = _option(
+        "none",
+        "activations to compute again in backward: none, selective (attention), full (blocks)",
+        RECOMPUTE,
+    )
     save_every: int = _option(100, "steps between checkpoints; the last step is always saved")
     keep: int = _option(3, "how many of the newest checkpoints stay")
     log_every: int = _option(10, "steps between lines of the log")

@@ -28,7 +28,9 @@ class Document:
     ends: bool = True
 
 
-def documents(path: str | Path, *, progress: Callable[[int], None] | None = None) -> Iterator[Document]:
+def documents(
+    path: str | Path, *, progress: Callable[[int], None] | None = None
+) -> Iterator[Document]:
     """The documents of a file, or of all files of a directory in the order of their names.
 
     A text file is one document. A line of a JSON Lines file, and a row of a Parquet file or of a

@@ -61,7 +61,7 @@ class ModelTokenizer:
 
 
 def make_tokenizer(name: str, end_token: int | None = None) -> TrainingTokenizer:
-    """"bytes", or the tokenizer of the checkpoint of this name."""
+    """ "bytes", or the tokenizer of the checkpoint of this name."""
     return ByteTokenizer() if name == BYTES else ModelTokenizer(name, end_token)
 
 
@@ -114,7 +114,9 @@ def token_path(
     """Where :func:`prepare_tokens` puts the tokens of this text."""
     data = Path(data)
     files = sorted(f for f in data.rglob("*") if f.is_file()) if data.is_dir() else [data]
-    about = [(str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]
+    about = [
+        (str(f.absolute()), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()
+    ]
     text = json.dumps([about, tokenizer_name, vocab_size, end_token])
     return Path(cache) / f"{data.stem}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 

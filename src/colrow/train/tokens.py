@@ -66,13 +66,13 @@ class TokenFile:
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{path} is not a token file ({error}); remove it") from error
         if len(ids) != meta["tokens"] or (counted is not None and len(counted) != len(ids)):
-            raise ValueError(f"{path} is truncated: {len(ids)} of {meta['tokens']} tokens; remove it")
+            raise ValueError(
+                f"{path} is truncated: {len(ids)} of {meta['tokens']} tokens; remove it"
+            )
         return cls(path, ids, counted, meta["sha256"])
 
 
-def write_tokens(
-    path: str | Path, documents: Iterable[Encoded], *, vocab_size: int
-) -> TokenFile:
+def write_tokens(path: str | Path, documents: Iterable[Encoded], *, vocab_size: int) -> TokenFile:
     """Writes documents one after the other and publishes the file when it is whole.
 
     Args:

@@ -1,0 +1,268 @@
+"""The training run: ``colrow train`` on one rank."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from colrow.checkpoint.training import TrainingCheckpoints
+from colrow.comm.ledger import record
+from colrow.launch import rank_environment
+from colrow.mesh import Mesh, init_mesh
+from colrow.models.config import num_parameters
+from colrow.train.batches import Order, Windows
+from colrow.train.faults import StopRequest, check_agreement, stop_on_signals
+from colrow.train.model import build_model, model_config, save_model_files, tokenizer_name
+from colrow.train.optimizer import adamw, learning_rate
+from colrow.train.parallel import parallelize
+from colrow.train.report import Record, Reporter, peak_flops, peak_memory_bytes
+from colrow.train.settings import TrainSettings, to_toml
+from colrow.train.step import Stepper, StepResult, evaluate
+from colrow.train.tokenize import prepare_tokens, token_path, wait_for_tokens
+
+CHECKPOINTS, MODEL_FILES, SETTINGS = "checkpoints", "model", "settings.toml"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Attributes:
+        step: steps taken in all.
+        loss: of the last step; None when there was nothing left to do.
+        eval_loss: on held-out text at the end; None when it was stopped before.
+        stopped_by: the signal that stopped it, or "".
+    """
+
+    step: int
+    loss: float | None
+    eval_loss: float | None
+    stopped_by: str = ""
+
+
+def train(settings: TrainSettings) -> Outcome:
+    """Trains until ``settings.steps``, from the newest checkpoint where there is one.
+
+    Communicates: all ranks of the grid call it with equal settings.
+
+    Raises:
+        ValueError: input that cannot be used, before anything is computed.
+        RuntimeError: a loss or gradient that is not finite, or a checkpoint that cannot be written.
+    """
+    with stop_on_signals() as stop:
+        output = Path(settings.output)
+        training, held_out = _data(settings)
+        mesh = init_mesh(
+            tp=settings.tp,
+            dp=settings.dp,
+            device=None if settings.device == "auto" else settings.device,
+            timeout=timedelta(seconds=settings.timeout_seconds),
+        )
+        data = {"training data": training.tokens.sha256, "held-out data": held_out.tokens.sha256}
+        check_agreement({**asdict(settings), **data})
+        run = _Run(settings, mesh, Order(training, settings.seed), held_out)
+        start = run.resume()
+        reporter = Reporter(output, settings.steps, first_step=start, active=_global_rank() == 0)
+        if _global_rank() == 0:
+            save_model_files(settings, output / MODEL_FILES)
+            (output / SETTINGS).write_text(to_toml(settings), encoding="utf-8")
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        if start or restarts:
+            again = f" (restart {restarts} of {settings.max_restarts})" if restarts else ""
+            reporter.say(f"continuing after step {start}{again}")
+        try:
+            return run.until_done(start, reporter, stop)
+        finally:
+            reporter.close()
+
+
+class _Run:
+    """The parts of a run and what happens at each step."""
+
+    def __init__(
+        self, settings: TrainSettings, mesh: Mesh, order: Order, held_out: Windows
+    ) -> None:
+        self.settings, self.mesh, self.order, self.held_out = settings, mesh, order, held_out
+        self.model = build_model(settings, mesh)
+        self.loss = parallelize(
+            self.model,
+            mesh,
+            fsdp=settings.fsdp,
+            compute_dtype=torch.bfloat16 if settings.precision == "bf16" else None,
+            recompute=settings.recompute,  # type: ignore[arg-type]
+            label_smoothing=settings.label_smoothing,
+            z_loss=settings.z_loss,
+        )
+        self.optimizer = adamw(
+            self.model,
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.epsilon,
+            weight_decay=settings.weight_decay,
+        )
+        self.stepper = Stepper(
+            self.model,
+            self.loss,
+            self.optimizer,
+            mesh,
+            order,
+            microbatch=settings.microbatch,
+            global_batch=settings.global_batch,
+            clip=settings.clip,
+            dropout_seed=settings.seed,
+        )
+        self.checkpoints = TrainingCheckpoints(
+            Path(settings.output) / CHECKPOINTS, keep=settings.keep
+        )
+        self._speed = _Speed(settings, mesh, num_parameters(self.model.config))
+
+    def identity(self) -> dict[str, Any]:
+        """What must not change between the parts of a run, or the data would not continue."""
+        names = ("sequence", "global_batch", "seed", "precision", "eval_share")
+        values = {name: getattr(self.settings, name) for name in names}
+        return {**values, "data": self.order.windows.tokens.sha256}
+
+    def resume(self) -> int:
+        """Loads the newest checkpoint; the number of steps that were taken."""
+        latest = self.checkpoints.latest()
+        if latest is None:
+            return 0
+        saved = self.checkpoints.load(latest, self.model, self.optimizer)
+        for name, value in self.identity().items():
+            if saved["identity"].get(name) != value:
+                raise ValueError(
+                    f"the checkpoint {self.checkpoints.path(latest)} was made with "
+                    f"{name}={saved['identity'].get(name)!r}, not {value!r}: continue with that, "
+                    "or train in another --output"
+                )
+        return latest
+
+    def until_done(self, start: int, reporter: Reporter, stop: StopRequest) -> Outcome:
+        settings, done, result = self.settings, start, None
+        eval_loss = None
+        while done < settings.steps:
+            logged = (done + 1) % settings.log_every == 0 or done + 1 == settings.steps
+            rate = self._rate(done)
+            result = self._timed_step(done, rate, logged, stop)
+            done += 1
+            last = done == settings.steps
+            if done % settings.save_every == 0 or last or result.stop:
+                self._save(done)
+            else:
+                self.checkpoints.check()
+            eval_loss = None
+            if last or (settings.eval_every and done % settings.eval_every == 0):
+                eval_loss = self._evaluate()
+            if logged or eval_loss is not None:
+                reporter.add(self._speed.record(done, result, rate, eval_loss))
+            if result.stop and not last:
+                self.checkpoints.wait()
+                reporter.say(f"stopped by {stop.name or 'a signal'}; saved after step {done}")
+                return Outcome(done, result.loss, eval_loss, stop.name or "a signal")
+        self.checkpoints.wait()
+        if result is None:
+            eval_loss = self._evaluate()
+            reporter.say(f"all {settings.steps} steps were taken before")
+        return Outcome(done, None if result is None else result.loss, eval_loss)
+
+    def _rate(self, step: int) -> float:
+        settings = self.settings
+        return learning_rate(
+            step,
+            peak=settings.learning_rate,
+            warmup_steps=settings.warmup_steps,
+            total_steps=settings.steps,
+            final_share=settings.final_learning_rate_share,
+        )
+
+    def _timed_step(self, step: int, rate: float, logged: bool, stop: StopRequest) -> StepResult:
+        started = time.perf_counter()
+        if not logged:
+            result = self.stepper.step(step, rate, stop=bool(stop))
+            self._speed.add(result, time.perf_counter() - started)
+            return result
+        with record(self.mesh.tp) as ledger:  # on CUDA recording waits for each collective
+            result = self.stepper.step(step, rate, stop=bool(stop))
+        self._speed.add(result, time.perf_counter() - started, ledger.seconds(exposed=True))
+        return result
+
+    def _save(self, step: int) -> None:
+        self.checkpoints.save(step, self.model, self.optimizer, {"identity": self.identity()})
+
+    def _evaluate(self) -> float:
+        return evaluate(
+            self.loss,
+            self.mesh,
+            self.held_out,
+            microbatch=self.settings.microbatch,
+            sequences=self.settings.eval_sequences,
+        )
+
+
+class _Speed:
+    """Times and counts since the last line of the log."""
+
+    def __init__(self, settings: TrainSettings, mesh: Mesh, parameters: int) -> None:
+        self._mesh, self._parameters = mesh, parameters
+        self._peak = peak_flops(mesh, settings.precision)
+        self._seconds: list[float] = []
+        self._tokens = 0
+        self._share = 0.0
+
+    def add(self, result: StepResult, seconds: float, waited_seconds: float | None = None) -> None:
+        self._seconds.append(seconds)
+        self._tokens += result.tokens
+        if waited_seconds is not None:
+            self._share = waited_seconds / seconds
+
+    def record(self, step: int, result: StepResult, rate: float, eval_loss: float | None) -> Record:
+        seconds, tokens = sum(self._seconds), self._tokens
+        per_second = tokens / seconds if seconds else 0.0
+        mfu = None
+        if self._peak is not None:  # 6 FLOPs per parameter and token (Kaplan et al. 2020)
+            mfu = 6 * self._parameters * per_second / (self._peak * self._mesh.world_size)
+        found = Record(
+            step=step,
+            loss=result.loss,
+            learning_rate=rate,
+            grad_norm=result.grad_norm,
+            tokens_per_second=per_second,
+            step_seconds=seconds / max(1, len(self._seconds)),
+            communication_share=self._share,
+            mfu=mfu,
+            memory_bytes=peak_memory_bytes(self._mesh),
+            eval_loss=eval_loss,
+        )
+        self._seconds, self._tokens = [], 0
+        return found
+
+
+def _data(settings: TrainSettings) -> tuple[Windows, Windows]:
+    """Sequences to train on and to evaluate on; rank 0 tokenises, the others wait for the file."""
+    cache = settings.token_cache or str(Path(settings.output) / "tokens")
+    config = model_config(settings)
+    end = config.eos_token_ids[0] if config.eos_token_ids else None
+    name = tokenizer_name(settings)
+
+    def windows(text: str) -> Windows:
+        if _global_rank() == 0:
+            tokens = prepare_tokens(text, name, cache, vocab_size=config.vocab_size, end_token=end)
+        else:
+            path = token_path(text, name, cache, config.vocab_size, end)
+            tokens = wait_for_tokens(path, settings.timeout_seconds)
+        return Windows.of(tokens, settings.sequence)
+
+    training = windows(settings.data)
+    if settings.eval_data:
+        return training, windows(settings.eval_data)
+    return training.split(settings.eval_share)
+
+
+def _global_rank() -> int:
+    environment = rank_environment()
+    return 0 if environment is None else environment.rank

@@ -1,0 +1,137 @@
+"""The model of a training run: from weights or at random, and what an export needs beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from colrow.checkpoint.export_config import config_to_hf
+from colrow.checkpoint.locate import resolve_model_path
+from colrow.checkpoint.pretrained import from_pretrained, pretrained_config
+from colrow.layers.dropout import ParallelDropout
+from colrow.mesh import Mesh
+from colrow.models.build import from_config
+from colrow.models.config import ModelConfig
+from colrow.models.decoder import Decoder
+from colrow.train.settings import TrainSettings
+from colrow.train.tokenize import BYTES
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def build_model(settings: TrainSettings, mesh: Mesh) -> Decoder:
+    """The decoder, in training mode, with its parameters in fp32 (fp64 for fp64)."""
+    dtype, random = DTYPES[settings.precision], settings.from_random
+    if random:
+        model = from_config(
+            settings.model,
+            mesh,
+            seed=settings.seed,
+            dtype=dtype,
+            sequence_parallel=settings.sequence_parallel,
+        )
+    else:
+        model = from_pretrained(
+            settings.model, mesh, dtype=dtype, sequence_parallel=settings.sequence_parallel
+        )
+    if settings.dropout >= 0 or not random:
+        set_dropout(model, max(0.0, settings.dropout))
+    return model.train()
+
+
+def set_dropout(model: Decoder, p: float) -> None:
+    """The same probability for embeddings, attention weights and residuals."""
+    for module in model.modules():
+        if isinstance(module, ParallelDropout):
+            module.p = p
+    model.config = replace(
+        model.config, embedding_dropout=p, attention_dropout=p, residual_dropout=p
+    )
+
+
+def model_config(settings: TrainSettings) -> ModelConfig:
+    """The model's shape, without its weights.
+
+    Raises:
+        ValueError: sequences longer than the model has positions.
+    """
+    config = pretrained_config(settings.model)
+    if settings.sequence > config.max_positions and config.position == "learned":
+        raise ValueError(
+            f"sequence={settings.sequence} is longer than the model's {config.max_positions} "
+            "positions"
+        )
+    return config
+
+
+def tokenizer_name(settings: TrainSettings) -> str:
+    """Where the tokenizer comes from.
+
+    Raises:
+        ValueError: a model from a configuration, which has none, without ``tokenizer``.
+    """
+    if settings.tokenizer:
+        return settings.tokenizer
+    if settings.from_random:
+        raise ValueError(
+            f"{settings.model} is a configuration and has no tokenizer: give --tokenizer, a "
+            f'checkpoint or "{BYTES}" (which needs a vocabulary of 257)'
+        )
+    return settings.model
+
+
+def save_model_files(settings: TrainSettings, directory: Path) -> None:
+    """Writes the configuration and the tokenizer as a Hugging Face directory has them."""
+    part = directory.with_name(f"{directory.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    if settings.from_random:
+        shutil.copyfile(settings.model, part / "config.json")
+    else:
+        copy_model_files(settings.model, part)
+    if settings.tokenizer and settings.tokenizer != BYTES:
+        copy_tokenizer(settings.tokenizer, part)
+    shutil.rmtree(directory, ignore_errors=True)
+    part.rename(directory)
+
+
+def copy_model_files(model: str | Path, directory: Path) -> None:
+    """The configuration and the tokenizer of a checkpoint; a GGUF file's are translated."""
+    path = resolve_model_path(model)
+    if path.suffix == ".gguf":
+        config = config_to_hf(pretrained_config(path))
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    else:
+        source = path if path.is_dir() else path.parent
+        shutil.copyfile(source / "config.json", directory / "config.json")
+    copy_tokenizer(path, directory)
+
+
+def copy_tokenizer(model: str | Path, directory: Path) -> None:
+    """The tokenizer's files; those inside a GGUF file are written by transformers."""
+    path = resolve_model_path(model)
+    if path.suffix == ".gguf":
+        from colrow.generate.tokenizer import load_tokenizer
+
+        load_tokenizer(path).save_pretrained(str(directory))  # type: ignore[attr-defined]
+        return
+    source = path if path.is_dir() else path.parent
+    for name in _TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)

@@ -1,0 +1,74 @@
+"""What a training step really takes, measured on this rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
+
+import colrow
+from colrow.comm.ledger import record, summarize
+from colrow.mesh import ParallelGroup
+from colrow.models.decoder import Decoder
+from colrow.planner import Layout, ModelShape
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """The most that the CPU allocator handed out at once while ``function`` ran, beyond before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events: list[tuple[int, int]] = []
+
+    def collect(node: Any) -> None:
+        if node.tag == _EventType.Allocation:
+            events.append((node.start_time_ns, node.extra_fields.alloc_size))
+        for child in node.children:
+            collect(child)
+
+    for root in profiler.profiler.kineto_results.experimental_event_tree():
+        collect(root)
+    held = peak = 0
+    for _, size in sorted(events, key=lambda event: event[0]):
+        held += size
+        peak = max(peak, held)
+    return peak
+
+
+def training_step(
+    tp: ParallelGroup, shape: ModelShape, layout: Layout
+) -> tuple[Decoder, torch.optim.Optimizer, torch.Tensor]:
+    """A model of ours with AdamW, after one step: gradients and states exist."""
+    torch.manual_seed(0)
+    model = colrow.from_config(
+        shape.config,
+        tp,
+        dtype=DTYPES[layout.precision],
+        sequence_parallel=layout.sequence_parallel,
+    )
+    ids = torch.randint(0, shape.config.vocab_size, (layout.microbatch, layout.sequence))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    model.loss(ids, ids).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    return model, optimizer, ids
+
+
+def measured(tp: ParallelGroup, shape: ModelShape, layout: Layout) -> dict[str, Any]:
+    """Bytes of weights, gradients, states and activations, and the recorded collectives."""
+    model, optimizer, ids = training_step(tp, shape, layout)
+    parameters = list(model.parameters())
+    with record(tp) as ledger:
+        peak = peak_bytes(lambda: model.loss(ids, ids).backward())
+    states = [t for state in optimizer.state.values() for t in state.values()]
+    return {
+        "weights": sum(p.numel() * p.element_size() for p in parameters),
+        "gradients": sum(p.grad.numel() * p.grad.element_size() for p in parameters),  # type: ignore[union-attr]
+        "optimizer": sum(t.numel() * t.element_size() for t in states),
+        "peak": peak,
+        "calls": summarize(ledger.calls),
+    }
