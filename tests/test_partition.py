@@ -103,7 +103,10 @@ class TestPartition:
             (lambda: Partition.ratio(10, [0, 0]), "positive sum"),
             (lambda: Partition.ratio(10, [float("nan"), 1]), "ratio .* must be"),
             (lambda: Partition.ratio(10, [float("inf"), 1]), "ratio .* must be"),
-            (lambda: Partition.from_sizes([3, -1]), r"rank 0 cannot hold \[0, 3\) of a dimension of 2"),
+            (
+                lambda: Partition.from_sizes([3, -1]),
+                r"rank 0 cannot hold \[0, 3\) of a dimension of 2",
+            ),
         ],
     )
     def test_what_cannot_be_is_refused(self, make: object, message: str) -> None:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from colrow.models.config import ModelConfig
     from colrow.models.decoder import Decoder
     from colrow.partition import HeadPartition, Partition, ShardSpec
+    from colrow.train.clip import clip_grad_norm_
 
 __version__ = "0.1.0"
 

@@ -72,6 +72,7 @@ def run_ranks(
     max_restarts: int,
     timeout_seconds: float | None,
     quiet: bool,
+    seconds_to_stop: float = 5,
 ) -> list[T]:
     """What :func:`colrow.launch.launch` does for more than one rank; see there."""
     try:
@@ -93,7 +94,9 @@ def run_ranks(
                 max_restarts=max_restarts,
                 monitor_interval=0.1,
             )
-            ended = _run_agent(_Agent(spec, directory, threads, timeout_seconds))
+            ended = _run_agent(
+                _Agent(spec, directory, threads, timeout_seconds, seconds_to_stop)
+            )
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     if isinstance(ended, signal.Signals):
@@ -146,11 +149,16 @@ class _Agent(LocalElasticAgent):
     """torchrun's agent, which also keeps every rank's exit code and stops at a deadline."""
 
     def __init__(
-        self, spec: WorkerSpec, directory: Path, threads: int, timeout_seconds: float | None
+        self,
+        spec: WorkerSpec,
+        directory: Path,
+        threads: int,
+        timeout_seconds: float | None,
+        seconds_to_stop: float,
     ) -> None:
         logs = DefaultLogsSpecs(log_dir=str(directory / "torchelastic"))
         super().__init__(spec, logs)
-        self._shutdown_timeout = _SECONDS_TO_STOP
+        self._shutdown_timeout = seconds_to_stop  # after a signal
         self._directory = directory
         self._threads = threads
         self._timeout_seconds = timeout_seconds
@@ -172,6 +180,10 @@ class _Agent(LocalElasticAgent):
         children = {child.pid: child for child in multiprocessing.active_children()}
         self.processes = {rank: children.get(pid) for rank, pid in process_ids.items()}
         return process_ids
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:
+        # A rank failed: the others have nothing to save.
+        self._shutdown(timeout=_SECONDS_TO_STOP)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         seconds = self._timeout_seconds

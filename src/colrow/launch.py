@@ -94,6 +94,7 @@ def launch(
     threads_per_rank: int | None = None,
     max_restarts: int = 0,
     timeout_seconds: float | None = None,
+    seconds_to_stop: float = 5,
 ) -> list[T]:
     """Runs ``function(*args)`` in ``ranks`` processes of this host and returns their results.
 
@@ -109,6 +110,8 @@ def launch(
             this process's cores divided by the ranks.
         max_restarts: how many times all ranks are started again after one failed.
         timeout_seconds: after which the ranks are stopped, restarts included; None waits for ever.
+        seconds_to_stop: how long ranks that handle SIGINT or SIGTERM may go on, to save what they
+            have, when this process gets one. When a rank failed, the others have 5 seconds.
 
     Returns:
         The results, by rank.
@@ -142,6 +145,7 @@ def launch(
         threads=int(os.environ.get("OMP_NUM_THREADS") or threads),
         max_restarts=max_restarts,
         timeout_seconds=timeout_seconds,
+        seconds_to_stop=seconds_to_stop,
         quiet=not debugging(),
     )
 

@@ -73,6 +73,14 @@ class Mesh:
         """Number of ranks in the grid."""
         return self.tp.size * self.dp.size * self.pp.size
 
+    @property
+    def world(self) -> ParallelGroup:
+        """All ranks of the grid."""
+        for group in (self.tp, self.dp, self.pp):
+            if group.size == self.world_size:
+                return ParallelGroup(group.group, group.rank, group.size, "world")
+        return ParallelGroup(dist.group.WORLD, dist.get_rank(), self.world_size, "world")
+
 
 def init_mesh(
     tp: int = 1,

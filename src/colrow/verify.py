@@ -244,16 +244,13 @@ def _gradient_errors(grads: dict[str, Tensor], exact: dict[str, Tensor]) -> dict
 
 @torch.no_grad()
 def _reference_tokens(reference: nn.Module, prompt: Tensor, new_tokens: int) -> list[int]:
-    """Greedy decoding by transformers, without its early stop."""
-    generated = reference.generate(  # type: ignore[operator]
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        do_sample=False,
-        min_new_tokens=new_tokens,
-        max_new_tokens=new_tokens,
-        pad_token_id=0,
-    )
-    tokens: list[int] = generated[0, prompt.shape[1] :].tolist()
+    """Greedy decoding by transformers' model and cache, past any end-of-sequence token."""
+    tokens: list[int] = []
+    past, step = None, prompt
+    for _ in range(new_tokens):
+        result = reference(input_ids=step, past_key_values=past, use_cache=True)
+        past, step = result.past_key_values, result.logits[:, -1:].argmax(-1)
+        tokens.append(int(step))
     return tokens
 
 

@@ -70,7 +70,9 @@ def adjoint(c: Collective) -> Collective:
     return Collective(c.function, c.result, c.input, c.dim)
 
 
-def data(kind: Kind, shape: tuple[int, ...], c: Collective, p: Partition, seed: int) -> list[Tensor]:
+def data(
+    kind: Kind, shape: tuple[int, ...], c: Collective, p: Partition, seed: int
+) -> list[Tensor]:
     """Whole numbers, so that sums are exact in any order; by rank."""
     generator = torch.Generator().manual_seed(seed)
 

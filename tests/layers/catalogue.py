@@ -73,16 +73,19 @@ class Case:
         dtype: torch.dtype,
         *,
         call: Callable[..., Tensor] | None = None,
+        dense: Callable[[Weights, Tensor], Tensor] | None = None,
+        x_grad: bool = True,
         result_dtype: torch.dtype | None = None,
         tolerance: float | None = None,
     ) -> None:
-        """Against the dense form; ``call`` instead of the layer itself."""
+        """Against the dense form; ``call`` and ``dense`` instead of the layer and its own."""
         options = {"sequence": Partition.even(SEQUENCE, tp.size)} if self.takes_sequence else {}
         x = self.input(dtype)
+        x.requires_grad_(x_grad and x.is_floating_point())
         compare(
             tp,
             layer,
-            self.dense,
+            dense or self.dense,
             x,
             f"{self.name} {dtype}",
             x_spec=None if self.x == WHOLE else self._spec(x, self.x, tp.size),

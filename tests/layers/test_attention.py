@@ -145,9 +145,7 @@ def check_dropout(tp: ParallelGroup) -> None:
             layer.train(dropout is not None)
             dense = DenseAttention(*counts, alibi=alibi, window=window, dropout=dropout)
             what = f"{counts} {alibi=} {window=} {dropout=}"
-            compare(
-                tp, layer, dense, x, what, run=lambda x, a=layer: a(x, dropout_key=key)
-            )
+            compare(tp, layer, dense, x, what, run=lambda x, a=layer: a(x, dropout_key=key))
 
 
 def check_padding(tp: ParallelGroup) -> None:

@@ -117,7 +117,13 @@ def dense_block(weights: Weights, x: Tensor, kind: str, dropout_key: int | None 
 
 
 def compare_block(
-    tp: ParallelGroup, kind: str, sp: bool, *, key: int | None = None, run: Any = None, **options: Any
+    tp: ParallelGroup,
+    kind: str,
+    sp: bool,
+    *,
+    key: int | None = None,
+    run: Any = None,
+    **options: Any,
 ) -> None:
     sequence = Partition.even(SEQUENCE, tp.size)
     block = make_block(tp, kind, sp=sp, dropout=0.0 if key is None else 0.25, **options)

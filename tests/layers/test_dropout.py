@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from colrow import ParallelDropout, ParallelGroup, Partition, rng
-from tests.layers.dense import assert_close, divided, part, random, raises
+from tests.layers.dense import assert_close, divided, part, raises, random
 from tests.ranks import RankPool
 
 SHAPE = (3, 7, 10)

@@ -21,7 +21,7 @@ def token_ids(*shape: int) -> Tensor:
     """Some tokens more than once, and the first and the last of the vocabulary."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(VOCABULARY, shape, generator=generator)
-    ids.view(-1)[: 4] = torch.tensor([0, VOCABULARY - 1, 5, 5])[: ids.numel()]
+    ids.view(-1)[:4] = torch.tensor([0, VOCABULARY - 1, 5, 5])[: ids.numel()]
     return ids
 
 
@@ -45,7 +45,7 @@ def check_vocabulary(tp: ParallelGroup) -> None:
                         token_ids(*batch, sequence.length),
                         f"{split} over {sequence}",
                         y_spec=lambda y, s=sequence: divided(y, -2, s),
-                        run=lambda ids, s=given: split(ids, sequence=s),
+                        run=lambda ids, s=given, layer=split: layer(ids, sequence=s),
                     )
 
 

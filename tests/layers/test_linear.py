@@ -189,7 +189,9 @@ def check_fused(tp: ParallelGroup) -> None:
     partition = Partition.even(OUT, n)
     gate_up = GateUpParallelLinear(IN, partition, tp, bias=True, dtype=FP64)
     x = random(SEQUENCE, IN).requires_grad_()
-    compare(tp, gate_up, dense, x, "gate, up", y_spec=lambda y: divided(y, -1, partition, partition))
+    compare(
+        tp, gate_up, dense, x, "gate, up", y_spec=lambda y: divided(y, -1, partition, partition)
+    )
 
 
 def check_qkv(tp: ParallelGroup) -> None:
@@ -207,57 +209,6 @@ def check_qkv(tp: ParallelGroup) -> None:
                 f"{counts} {layer}",
                 y_spec=lambda y, q=q, kv=kv: divided(y, -1, q, kv, kv),
             )
-
-
-def check_frozen(tp: ParallelGroup) -> None:
-    p = Partition.even(OUT, tp.size)
-    sequence = Partition.even(SEQUENCE, tp.size)
-    heads = HeadPartition.create(9, 3, tp.size)
-    q, kv = heads.query.scaled(4), heads.key_value.scaled(4)
-    for frozen in ({"weight"}, {"bias"}, {"weight", "bias"}, set()):
-        for x_grad in (True, False):
-            for sp in (False, True):
-                for overlap in (False, True):
-                    column = ColumnParallelLinear(
-                        IN, OUT, tp, bias=True, sequence_parallel=sp, overlap=overlap, dtype=FP64
-                    )
-                    again = ColumnParallelLinear(
-                        IN,
-                        OUT,
-                        tp,
-                        bias=True,
-                        sequence_parallel=sp,
-                        keep_gathered_input=False,
-                        dtype=FP64,
-                    )
-                    qkv = QKVParallelLinear(
-                        IN, heads, 4, tp, bias=True, sequence_parallel=sp, dtype=FP64
-                    )
-                    row = RowParallelLinear(
-                        OUT, IN, tp, bias=True, sequence_parallel=sp, overlap=overlap, dtype=FP64
-                    )
-                    for layer in (column, again, qkv, row):
-                        for name in frozen:
-                            layer.get_parameter(name).requires_grad_(False)
-                        x = random(BATCH, SEQUENCE, layer.in_features).requires_grad_(x_grad)
-                        by_sequence = divided(x, -2, sequence) if sp else None
-                        blocks = (q, kv, kv) if layer is qkv else (p,)
-                        compare(
-                            tp,
-                            layer,
-                            dense,
-                            x,
-                            f"{layer} frozen={frozen} x_grad={x_grad} overlap={overlap}",
-                            x_spec=divided(x, -1, p) if layer is row else by_sequence,
-                            y_spec=(
-                                (lambda y: divided(y, -2, sequence) if sp else divided(y, 0))
-                                if layer is row
-                                else (lambda y, blocks=blocks: divided(y, -1, *blocks))
-                            )
-                            if sp or layer is not row
-                            else None,
-                            run=(lambda x, layer=layer: layer(x, sequence=sequence)) if sp else None,
-                        )
 
 
 def check_bias_counts_once(tp: ParallelGroup) -> None:
@@ -382,11 +333,6 @@ def test_row(ranks: RankPool, n: int) -> None:
 def test_fused(ranks: RankPool, n: int) -> None:
     ranks(n, check_fused)
     ranks(n, check_qkv)
-
-
-@pytest.mark.parametrize("n", [2, 3])
-def test_frozen_parameters(ranks: RankPool, n: int) -> None:
-    ranks(n, check_frozen)
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])

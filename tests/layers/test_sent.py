@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ from colrow import (
 from colrow.comm import primitives
 from colrow.comm.ledger import record
 from tests.layers.catalogue import BATCH, BY_SEQUENCE, CASES, FFN, IN, OUT, SEQUENCE, Case
-from tests.layers.dense import part, random
+from tests.layers.dense import random
 from tests.ranks import RankPool
 
 Sent = list[tuple[str, str, int]]
@@ -94,8 +94,8 @@ def expected(name: str, n: int) -> Sent:
     return table[name]
 
 
-def step(case: Case, layer: nn.Module, tp: ParallelGroup, *, x_grad: bool = True) -> None:
-    """One forward and backward pass on this rank's part of the input."""
+def run(case: Case, layer: nn.Module, tp: ParallelGroup, *, x_grad: bool = True) -> Tensor:
+    """A forward pass on this rank's part of the input."""
     x = case.input(torch.float64).detach()
     if case.x == BY_SEQUENCE:
         start, stop = Partition.even(SEQUENCE, tp.size).bounds[tp.rank]
@@ -105,7 +105,13 @@ def step(case: Case, layer: nn.Module, tp: ParallelGroup, *, x_grad: bool = True
         x = x[..., block.bounds[tp.rank][0] : block.bounds[tp.rank][1]]
     x = x.clone().requires_grad_(x_grad and x.is_floating_point())
     options = {"sequence": Partition.even(SEQUENCE, tp.size)} if case.takes_sequence else {}
-    layer(x, **options).sum().backward()
+    result: Tensor = layer(x, **options)
+    return result
+
+
+def step(case: Case, layer: nn.Module, tp: ParallelGroup, *, x_grad: bool = True) -> None:
+    """A forward and backward pass."""
+    run(case, layer, tp, x_grad=x_grad).sum().backward()
 
 
 def check_sent(tp: ParallelGroup) -> None:
@@ -118,12 +124,10 @@ def check_sent(tp: ParallelGroup) -> None:
         assert {call.dtype for call in ledger.calls} == {"float64"}
         assert {call.group for call in ledger.calls} == {"tp"}
         with record(tp) as ledger, torch.no_grad():
-            step_forward = [sent for sent in expected(case.name, tp.size) if sent[1] == "forward"]
-            x_case = case.input(torch.float64).detach()
-            if case.x == "held by all ranks" and not case.takes_sequence:
-                layer(x_case)
-                sent = Counter((call.op, call.phase, call.bytes) for call in ledger.calls)
-                assert sent == Counter(step_forward), f"{case.name} without gradients: {sent}"
+            run(case, layer, tp)
+        sent = Counter((call.op, call.phase, call.bytes) for call in ledger.calls)
+        forward = [call for call in expected(case.name, tp.size) if call[1] == "forward"]
+        assert sent == Counter(forward), f"{case.name} without gradients: {sent}"
 
 
 def check_names(tp: ParallelGroup) -> set[str]:
@@ -208,7 +212,7 @@ def check_same_without_overlap(tp: ParallelGroup) -> None:
 class Order(TorchDispatchMode):
     """Writes down matmuls, collectives and waits in the order in which they are issued."""
 
-    NAMES = {
+    NAMES: ClassVar[dict[str, str]] = {
         "aten::mm": "matmul",
         "c10d::allreduce_": "all_reduce",
         "c10d::_allgather_base_": "all_gather",

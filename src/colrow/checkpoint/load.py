@@ -10,6 +10,9 @@ from torch import Tensor
 from colrow.checkpoint.naming import Naming, Piece, pieces
 from colrow.checkpoint.reader import TensorReader
 from colrow.models.decoder import Decoder
+from colrow.partition import Range
+
+_CHUNK_BYTES = 4 << 20
 
 # Buffers that older checkpoints carry; the decoder computes what they hold.
 _IGNORED = re.compile(
@@ -33,25 +36,38 @@ def load_(model: Decoder, reader: TensorReader, naming: Naming) -> None:
     for name, parameter in model.named_parameters():
         spec = model.specs[name]
         for piece in held[name]:
-            part = _read(reader, piece, prefix, parameter.dtype)
-            if spec.dim is None:
-                parameter.copy_(part)
-            else:
-                start, stop = piece.target
-                parameter.narrow(spec.dim, start, stop - start).copy_(part)
+            start, stop = piece.target
+            part = parameter if spec.dim is None else parameter.narrow(spec.dim, start, stop - start)
+            _fill(part.t() if piece.transposed else part, reader, piece, prefix)
 
 
-def _read(reader: TensorReader, piece: Piece, prefix: str, dtype: torch.dtype) -> Tensor:
+def _fill(part: Tensor, reader: TensorReader, piece: Piece, prefix: str) -> None:
+    """Reads a slice into ``part``, which lies as the file does, a bounded number of rows a time."""
     name = piece.name.removeprefix(prefix)
-    if piece.dim is None:
-        return reader.read(name, dtype=dtype)
-    if piece.dim == 0:
-        part = reader.read(name, rows=piece.ranges, dtype=dtype)
-    else:
-        part = reader.read(name, columns=piece.ranges, dtype=dtype)
-    if piece.pairs is not None:
-        part = unpair(part, piece.pairs)
-    return part.t() if piece.transposed else part
+    row_bytes = max(1, part[:1].numel() * part.element_size())
+    step = max(1, _CHUNK_BYTES // row_bytes)
+    if piece.pairs is not None:  # whole heads
+        step = max(piece.pairs, step - step % piece.pairs)
+    for first in range(0, part.shape[0], step):
+        last = min(first + step, part.shape[0])
+        rows, columns = ((first, last),), None
+        if piece.dim == 0:
+            rows = _within(piece.ranges, first, last)
+        elif piece.dim == 1:
+            columns = piece.ranges
+        chunk = reader.read(name, rows, columns, dtype=part.dtype)
+        part[first:last].copy_(chunk if piece.pairs is None else unpair(chunk, piece.pairs))
+
+
+def _within(ranges: tuple[Range, ...], first: int, last: int) -> tuple[Range, ...]:
+    """Of the indices that ``ranges`` list, one after the other, the first-th to the last-th."""
+    found, passed = [], 0
+    for start, stop in ranges:
+        low, high = start + max(first - passed, 0), start + min(last - passed, stop - start)
+        if low < high:
+            found.append((low, high))
+        passed += stop - start
+    return tuple(found)
 
 
 def unpair(rows: Tensor, head_dim: int) -> Tensor:

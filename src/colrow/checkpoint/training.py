@@ -24,6 +24,7 @@ from colrow.checkpoint.training_storage import (
     check_files,
     read_index,
 )
+from colrow.mesh import Mesh
 
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -37,20 +38,29 @@ class TrainingCheckpoints:
 
     Args:
         directory: where they are; made when it is missing.
+        mesh: the grid of the ranks that train.
         keep: how many of the newest stay.
+        group: these ranks' process group for saving, which nothing else uses while a checkpoint is
+            under way; by default one is made, which all ranks of the job have to take part in.
 
-    Communicates: makes a process group of all ranks of its own, since it saves while the others
-    are in use; all ranks must make it, and call its methods in the same order.
+    All ranks must make it, and call its methods in the same order.
     """
 
-    def __init__(self, directory: str | Path, *, keep: int = 3) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        mesh: Mesh,
+        *,
+        keep: int = 3,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
         if keep < 1:
             raise ValueError(f"keep={keep}: at least one checkpoint must stay")
         self.directory, self._keep = Path(directory), keep
-        several = dist.is_initialized() and dist.get_world_size() > 1
-        self._group = dist.new_group(backend="gloo") if several else None
-        self._rank = dist.get_rank() if several else 0
-        self._ranks = dist.get_world_size() if several else 1
+        self._rank, self._ranks = mesh.world.rank, mesh.world_size
+        self._group = group
+        if group is None and self._ranks > 1:
+            self._group = dist.new_group(backend="gloo")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="colrow-checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
 
@@ -97,7 +107,7 @@ class TrainingCheckpoints:
         steps = self.steps()
         latest: list[int | None] = [steps[-1] if steps else None]
         if self._group is not None:
-            dist.broadcast_object_list(latest, src=0, group=self._group)
+            dist.broadcast_object_list(latest, group_src=0, group=self._group)
         return latest[0]
 
     def path(self, step: int) -> Path:

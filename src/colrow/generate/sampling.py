@@ -20,7 +20,7 @@ from colrow.generate.options import Sampling
 from colrow.mesh import ParallelGroup
 from colrow.partition import Partition
 
-_FIRST_COUNT = 128  # candidates of each rank for top_p: enough for most steps of a trained model
+_FIRST_COUNT = 512  # candidates of each rank for top_p: enough for most steps of a trained model
 _GROWTH = 4
 _LAYER = "sampling"
 _GREEDY = Sampling()
@@ -42,7 +42,7 @@ def next_tokens(
     greedy sends           all-gather of (value, token), 16 bytes a rank and row
     temperature sends      the same
     top_k sends            all-gather of top_k + 1 candidates of each rank, 16 bytes each
-    top_p sends            all-gather of 128 candidates of each rank; again with four times
+    top_p sends            all-gather of 512 candidates of each rank; again with four times
                            as many where these do not reach top_p
     =====================  =============================================================
 

@@ -202,6 +202,11 @@ def _elementwise(
     # the two branches' gradients, and multiplies by the mask.
     forward: float = residual * 2 * (2 + 3)
     backward: float = residual * 2 * (3 + 3)
+    if config.norm == "rmsnorm" and not fused:
+        # Written out: square, mean, scale, weight; for narrow formats in fp32, with conversions.
+        wide = size < 4
+        forward += residual * 2 * ((16 if wide else 7) - 2)
+        backward += residual * 2 * ((30 if wide else 14) - 3)
     if dropout:
         forward += residual * 2 * (mask if fused else 2 + mask)
         backward += residual * 2 * (2 + mask)
@@ -211,7 +216,7 @@ def _elementwise(
     ffn = tokens * model.active_experts * division.ffn.size(rank) * size
     if config.gated:
         forward += ffn * (3 if fused else 5)
-        backward += ffn * (5 if fused else 8)
+        backward += ffn * (5 if fused else 12)
     else:
         forward += ffn * (2 if fused else 4)
         backward += ffn * 3
@@ -219,7 +224,7 @@ def _elementwise(
     query = division.heads.query.size(rank) * config.head_dim
     key_value = division.heads.key_value.size(rank) * config.head_dim
     moved = tokens * (query + 2 * key_value) * size
-    passes = 2 + (2 if config.position == "rope" else 0)
+    passes = 2 + ((2 if fused else 10) if config.position == "rope" else 0)
     forward += moved * passes
     backward += moved * passes
     kernels = 8 if fused else 16

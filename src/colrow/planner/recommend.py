@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -176,9 +177,8 @@ def _divisors(number: int) -> list[int]:
 def smallest_change(model: ModelShape, hardware: Hardware, devices: int, base: Layout) -> list[str]:
     """When nothing fits: changes that would make it fit, the smallest first."""
     changes = []
-    for count in _more_devices(devices, hardware.devices_per_node):
-        batch = base.batch if base.batch % count == 0 or count < base.batch else count
-        workload = replace(base, tp=1, pp=1, dp=1, microbatch=1, global_batch=batch)
+    for count in _more_devices(model, hardware, devices, base):
+        workload = replace(base, tp=1, pp=1, dp=1, microbatch=1, global_batch=base.batch)
         try:
             found = recommend(model, hardware, count, workload, keep=1)
         except ValueError:
@@ -203,11 +203,21 @@ def smallest_change(model: ModelShape, hardware: Hardware, devices: int, base: L
     return changes
 
 
-def _more_devices(devices: int, node: int) -> Iterator[int]:
-    count = devices
-    while count < devices * 64:
-        count = count * 2 if count < node or count % node == 0 else -(-count // node) * node
+def _more_devices(
+    model: ModelShape, hardware: Hardware, devices: int, base: Layout
+) -> Iterator[int]:
+    """Numbers of devices to try: from the fewest that can hold weights, gradients and states.
+
+    Inside a node one by one, then whole nodes, then in steps of an eighth.
+    """
+    states = model.parameters * (base.itemsize + base.gradient_bytes + base.state_bytes)
+    node = hardware.devices_per_node
+    count = max(devices + 1, math.ceil(states / hardware.device.memory_bytes))
+    if count > node:
+        count = math.ceil(count / node) * node
+    while count < 64 * max(devices, node):
         yield count
+        count += 1 if count < node else max(node, count // 8 // node * node)
 
 
 def scaling(model: ModelShape, hardware: Hardware, best: Prediction) -> list[Prediction]:

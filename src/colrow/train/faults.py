@@ -8,12 +8,16 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from colrow.checkpoint.training_placement import local_tensor
+from colrow.mesh import Mesh
+
+T = TypeVar("T")
 
 
 class StopRequest:
@@ -49,7 +53,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def check_agreement(values: Mapping[str, object]) -> None:
+def check_agreement(values: Mapping[str, object], mesh: Mesh) -> None:
     """Compares these values over all ranks.
 
     Raises:
@@ -57,11 +61,7 @@ def check_agreement(values: Mapping[str, object]) -> None:
 
     Communicates: gathers the values on every rank.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return
-    mine = {name: repr(value) for name, value in values.items()}
-    everyone: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, mine)
+    everyone = _gather({name: repr(value) for name, value in values.items()}, mesh)
     for name, expected in everyone[0].items():
         others = {rank: found.get(name) for rank, found in enumerate(everyone)}
         different = [rank for rank, value in others.items() if value != expected]
@@ -72,7 +72,9 @@ def check_agreement(values: Mapping[str, object]) -> None:
             )
 
 
-def not_finite(step: int, loss: float, model: nn.Module, microbatch_losses: list[float]) -> str:
+def not_finite(
+    step: int, loss: float, model: nn.Module, microbatch_losses: list[float], mesh: Mesh
+) -> str:
     """Why a step's loss or gradients are not finite: the first cause, and the rank that has it.
 
     Communicates: gathers a line from every rank; all must call it.
@@ -88,10 +90,7 @@ def not_finite(step: int, loss: float, model: nn.Module, microbatch_losses: list
                 if wrong.any():
                     mine = f"{int(wrong.sum())} elements of the gradient of {name} are not finite"
                     break
-    found = [mine]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        found = [""] * dist.get_world_size()
-        dist.all_gather_object(found, mine)
+    found = _gather(mine, mesh)
     causes = [f"rank {rank}: {text}" for rank, text in enumerate(found) if text]
     losses = [text for text in causes if "the loss of" in text]
     cause = (losses or causes or ["no rank has such a value any more"])[0]
@@ -99,3 +98,12 @@ def not_finite(step: int, loss: float, model: nn.Module, microbatch_losses: list
         f"step {step}: the loss is {loss:.6g} and not all numbers are finite ({cause}). Nothing of "
         "this step was saved; lower the learning rate, clip, or look at the data of this step"
     )
+
+
+def _gather(value: T, mesh: Mesh) -> list[T]:
+    """Every rank's value, by rank."""
+    world = mesh.world
+    found = [value] * world.size
+    if world.size > 1:
+        dist.all_gather_object(found, value, group=world.group)
+    return found

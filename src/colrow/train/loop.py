@@ -15,7 +15,7 @@ from colrow.checkpoint.training import TrainingCheckpoints
 from colrow.comm.ledger import record
 from colrow.launch import rank_environment
 from colrow.mesh import Mesh, init_mesh
-from colrow.models.config import num_parameters
+from colrow.models.config import Layout, num_parameters
 from colrow.train.batches import Order, Windows
 from colrow.train.faults import StopRequest, check_agreement, stop_on_signals
 from colrow.train.model import build_model, model_config, save_model_files, tokenizer_name
@@ -65,7 +65,7 @@ def train(settings: TrainSettings) -> Outcome:
             timeout=timedelta(seconds=settings.timeout_seconds),
         )
         data = {"training data": training.tokens.sha256, "held-out data": held_out.tokens.sha256}
-        check_agreement({**asdict(settings), **data})
+        check_agreement({**asdict(settings), **data}, mesh)
         run = _Run(settings, mesh, Order(training, settings.seed), held_out)
         start = run.resume()
         reporter = Reporter(output, settings.steps, first_step=start, active=_global_rank() == 0)
@@ -117,7 +117,7 @@ class _Run:
             dropout_seed=settings.seed,
         )
         self.checkpoints = TrainingCheckpoints(
-            Path(settings.output) / CHECKPOINTS, keep=settings.keep
+            Path(settings.output) / CHECKPOINTS, mesh, keep=settings.keep
         )
         self._speed = _Speed(settings, mesh, num_parameters(self.model.config))
 
@@ -266,3 +266,16 @@ def _data(settings: TrainSettings) -> tuple[Windows, Windows]:
 def _global_rank() -> int:
     environment = rank_environment()
     return 0 if environment is None else environment.rank
+
+
+def check(settings: TrainSettings) -> None:
+    """Finds out before any rank starts what can be found out without data.
+
+    Raises:
+        ValueError: a model that is not there or cannot be divided, a missing tokenizer or text.
+    """
+    Layout.create(model_config(settings), settings.tp)
+    tokenizer_name(settings)
+    for text in filter(None, (settings.data, settings.eval_data)):
+        if not Path(text).exists():
+            raise ValueError(f"there is no text at {text!r}")

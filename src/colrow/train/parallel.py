@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -105,11 +106,12 @@ def parallelize(
         return _fully_shard(loss, mesh, compute_dtype)
     if mesh.dp.size == 1:
         return loss
+    # Buffers are functions of the configuration; torch 2.13 has another name for not sending them.
+    known = inspect.signature(DistributedDataParallel).parameters
+    still = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {still: False}
     return DistributedDataParallel(
-        loss,
-        process_group=mesh.dp.group,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
+        loss, process_group=mesh.dp.group, gradient_as_bucket_view=True, **options
     )
 
 

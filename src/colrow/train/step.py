@@ -7,13 +7,12 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from colrow import rng
 from colrow.comm import primitives
-from colrow.mesh import Mesh, ParallelGroup
+from colrow.mesh import Mesh
 from colrow.models.decoder import Decoder
 from colrow.train.batches import IGNORED, Order, Windows
 from colrow.train.clip import grad_norm, scale_grads_
@@ -66,7 +65,6 @@ class Stepper:
         self.model, self.loss, self.optimizer, self.mesh = model, loss, optimizer, mesh
         self.order, self.microbatch, self.global_batch = order, microbatch, global_batch
         self.clip, self._dropout_seed = clip, dropout_seed
-        self._world = world_group(mesh)
 
     def step(self, index: int, learning_rate: float, *, stop: bool = False) -> StepResult:
         """Step number ``index``, from 0.
@@ -90,11 +88,11 @@ class Stepper:
         losses = [self._backward(batch, tokens, batch is batches[-1]) for batch in batches]
         total = torch.stack(losses).double().sum() if self.mesh.tp.rank == 0 else losses[0] * 0.0
         report = torch.stack([total.double(), torch.tensor(float(stop), device=device).double()])
-        report = primitives.all_reduce(report, self._world, layer="loss")
+        report = primitives.all_reduce(report, self.mesh.world, layer="loss")
         mean, norm = report[0].item() / tokens, grad_norm(self.model)
         if not (math.isfinite(mean) and math.isfinite(norm.item())):
             own = [value.item() for value in losses]
-            raise RuntimeError(not_finite(index, mean, self.model, own))
+            raise RuntimeError(not_finite(index, mean, self.model, own, self.mesh))
         if self.clip:
             factor = torch.clamp(self.clip / (norm + 1e-6), max=1.0)
             scale_grads_(self.model.parameters(), factor)
@@ -157,9 +155,3 @@ def counted(labels: Tensor) -> int:
     """How many predictions count: labels are shifted, so the first of a sequence is not one."""
     return int((labels[:, 1:] != IGNORED).sum())
 
-
-def world_group(mesh: Mesh) -> ParallelGroup:
-    """All ranks of the grid."""
-    if mesh.world_size == 1:
-        return ParallelGroup.single("world")
-    return ParallelGroup(dist.group.WORLD, dist.get_rank(), mesh.world_size, "world")

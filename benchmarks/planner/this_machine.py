@@ -1,0 +1,119 @@
+"""Measures this machine, plans a tp=2 step from the measurement, runs the step, compares.
+
+``python benchmarks/planner/this_machine.py [machine.json]`` writes the machine file, which
+``colrow plan --machine`` reads. Ranks are measured at the same time, as they run in a step.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import colrow
+from colrow.launch import launch
+from colrow.planner import Layout, load_machine, predict
+from colrow.planner.catalog import decoder
+
+RANKS = 2
+SHAPE = decoder(
+    "small llama", "llama", hidden=512, layers=4, heads=8, kv_heads=4, ffn=1408, vocab=4096
+)
+LAYOUT = Layout(tp=RANKS, microbatch=4, global_batch=4, sequence=256, precision="fp32")
+# [rows, inner, columns] of matmuls as a step has them, and smaller and larger ones.
+MATMULS = (
+    (256, 128, 256),
+    (1024, 256, 512),
+    (1024, 512, 704),
+    (1024, 512, 2048),
+    (2048, 1024, 2048),
+)
+MESSAGES = tuple(2**power for power in range(12, 25, 2))
+
+
+def median_seconds(function: Callable[[], object], repeats: int = 7) -> float:
+    """Of several calls, after one that warms up; all ranks start together."""
+    function()
+    times = []
+    for _ in range(repeats):
+        dist.barrier()
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def measure_machine() -> dict[str, object]:
+    """The keys of a machine file, measured on this rank while the others measure the same."""
+    torch.set_num_threads(1)
+    colrow.init_mesh(tp=RANKS)
+    matmul = []
+    for m, k, n in MATMULS:
+        a, b = torch.randn(m, k), torch.randn(n, k)
+        matmul.append([2 * m * n * k, median_seconds(lambda a=a, b=b: a @ b.t())])
+    # A step's elementwise work is partly limited by memory (additions), partly by computing
+    # (exponentials): three bytes moved for the one, two for the other, per byte of the tensor.
+    big, out = torch.randn(2**22), torch.empty(2**22)
+    stream = median_seconds(lambda: (torch.add(big, out, out=out), torch.nn.functional.silu(big)))
+    small = torch.randn(16)
+    launches = median_seconds(lambda: [small * 2 for _ in range(1000)]) / 1000
+    sizes, seconds = [], []
+    for size in MESSAGES:
+        buffer = torch.randn(size // 4)
+        sizes.append(size)
+        seconds.append(median_seconds(lambda buffer=buffer: dist.all_reduce(buffer)))
+    return {
+        "name": "this machine",
+        "devices_per_node": RANKS,
+        "device": {
+            "memory_gigabytes": 4,
+            "memory_gigabytes_per_second": 5 * out.nbytes / stream / 1e9,
+            "peak_teraflops": {"fp32": max(flops / s for flops, s in matmul) / 1e12},
+            "stream_fraction": 1.0,
+            "kernel_microseconds": launches * 1e6,
+            "matmul": matmul,
+        },
+        "link": [{"op": "all_reduce", "ranks": RANKS, "message_bytes": sizes, "seconds": seconds}],
+    }
+
+
+def run_step() -> float:
+    """Seconds of a training step of ours: the median of several."""
+    torch.set_num_threads(1)
+    mesh = colrow.init_mesh(tp=RANKS)
+    model = colrow.from_config(SHAPE.config, mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    torch.manual_seed(0)
+    ids = torch.randint(0, SHAPE.config.vocab_size, (LAYOUT.microbatch, LAYOUT.sequence))
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=False)
+        model.loss(ids, ids).backward()
+        optimizer.step()
+
+    return median_seconds(step)
+
+
+def main() -> None:
+    path = Path(sys.argv[1] if len(sys.argv) > 1 else "machine.json")
+    measured = launch(measure_machine, (), ranks=RANKS)[0]
+    path.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+    prediction = predict(SHAPE, LAYOUT, load_machine(path))
+    seconds = launch(run_step, (), ranks=RANKS)[0]
+    for name, part in vars(prediction.time).items():
+        print(f"  {name:12} {part * 1e3:8.1f} ms")
+    error = prediction.step_seconds / seconds - 1
+    print(
+        f"predicted {prediction.step_seconds * 1e3:.1f} ms, measured {seconds * 1e3:.1f} ms "
+        f"({100 * error:+.0f}%)"
+    )
+
+
+if __name__ == "__main__":
+    main()

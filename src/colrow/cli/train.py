@@ -1,0 +1,93 @@
+"""``colrow train``: fine-tunes a model, or trains one from a configuration."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from typing import Any, get_type_hints
+
+from colrow.cli.common import add_json, run_on_ranks, write_json
+from colrow.launch import launch, launched_by
+from colrow.train.settings import TrainSettings, load_settings, to_toml
+
+HELP = "fine-tune a model, or train one from a configuration"
+DESCRIPTION = """\
+Trains on --tp x --dp ranks and gives the loss curve that one device would give. Every setting is a
+key of the TOML file SETTINGS and an option; options win. The resolved settings, checkpoints, logs
+and a plot of the loss are written to --output. A run that finds checkpoints there continues from
+the newest, exactly on the same ranks, and up to rounding on others. SIGTERM and SIGINT (Ctrl-C)
+save and stop.
+
+  colrow train --model SmolLM2-135M-Instruct.Q4_1.gguf --data text.txt --output runs/1 --tp 2
+  colrow train settings.toml --dp 2 --fsdp --max-restarts 3
+"""
+_SECONDS_TO_SAVE = 120
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments: one for each setting."""
+    parser.add_argument("settings", metavar="SETTINGS", nargs="?", help="TOML file of settings")
+    types = get_type_hints(TrainSettings)
+    for entry in dataclasses.fields(TrainSettings):
+        option = "--" + entry.name.replace("_", "-")
+        text = entry.metadata["help"].replace("%", "%%")
+        shown = entry.default not in ("", -1.0) and "default" not in text
+        default = f" (default {entry.default})" if shown else ""
+        common: dict[str, Any] = {"dest": entry.name, "default": argparse.SUPPRESS}
+        if types[entry.name] is bool:
+            common["action"] = argparse.BooleanOptionalAction
+        else:
+            common["type"] = types[entry.name]
+            common["metavar"] = {int: "N", float: "X"}.get(types[entry.name], "TEXT")
+        if entry.metadata["choices"]:
+            common["choices"], common["metavar"] = entry.metadata["choices"], None
+        parser.add_argument(option, help=text + default, **common)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the settings, the layout, the memory of each rank, what a step sends and the "
+        "first batch, then stop",
+    )
+    add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains, or shows what training would be."""
+    names = {entry.name for entry in dataclasses.fields(TrainSettings)}
+    overrides = {name: value for name, value in vars(args).items() if name in names}
+    settings = load_settings(args.settings, overrides)
+    if args.dry_run:
+        return _dry_run(settings, args.json)
+    outcome = _train(settings)
+    if outcome is not None and args.json:
+        write_json(dataclasses.asdict(outcome), args.json)
+    return 0
+
+
+def _train(settings: TrainSettings) -> Any:
+    from colrow.train.loop import check, train
+
+    check(settings)
+    ranks = settings.tp * settings.dp
+    if launched_by() is not None or ranks == 1:
+        return run_on_ranks(train, settings, ranks=ranks)
+    return launch(
+        train,
+        (settings,),
+        ranks=ranks,
+        max_restarts=settings.max_restarts,
+        seconds_to_stop=_SECONDS_TO_SAVE,
+    )[0]
+
+
+def _dry_run(settings: TrainSettings, json_file: str | None) -> int:
+    from colrow.train.preview import preview
+
+    found = preview(settings)
+    if json_file:
+        write_json(found.as_dict(), json_file)
+    if json_file != "-":
+        sys.stdout.write(to_toml(settings))
+        sys.stdout.write(found.text() + "\n")
+    return 0

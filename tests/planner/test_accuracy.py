@@ -1,0 +1,37 @@
+"""Predictions against published measurements that no constant was fitted to."""
+
+from __future__ import annotations
+
+import pytest
+
+from colrow.planner.accuracy import Result, evaluate, report, summarize
+from colrow.planner.published import cases
+
+
+@pytest.fixture(scope="module")
+def results() -> list[Result]:
+    return [evaluate(case) for case in cases()]
+
+
+def test_held_out_rows_are_predicted(results: list[Result]) -> None:
+    errors = [abs(r.error) for r in results if not r.case.calibrated]
+    assert len(errors) == 36
+    assert sum(errors) / len(errors) < 0.08
+    assert max(errors) < 0.20
+
+
+def test_every_table_is_read(results: list[Result]) -> None:
+    rows = {summary.table: summary.rows for summary in summarize(results)}
+    assert rows["Narayanan 2021 Table 1"] == 10
+    assert rows["Megatron-Core H100 weak scaling"] == 9
+    assert sum(rows.values()) == 73
+    assert "all held out" in report(results, rows=True)
+
+
+def test_measured_seconds_are_the_published_ones(results: list[Result]) -> None:
+    """Megatron's tables also give days per 300B tokens and iteration times: the same number."""
+    found = {(r.case.table, r.case.label): r.case.seconds for r in results}
+    days = found["Narayanan 2021 Table 2 PTD-P", "174.6B 384 GPUs"] * 300e9 / (1536 * 2048) / 86400
+    assert days == pytest.approx(84, abs=1)
+    assert found["Narayanan 2021 Table 1", "1.7B"] == pytest.approx(3.53, rel=0.01)
+    assert found["Megatron-LM Sept 2020 A100", "8.67B tp8 dp1"] == 1.343

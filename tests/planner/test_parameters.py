@@ -1,0 +1,81 @@
+"""Parameter counts against transformers' own modules, on the meta device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from colrow.planner import ModelShape, catalog, find_model
+
+
+def hf_parameters(model: ModelShape, layers: int) -> int:
+    """Parameters of transformers' model of this shape with so many layers."""
+    c = model.config
+    shared: dict[str, Any] = {
+        "vocab_size": c.vocab_size,
+        "hidden_size": c.hidden_size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": c.num_heads,
+        "tie_word_embeddings": c.tie_embeddings,
+    }
+    if c.family in ("gpt2", "bloom"):
+        shared |= {"n_layer": layers, "n_head": c.num_heads, "n_embd": c.hidden_size}
+        shared |= {"n_inner": c.ffn_size, "n_positions": c.max_positions}
+    else:
+        shared |= {"intermediate_size": c.ffn_size, "max_position_embeddings": c.max_positions}
+        shared |= {"num_key_value_heads": c.num_kv_heads, "head_dim": c.head_dim}
+    family = c.family
+    if model.experts > 1:
+        family = {"mistral": "mixtral", "qwen3": "qwen3_moe"}[family]
+        shared |= {"num_local_experts": model.experts, "num_experts": model.experts}
+        shared |= {
+            "moe_intermediate_size": c.ffn_size,
+            "num_experts_per_tok": model.active_experts,
+        }
+    with torch.device("meta"):
+        found = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shared))
+    return sum(p.numel() for p in found.parameters())
+
+
+@pytest.mark.parametrize("name", sorted(catalog()))
+def test_counts_are_those_of_transformers(name: str) -> None:
+    """Layers are alike, so one and two of them tell the count of all."""
+    model = find_model(name)
+    one, two = hf_parameters(model, 1), hf_parameters(model, 2)
+    assert model.parameters == one + (model.config.num_layers - 1) * (two - one)
+
+
+@pytest.mark.parametrize(
+    ("name", "active"),
+    [("mixtral-8x7b", 12_879_925_248), ("qwen3-30b-a3b", 3_353_032_704)],
+)
+def test_active_parameters_are_those_of_the_chosen_experts(name: str, active: int) -> None:
+    model = find_model(name)
+    config, idle = model.config, model.experts - model.active_experts
+    per_expert = 3 * config.hidden_size * config.ffn_size
+    assert model.active_parameters == active
+    assert model.parameters - active == config.num_layers * idle * per_expert
+
+
+@pytest.mark.parametrize("tp", [1, 2, 3, 8])
+@pytest.mark.parametrize("name", ["llama-3-8b", "gpt2", "bloom-560m"])
+def test_shards_cover_the_model(name: str, tp: int) -> None:
+    """What ranks hold adds up to the model, replicated parameters counted on every rank."""
+    model = find_model(name)
+    layers = model.config.num_layers
+    held = sum(s.embedding + layers * s.block + s.head for s in model.shards(tp))
+    assert held >= model.parameters
+    if tp == 1:
+        assert held == model.parameters
+
+
+def test_names_are_forgiving_and_suggest_near_matches() -> None:
+    assert find_model("meta-llama/Meta-Llama-3-70B-Instruct").name == "llama-3-70b"
+    assert find_model("GPT3").name == "gpt3-175b"
+    with pytest.raises(ValueError, match="did you mean llama-3-70b"):
+        find_model("lama-3-70b")
+    with pytest.raises(ValueError, match=r"describe others"):
+        find_model("zzzz")

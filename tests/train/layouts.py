@@ -1,0 +1,118 @@
+"""Meshes of many shapes on the ranks of the test pool, and training on them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+import colrow
+from colrow.mesh import Mesh, ParallelGroup
+from colrow.models.decoder import Decoder
+from colrow.train.batches import Order, Windows
+from colrow.train.optimizer import adamw
+from colrow.train.parallel import parallelize
+from colrow.train.step import Stepper
+from colrow.train.tokens import TokenFile
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A way to divide a training run."""
+
+    tp: int = 1
+    dp: int = 1
+    fsdp: bool = False
+    sequence_parallel: bool = False
+
+    @property
+    def ranks(self) -> int:
+        return self.tp * self.dp
+
+    def __str__(self) -> str:
+        parts = [f"tp{self.tp}"] if self.tp > 1 or self.dp == 1 else []
+        parts += [f"dp{self.dp}"] if self.dp > 1 else []
+        parts += ["fsdp"] if self.fsdp else []
+        return "-".join([*parts, "sp"] if self.sequence_parallel else parts)
+
+
+LAYOUTS = [
+    Layout(),
+    Layout(tp=2),
+    Layout(tp=3),
+    Layout(tp=4, sequence_parallel=True),
+    Layout(dp=2),
+    Layout(dp=2, fsdp=True),
+    Layout(tp=2, dp=2, sequence_parallel=True),
+    Layout(tp=2, dp=2, fsdp=True),
+    Layout(tp=2, dp=2, fsdp=True, sequence_parallel=True),
+]
+
+# As tests.train.curves.CONFIG, with 5 query heads (2 + 1 + 1 + 1 on four ranks) and biases.
+CONFIG: dict[str, Any] = {
+    "model_type": "qwen2",
+    "vocab_size": 257,
+    "hidden_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 1,
+    "intermediate_size": 53,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+    "rope_theta": 10000.0,
+}
+
+
+def make_mesh(world: ParallelGroup, layout: Layout) -> Mesh:
+    """The grid on the first ranks of the pool; ``world`` is what the pool gives a test."""
+    one, device = ParallelGroup.single, torch.device("cpu")
+    if layout.tp > 1 and layout.dp > 1:
+        return colrow.init_mesh(tp=layout.tp, dp=layout.dp, device="cpu")
+    if layout.dp > 1:
+        assert world.group is not None
+        grid = DeviceMesh.from_group(world.group, "cpu", mesh_dim_names=("dp",))
+        dp = ParallelGroup(world.group, world.rank, world.size, "dp")
+        return Mesh(one(), dp, one("pp"), grid, device)
+    return Mesh(world, one("dp"), one("pp"), None, device)
+
+
+def make_stepper(
+    mesh: Mesh,
+    layout: Layout,
+    tokens: Path,
+    *,
+    config: dict[str, Any] = CONFIG,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    microbatch: int = 2,
+    clip: float = 1.0,
+    **options: Any,
+) -> Stepper:
+    """A model, an optimiser and an order of the text, ready for steps of 8 sequences of 17."""
+    model: Decoder = colrow.from_config(
+        config, mesh, seed=seed, dtype=dtype, sequence_parallel=layout.sequence_parallel
+    ).train()
+    loss = parallelize(model, mesh, fsdp=layout.fsdp, **options)
+    return Stepper(
+        model,
+        loss,
+        adamw(model),
+        mesh,
+        Order(Windows.of(TokenFile.open(tokens), 17), seed=1),
+        microbatch=microbatch,
+        global_batch=8,
+        clip=clip,
+    )
+
+
+def config_file(directory: Path) -> Path:
+    """The configuration as a file."""
+    path = directory / "config.json"
+    path.write_text(json.dumps(CONFIG))
+    return path

@@ -1,0 +1,183 @@
+"""Steps in every layout against one process of transformers and torch: loss, norm, weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import colrow
+from colrow.mesh import ParallelGroup
+from colrow.reference import precision, quiet_transformers
+from colrow.train.batches import Order, Windows
+from colrow.train.tokens import TokenFile
+from tests.ranks import RankError, RankPool
+from tests.train.layouts import CONFIG, LAYOUTS, Layout, make_mesh, make_stepper
+
+STEPS, RATE, CLIP = 3, 1e-2, 0.5
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "smoothing-z": {"label_smoothing": 0.1, "z_loss": 1e-3},
+    "full": {"recompute": "full", "microbatch": 4},
+    "selective": {"recompute": "selective", "microbatch": 1},
+}
+
+
+def take_steps(
+    world: ParallelGroup, layout: Layout, tokens: Path, options: dict[str, Any]
+) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
+    """Losses and norms, and the whole weights afterwards (without FSDP2, which divides them)."""
+    stepper = make_stepper(make_mesh(world, layout), layout, tokens, clip=CLIP, **options)
+    found = [stepper.step(index, RATE) for index in range(STEPS)]
+    weights = {} if layout.fsdp else colrow.full_state_dict(stepper.model)
+    return [(result.loss, result.grad_norm) for result in found], weights
+
+
+def reference(
+    tokens: Path, label_smoothing: float = 0.0, z_loss: float = 0.0, **_: Any
+) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
+    """The same steps by transformers' model, torch's loss, clipping and optimiser."""
+    initial = colrow.full_state_dict(colrow.from_config(CONFIG, seed=0, dtype=torch.float64))
+    with quiet_transformers():
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        keys = {name: value for name, value in CONFIG.items() if name != "model_type"}
+        config = AutoConfig.for_model("qwen2", **keys)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
+        model.load_state_dict(initial, strict=False)
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        lr=RATE,
+        betas=(0.9, 0.95),
+    )
+    order, found = Order(Windows.of(TokenFile.open(tokens), 17), seed=1), []
+    for step in range(STEPS):
+        ids, labels = order.batch(step * 8, 8)
+        with precision(torch.float64):
+            logits = model(input_ids=ids).logits[:, :-1]
+        targets = labels[:, 1:]
+        loss = nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), label_smoothing=label_smoothing
+        )
+        loss = loss + z_loss * torch.logsumexp(logits, -1).square()[targets != -100].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        found.append((loss.item(), norm.item()))
+    names = initial.keys()
+    return found, {n: p.detach() for n, p in model.state_dict().items() if n in names}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_loss_norm_and_update_are_those_of_one_process(
+    ranks: RankPool, tokens: Path, layout: Layout, variant: str
+) -> None:
+    options = VARIANTS[variant]
+    expected, expected_weights = reference(tokens, **options)
+    found, weights = ranks(layout.ranks, take_steps, layout, tokens, options)[0]
+    assert expected[0][1] > 2 * CLIP  # the norm is clipped, and not by a little
+    for (loss, norm), (expected_loss, expected_norm) in zip(found, expected, strict=True):
+        assert loss == pytest.approx(expected_loss, rel=1e-12)
+        assert norm == pytest.approx(expected_norm, rel=1e-10)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, expected_weights[name], rtol=1e-8, atol=1e-11, msg=name)
+    assert layout.fsdp or weights.keys() == expected_weights.keys()
+
+
+def ends_in_nan(world: ParallelGroup, layout: Layout, tokens: Path) -> None:
+    stepper = make_stepper(make_mesh(world, layout), layout, tokens)
+    stepper.step(0, RATE)
+    if stepper.mesh.tp.rank == 1:
+        with torch.no_grad():
+            stepper.model.blocks[1].mlp.down.weight[3, 5] = torch.nan
+    stepper.step(1, RATE)
+
+
+def test_a_loss_that_is_not_a_number_names_the_step(ranks: RankPool, tokens: Path) -> None:
+    with pytest.raises(RankError, match="step 1: the loss is nan") as caught:
+        ranks(2, ends_in_nan, Layout(tp=2), tokens)
+    assert "microbatch 0 is nan" in caught.value.errors[0]
+
+
+def bad_gradient(world: ParallelGroup, layout: Layout, tokens: Path) -> list[float]:
+    """An infinite gradient on one rank alone; the weights must stay as they were."""
+    stepper = make_stepper(make_mesh(world, layout), layout, tokens)
+    weight = stepper.model.blocks[0].mlp.down.weight
+    before = weight.detach().clone()
+    if world.rank == 1:
+        weight.register_hook(lambda grad: grad.index_fill(0, torch.tensor([2]), torch.inf))
+    try:
+        stepper.step(0, RATE)
+    except RuntimeError as error:
+        assert torch.equal(weight, before)
+        return [str(error)]
+    return []
+
+
+def test_an_infinite_gradient_names_rank_and_parameter(ranks: RankPool, tokens: Path) -> None:
+    for messages in ranks(2, bad_gradient, Layout(tp=2), tokens):
+        assert "rank 1: " in messages[0]
+        assert "of the gradient of blocks.0.mlp.down.weight are not finite" in messages[0]
+
+
+def clip_own_module(world: ParallelGroup, dtype: torch.dtype) -> tuple[float, list[Tensor]]:
+    """A user's own module: colrow's layers beside torch's."""
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        colrow.ColumnParallelLinear(7, 11, world, bias=True, dtype=dtype),
+        nn.GELU(),
+        colrow.RowParallelLinear(11, 5, world, bias=True, dtype=dtype),
+        nn.LayerNorm(5, dtype=dtype),
+    )
+    module(torch.randn(3, 7, dtype=dtype)).square().sum().backward()
+    norm = colrow.clip_grad_norm_(module, 0.1)
+    return norm.item(), [p.grad for p in module.parameters() if p.grad is not None]
+
+
+def test_clipping_in_a_module_of_ones_own(ranks: RankPool) -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(7, 11), nn.GELU(), nn.Linear(11, 5), nn.LayerNorm(5)).double()
+    whole = ranks(1, clip_own_module, torch.float64)[0]
+    for size in (2, 3, 4):
+        parts = ranks(size, clip_own_module, torch.float64)
+        assert parts[0][0] == pytest.approx(whole[0], rel=1e-12)
+        # weight and bias of the first layer lie side by side over the ranks, its rows divided
+        together = torch.cat([grads[0] for _, grads in parts])
+        torch.testing.assert_close(together, whole[1][0], rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(parts[-1][1][3], whole[1][3], rtol=1e-10, atol=1e-14)
+    torch_norm = torch.stack([g.norm() for g in whole[1]]).norm().item()
+    assert torch_norm == pytest.approx(0.1, rel=1e-4)
+    assert len(list(dense.parameters())) == len(whole[1])
+
+
+def bf16_losses(world: ParallelGroup, layout: Layout, tokens: Path) -> list[float]:
+    stepper = make_stepper(
+        make_mesh(world, layout),
+        layout,
+        tokens,
+        dtype=torch.float32,
+        compute_dtype=torch.bfloat16,
+        recompute="full",
+    )
+    losses = [stepper.step(index, RATE).loss for index in range(STEPS)]
+    for parameter in stepper.model.parameters():
+        assert parameter.dtype == torch.float32
+        assert all(v.dtype == torch.float32 for v in stepper.optimizer.state[parameter].values())
+    return losses
+
+
+@pytest.mark.parametrize("layout", [LAYOUTS[0], LAYOUTS[3], LAYOUTS[6], LAYOUTS[8]], ids=str)
+def test_bf16_computes_near_fp64_and_keeps_fp32_masters(
+    ranks: RankPool, tokens: Path, layout: Layout
+) -> None:
+    expected = [loss for loss, _ in ranks(1, take_steps, Layout(), tokens, {})[0][0]]
+    found = ranks(layout.ranks, bf16_losses, layout, tokens)[0]
+    assert found == pytest.approx(expected, rel=2e-2)
+    assert found != pytest.approx(expected, rel=1e-7)  # it did compute in 16 bits
