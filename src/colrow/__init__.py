@@ -11,6 +11,7 @@ from colrow._lazy import lazy_exports
 if TYPE_CHECKING:
     from colrow.checkpoint.assemble import full_grads, full_state_dict
     from colrow.checkpoint.pretrained import from_pretrained
+    from colrow.checkpoint.training import TrainingCheckpoints
     from colrow.comm.collectives import (
         copy_to_tp,
         gather_from_sequence,
@@ -23,18 +24,18 @@ if TYPE_CHECKING:
     from colrow.comm.ledger import Ledger, record
     from colrow.layers.attention import ParallelAttention
     from colrow.layers.block import ParallelBlock
-    from colrow.layers.dropout import ParallelDropout
-    from colrow.layers.embedding import PositionEmbedding, VocabParallelEmbedding
-    from colrow.layers.linear import (
+    from colrow.layers.column import (
         ColumnParallelLinear,
         FusedColumnParallelLinear,
         GateUpParallelLinear,
         QKVParallelLinear,
-        RowParallelLinear,
     )
+    from colrow.layers.dropout import ParallelDropout
+    from colrow.layers.embedding import PositionEmbedding, VocabParallelEmbedding
     from colrow.layers.loss import vocab_parallel_cross_entropy
     from colrow.layers.mlp import ParallelMLP
     from colrow.layers.norm import LayerNorm, RMSNorm
+    from colrow.layers.row import RowParallelLinear
     from colrow.mesh import Mesh, ParallelGroup, init_mesh
     from colrow.models.build import from_config
     from colrow.models.config import ModelConfig
@@ -47,6 +48,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "colrow.checkpoint.assemble": ["full_grads", "full_state_dict"],
     "colrow.checkpoint.pretrained": ["from_pretrained"],
+    "colrow.checkpoint.training": ["TrainingCheckpoints"],
     "colrow.comm.collectives": [
         "copy_to_tp",
         "gather_from_sequence",
@@ -61,13 +63,13 @@ _EXPORTS = {
     "colrow.layers.block": ["ParallelBlock"],
     "colrow.layers.dropout": ["ParallelDropout"],
     "colrow.layers.embedding": ["PositionEmbedding", "VocabParallelEmbedding"],
-    "colrow.layers.linear": [
+    "colrow.layers.column": [
         "ColumnParallelLinear",
         "FusedColumnParallelLinear",
         "GateUpParallelLinear",
         "QKVParallelLinear",
-        "RowParallelLinear",
     ],
+    "colrow.layers.row": ["RowParallelLinear"],
     "colrow.layers.loss": ["vocab_parallel_cross_entropy"],
     "colrow.layers.mlp": ["ParallelMLP"],
     "colrow.layers.norm": ["LayerNorm", "RMSNorm"],
@@ -76,6 +78,7 @@ _EXPORTS = {
     "colrow.models.config": ["ModelConfig"],
     "colrow.models.decoder": ["Decoder"],
     "colrow.partition": ["HeadPartition", "Partition", "ShardSpec"],
+    "colrow.train.clip": ["clip_grad_norm_"],
 }
 
 __all__ = [
@@ -99,8 +102,10 @@ __all__ = [
     "RMSNorm",
     "RowParallelLinear",
     "ShardSpec",
+    "TrainingCheckpoints",
     "VocabParallelEmbedding",
     "__version__",
+    "clip_grad_norm_",
     "copy_to_tp",
     "from_config",
     "from_pretrained",

@@ -94,9 +94,7 @@ def run_ranks(
                 max_restarts=max_restarts,
                 monitor_interval=0.1,
             )
-            ended = _run_agent(
-                _Agent(spec, directory, threads, timeout_seconds, seconds_to_stop)
-            )
+            ended = _run_agent(_Agent(spec, directory, threads, timeout_seconds, seconds_to_stop))
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     if isinstance(ended, signal.Signals):

@@ -150,6 +150,6 @@ def test_full_recomputation_keeps_a_block_and_the_inputs_of_all() -> None:
     full = predict(model, Layout(recompute="full"), "a100").memory.fullest
     none = predict(model, Layout(), "a100").memory.fullest
     inputs = 32 * 2048 * 4096 * 2
-    assert inputs < full.activations < 1.1 * inputs
+    assert inputs < full.activations < 1.2 * inputs
     assert none.activations > 10 * full.activations
-    assert full.transient > none.transient
+    assert full.transient >= none.transient

@@ -40,11 +40,11 @@ def test_a_matmul_is_never_faster_than_the_roofline() -> None:
 
 
 def test_a_single_row_over_a_wave_costs_a_wave() -> None:
-    """108 tiles of 128 x 256 fill an A100; one row more needs a second wave of the same length."""
+    """108 tiles of 128 x 256 fill an A100; one row more needs another wave."""
     device = find_hardware("a100").device
     full = matmul_seconds(device, 128 * 108, 256, 4096, precision="bf16", itemsize=2)
     over = matmul_seconds(device, 128 * 108 + 1, 256, 4096, precision="bf16", itemsize=2)
-    assert over > 1.5 * full
+    assert over > 1.3 * full
 
 
 def test_collectives_are_the_ledgers() -> None:

@@ -127,34 +127,42 @@ def test_an_infinite_gradient_names_rank_and_parameter(ranks: RankPool, tokens: 
         assert "of the gradient of blocks.0.mlp.down.weight are not finite" in messages[0]
 
 
-def clip_own_module(world: ParallelGroup, dtype: torch.dtype) -> tuple[float, list[Tensor]]:
-    """A user's own module: colrow's layers beside torch's."""
+def clip_own_module(
+    world: ParallelGroup, limit: float
+) -> tuple[float, list[Tensor], list[Tensor]]:
+    """A user's own module, colrow's layers beside torch's: norm, gradients and weights."""
     torch.manual_seed(0)
     module = nn.Sequential(
-        colrow.ColumnParallelLinear(7, 11, world, bias=True, dtype=dtype),
+        colrow.ColumnParallelLinear(7, 11, world, bias=True, dtype=torch.float64),
         nn.GELU(),
-        colrow.RowParallelLinear(11, 5, world, bias=True, dtype=dtype),
-        nn.LayerNorm(5, dtype=dtype),
+        colrow.RowParallelLinear(11, 5, world, bias=True, dtype=torch.float64),
+        nn.LayerNorm(5, dtype=torch.float64),
     )
-    module(torch.randn(3, 7, dtype=dtype)).square().sum().backward()
-    norm = colrow.clip_grad_norm_(module, 0.1)
-    return norm.item(), [p.grad for p in module.parameters() if p.grad is not None]
+    x = torch.arange(21, dtype=torch.float64).view(3, 7).sin()
+    module(x).square().sum(-1).exp().sum().backward()
+    norm = colrow.clip_grad_norm_(module, limit)
+    grads = [p.grad for p in module.parameters() if p.grad is not None]
+    return norm.item(), grads, [p.detach() for p in module.parameters()]
 
 
-def test_clipping_in_a_module_of_ones_own(ranks: RankPool) -> None:
-    torch.manual_seed(0)
+@pytest.mark.parametrize("limit", [0.1, 1e9])
+def test_clipping_in_a_module_of_ones_own(ranks: RankPool, limit: float) -> None:
+    weights = ranks(1, clip_own_module, limit)[0][2]
     dense = nn.Sequential(nn.Linear(7, 11), nn.GELU(), nn.Linear(11, 5), nn.LayerNorm(5)).double()
-    whole = ranks(1, clip_own_module, torch.float64)[0]
-    for size in (2, 3, 4):
-        parts = ranks(size, clip_own_module, torch.float64)
-        assert parts[0][0] == pytest.approx(whole[0], rel=1e-12)
-        # weight and bias of the first layer lie side by side over the ranks, its rows divided
-        together = torch.cat([grads[0] for _, grads in parts])
-        torch.testing.assert_close(together, whole[1][0], rtol=1e-10, atol=1e-14)
-        torch.testing.assert_close(parts[-1][1][3], whole[1][3], rtol=1e-10, atol=1e-14)
-    torch_norm = torch.stack([g.norm() for g in whole[1]]).norm().item()
-    assert torch_norm == pytest.approx(0.1, rel=1e-4)
-    assert len(list(dense.parameters())) == len(whole[1])
+    for parameter, weight in zip(dense.parameters(), weights, strict=True):
+        parameter.data.copy_(weight)
+    x = torch.arange(21, dtype=torch.float64).view(3, 7).sin()
+    dense(x).square().sum(-1).exp().sum().backward()
+    norm = nn.utils.clip_grad_norm_(dense.parameters(), limit).item()
+    grads = [p.grad for p in dense.parameters() if p.grad is not None]
+    for size in (1, 2, 3, 4):
+        parts = ranks(size, clip_own_module, limit)
+        assert [part[0] for part in parts] == pytest.approx([norm] * size, rel=1e-12)
+        for index, dim in enumerate([0, 0, 1]):  # divided over the ranks
+            whole = torch.cat([part[1][index] for part in parts], dim)
+            torch.testing.assert_close(whole, grads[index], rtol=1e-10, atol=1e-14)
+        for index in (3, 4, 5):  # held by each
+            torch.testing.assert_close(parts[-1][1][index], grads[index], rtol=1e-10, atol=1e-14)
 
 
 def bf16_losses(world: ParallelGroup, layout: Layout, tokens: Path) -> list[float]:

@@ -37,7 +37,9 @@ def load_(model: Decoder, reader: TensorReader, naming: Naming) -> None:
         spec = model.specs[name]
         for piece in held[name]:
             start, stop = piece.target
-            part = parameter if spec.dim is None else parameter.narrow(spec.dim, start, stop - start)
+            part = (
+                parameter if spec.dim is None else parameter.narrow(spec.dim, start, stop - start)
+            )
             _fill(part.t() if piece.transposed else part, reader, piece, prefix)
 
 
@@ -50,7 +52,8 @@ def _fill(part: Tensor, reader: TensorReader, piece: Piece, prefix: str) -> None
         step = max(piece.pairs, step - step % piece.pairs)
     for first in range(0, part.shape[0], step):
         last = min(first + step, part.shape[0])
-        rows, columns = ((first, last),), None
+        rows: tuple[Range, ...] = ((first, last),)
+        columns = None
         if piece.dim == 0:
             rows = _within(piece.ranges, first, last)
         elif piece.dim == 1:

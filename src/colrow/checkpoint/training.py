@@ -114,6 +114,13 @@ class TrainingCheckpoints:
         """The directory of the checkpoint of this step."""
         return self.directory / f"step-{step:08d}"
 
+    def dtype(self, step: int) -> torch.dtype:
+        """Of the parameters in the checkpoint of this step."""
+        tensors = read_index(self.path(step))["tensors"]
+        names = {found["dtype"] for name, found in tensors.items() if name.startswith("model.")}
+        found: torch.dtype = getattr(torch, min(names))
+        return found
+
     def load(
         self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer | None
     ) -> dict[str, Any]:

@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from colrow.layers.column import QKVParallelLinear
 from colrow.layers.context import AttentionContext, KeyValueCache
 from colrow.layers.dropout import ParallelDropout
-from colrow.layers.linear import QKVParallelLinear, RowParallelLinear
 from colrow.layers.norm import RMSNorm
 from colrow.layers.options import RopeConfig
 from colrow.layers.position import alibi_slopes, apply_rope, rope_frequencies
+from colrow.layers.row import RowParallelLinear
 from colrow.layers.shared import SharedWeights
 from colrow.mesh import ParallelGroup
 from colrow.partition import HeadPartition, Partition

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from colrow.layers.activation import ACTIVATIONS
-from colrow.layers.linear import FusedColumnParallelLinear, RowParallelLinear
+from colrow.layers.column import FusedColumnParallelLinear
 from colrow.layers.options import Activation
+from colrow.layers.row import RowParallelLinear
 from colrow.layers.shared import SharedWeights
 from colrow.mesh import ParallelGroup
 from colrow.partition import Partition

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from colrow import rng
 from colrow.layers.attention import ParallelAttention
 from colrow.layers.block import ParallelBlock
+from colrow.layers.column import ColumnParallelLinear
 from colrow.layers.context import AttentionContext, KeyValueCache
 from colrow.layers.dropout import ParallelDropout
 from colrow.layers.embedding import PositionEmbedding, VocabParallelEmbedding
 from colrow.layers.fused import column_linear
-from colrow.layers.linear import ColumnParallelLinear
 from colrow.layers.loss import Reduction, vocab_parallel_cross_entropy
 from colrow.layers.mlp import ParallelMLP
 from colrow.layers.norm import LayerNorm, RMSNorm

@@ -66,7 +66,13 @@ def block_bytes(
     return {
         "norms": _norms(model, layout, sizes),
         "linear inputs": 2 * _column_input(layout, sizes),
-        "attention": _attention(model, layout, sizes, flash=flash),
+        "attention": _attention(
+            model,
+            layout,
+            sizes,
+            flash=flash,
+            split_heads=len(division.heads.runs(rank)) > 1,
+        ),
         "mlp": _mlp(model, layout, sizes),
         "dropout": 2 * sizes.residual * mask / sizes.item if config.residual_dropout else 0.0,
     }
@@ -93,19 +99,27 @@ def _column_input(layout: Layout, sizes: Sizes) -> float:
     return sizes.full if kept or not layout.sequence_parallel else sizes.residual
 
 
-def _attention(model: ModelShape, layout: Layout, sizes: Sizes, *, flash: bool) -> float:
+def _attention(
+    model: ModelShape, layout: Layout, sizes: Sizes, *, flash: bool, split_heads: bool
+) -> float:
     """The fused Q, K, V; rotated or normed copies; the scores where they are stored; the output."""
     config, program = model.config, layout.program
-    normed = sizes.query + sizes.key_value if config.qk_norm else 0.0
+    normed = 0.0
+    if config.qk_norm:
+        wide = not program.fused_elementwise and sizes.item < 4
+        normed = (sizes.query + sizes.key_value) * (4 / sizes.item + 1 if wide else 1)
     if not flash and program.float_masks and config.attention_dropout:
         # Contiguous copies of queries, and of keys and values for every query head, take the place
         # of the fused tensor; softmax is kept in fp32, beside the mask and the product of both.
-        return 4 * sizes.query + normed + sizes.scores * (4 + 2 * sizes.item)
+        scores = 0.0 if layout.recompute == "selective" else sizes.scores
+        return 4 * sizes.query + normed + scores * (4 + 2 * sizes.item)
     kept = sizes.query + 2 * sizes.key_value + sizes.query + normed
     if config.position == "rope":
         kept += sizes.query + sizes.key_value
     if config.position == "alibi":
         kept += sizes.scores / layout.microbatch * sizes.item
+    if split_heads:
+        kept += sizes.query  # one call per run of heads, and their results side by side
     if flash:
         return kept + 4 * sizes.scores / layout.sequence  # a log-sum-exp per row
     if layout.recompute == "selective":

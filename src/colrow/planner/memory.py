@@ -203,7 +203,7 @@ def _rank(
     if layout.optimizer.startswith("adamw"):
         optimizer += tensors * STEP_COUNTER_BYTES
     kept, transient = _activations(layout, count, stage, layers)
-    communication = 2 * count.full if layout.tp > 1 and layout.sequence_parallel else 0.0
+    communication = count.full if layout.tp > 1 and layout.sequence_parallel else 0.0
     if layout.zero == 3 and layout.dp > 1:
         # The block that computes and the one gathered ahead of it.
         block = model.shards(layout.tp, layout.tp_weights)[rank].block

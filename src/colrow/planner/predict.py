@@ -66,7 +66,8 @@ class Prediction:
         query = config.num_heads * config.head_dim
         key_value = config.num_kv_heads * config.head_dim
         linear = config.hidden_size * (2 * query + 2 * key_value)
-        linear += self.model.mlp_parameters * self.model.active_experts
+        matrices = 3 if config.gated else 2
+        linear += matrices * config.hidden_size * config.ffn_size * self.model.active_experts
         attention = 2 * self.layout.sequence * query
         head = config.vocab_size * config.hidden_size
         return 6.0 * tokens * (config.num_layers * (linear + attention) + head)

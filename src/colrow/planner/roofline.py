@@ -7,6 +7,9 @@ from itertools import pairwise
 
 from colrow.planner.hardware import Device
 
+# Up to so many rows the weights stream past all multiprocessors without tiles: one matrix
+# instruction's height (NVIDIA PTX, mma.m16n8k16).
+VECTOR_ROWS = 16
 # A matmul's result is cut into tiles, one to a multiprocessor at a time. Shapes that cuBLAS and
 # CUTLASS use most; the best one counts.
 TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))
@@ -50,6 +53,8 @@ def matmul_seconds(
     if device.matmul_curve:
         scale = device.flops(precision) / device.flops("fp32")
         computing = flops / (scale * _interpolate(device.matmul_curve, flops))
+    elif device.processors and min(m, n) <= VECTOR_ROWS:
+        computing = flops / min(m, n) * VECTOR_ROWS / rate
     elif device.processors:
         computing = _tiled_seconds(device, m, n, k, count, itemsize, rate)
     else:

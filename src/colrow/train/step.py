@@ -154,4 +154,3 @@ def evaluate(
 def counted(labels: Tensor) -> int:
     """How many predictions count: labels are shifted, so the first of a sequence is not one."""
     return int((labels[:, 1:] != IGNORED).sum())
-

@@ -1,0 +1,121 @@
+"""From a training run, or any checkpoint that can be read, to a Hugging Face directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from colrow.checkpoint.assemble import full_state_dict
+from colrow.checkpoint.pretrained import from_pretrained
+from colrow.checkpoint.training import TrainingCheckpoints
+from colrow.mesh import Mesh, ParallelGroup
+from colrow.models.build import from_config
+from colrow.models.decoder import Decoder
+
+MODEL_FILES, CHECKPOINTS = "model", "checkpoints"
+
+
+def alone() -> Mesh:
+    """A grid of this process."""
+    groups = (ParallelGroup.single(name) for name in ("tp", "dp", "pp"))
+    return Mesh(*groups, device_mesh=None, device=torch.device("cpu"))
+
+
+def is_training_run(path: str | Path) -> bool:
+    """Whether ``colrow train`` wrote this directory."""
+    return (Path(path) / CHECKPOINTS).is_dir()
+
+
+def load_trained(run: str | Path, step: int | None = None) -> tuple[Decoder, int]:
+    """The whole model of a training run, on the CPU in the dtype of its parameters, and its step.
+
+    Args:
+        run: the ``--output`` of ``colrow train``.
+        step: of the checkpoint; by default the newest.
+
+    Raises:
+        ValueError: no such run or checkpoint, or a damaged one.
+    """
+    run = Path(run)
+    checkpoints = TrainingCheckpoints(run / CHECKPOINTS, alone())
+    found = checkpoints.steps()
+    if not found:
+        raise ValueError(f"{run} has no checkpoints: give the --output of colrow train")
+    step = found[-1] if step is None else step
+    if step not in found:
+        raise ValueError(f"{run} has no checkpoint of step {step}; it has {found}")
+    dtype = checkpoints.dtype(step)
+    model = from_config(run / MODEL_FILES / "config.json", alone(), dtype=dtype)
+    checkpoints.load(step, model, None)
+    return model.eval(), step
+
+
+def load_any(path: str | Path, step: int | None = None) -> Decoder:
+    """The whole model of a training run, a Hugging Face directory or a GGUF file."""
+    if is_training_run(path):
+        return load_trained(path, step)[0]
+    return from_pretrained(path, alone())
+
+
+def write_hf_directory(
+    model: Decoder, directory: str | Path, files: str | Path, dtype: torch.dtype
+) -> None:
+    """Writes what ``AutoModelForCausalLM.from_pretrained`` reads; it appears when it is whole.
+
+    Args:
+        model: unsplit.
+        directory: to make.
+        files: directory with ``config.json`` and the tokenizer's files.
+        dtype: of the weights.
+
+    Raises:
+        ValueError: when ``directory`` exists already, or huggingface_hub is not installed.
+    """
+    try:
+        from huggingface_hub import save_torch_state_dict
+    except ModuleNotFoundError as error:
+        raise ValueError(f"exporting needs {error.name}: pip install 'colrow[models]'") from error
+    directory = Path(directory)
+    if directory.exists() and any(directory.iterdir()):
+        raise ValueError(f"{directory} exists and is not empty: choose another name")
+    part = directory.with_name(f"{directory.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(files, part)
+    try:
+        config: dict[str, Any] = json.loads((part / "config.json").read_text(encoding="utf-8"))
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        whole: Mapping[str, Tensor] = full_state_dict(model)
+        tensors = {name: value.to(dtype).contiguous() for name, value in whole.items()}
+        save_torch_state_dict(tensors, str(part), metadata={"format": "pt"})
+        if directory.exists():
+            directory.rmdir()
+        part.rename(directory)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def write_training_run(model: Decoder, directory: str | Path, files: str | Path) -> None:
+    """Writes a run that has taken no step: its weights, without a state of the optimiser.
+
+    Raises:
+        ValueError: when ``directory`` is a run already.
+    """
+    directory = Path(directory)
+    if is_training_run(directory):
+        raise ValueError(f"{directory} has checkpoints already: choose another name")
+    directory.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(files, directory / MODEL_FILES)
+    checkpoints = TrainingCheckpoints(directory / CHECKPOINTS, alone())
+    empty = torch.optim.SGD(model.parameters(), lr=0.0)
+    checkpoints.save(0, model, empty, {})
+    checkpoints.wait()

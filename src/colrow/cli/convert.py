@@ -1,0 +1,71 @@
+"""``colrow convert``: between Hugging Face directories, GGUF files and training runs."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from colrow.cli.common import DTYPES, torch_dtype
+
+HELP = "convert between Hugging Face directories, GGUF files and training runs"
+DESCRIPTION = """\
+Reads SOURCE, a Hugging Face directory, a cached hub id, a .gguf file or the --output of colrow
+train, and writes TARGET in the format of --to: "hf" is a Hugging Face directory, "run" the start of
+a training run, "gguf" a .gguf file. A quantised file's weights are written as the numbers that they
+stand for. A GGUF file takes its tokenizer and its configuration from another GGUF file of the same
+architecture, --like, by default SOURCE.
+
+  colrow convert SmolLM2-135M-Instruct.Q4_1.gguf my-model --to hf
+  colrow convert runs/1 my-model.gguf --to gguf --like SmolLM2-135M-Instruct.Q4_1.gguf
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments."""
+    parser.add_argument("source", metavar="SOURCE", help="what to read")
+    parser.add_argument("target", metavar="TARGET", help="what to write; must not exist")
+    parser.add_argument("--to", choices=("hf", "run", "gguf"), required=True, help="its format")
+    parser.add_argument("--like", metavar="GGUF", help="for gguf: where the rest comes from")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="fp32", help="of the weights (default fp32)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Converts, and says what."""
+    from colrow.checkpoint.export import (
+        MODEL_FILES,
+        is_training_run,
+        load_any,
+        write_hf_directory,
+        write_training_run,
+    )
+
+    if Path(args.target).exists():
+        raise ValueError(f"{args.target} exists: choose another name")
+    dtype = torch_dtype(args.dtype)
+    model = load_any(args.source)
+    if args.to == "gguf":
+        from colrow.checkpoint.export_gguf import write_gguf
+
+        like = args.like or args.source
+        if not str(like).endswith(".gguf"):
+            raise ValueError("--to gguf needs --like, a .gguf file of the same architecture")
+        write_gguf(model, args.target, like, dtype)
+    else:
+        with tempfile.TemporaryDirectory() as directory:
+            files = Path(directory) / "files"
+            if is_training_run(args.source):
+                files = Path(args.source) / MODEL_FILES
+            else:
+                from colrow.train.model import copy_model_files
+
+                files.mkdir()
+                copy_model_files(args.source, files)
+            if args.to == "hf":
+                write_hf_directory(model, args.target, files, dtype)
+            else:
+                write_training_run(model.to(dtype), args.target, files)
+    print(f"{args.source} is in {args.target}")
+    return 0

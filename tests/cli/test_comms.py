@@ -1,0 +1,61 @@
+"""``colrow comms`` as a user types it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from colrow.cli import main
+
+FIELDS = {"op", "phase", "layer", "bytes", "dtype", "group", "count"}
+
+
+@pytest.mark.parametrize("flags", [[], ["--sequence-parallel"]], ids=["plain", "sequence"])
+def test_a_checkpoint_on_real_ranks(tiny_models: Path, tmp_path: Path, flags: list[str]) -> None:
+    out = tmp_path / "comms.json"
+    model = str(tiny_models / "qwen2")
+    assert main(["comms", model, "--tp", "2", "--sequence", "9", "--json", str(out), *flags]) == 0
+    report = json.loads(out.read_text())
+    assert report["equal"] is True
+    assert report["predicted"] == report["recorded"]
+    assert all(row.keys() == FIELDS for row in report["recorded"])
+    assert report["seconds"] > 0
+
+
+def test_a_model_far_too_large_for_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["comms", "gpt3-175b", "--tp", "8", "--sequence", "2048", "--dtype", "bf16"]) == 0
+    text = capsys.readouterr().out
+    assert "Predicted and recorded are equal, call for call and byte for byte." in text
+    assert "50.3 MB" in text  # 2048 x 12288 x 2 bytes
+    assert main(["comms", "gpt3-175b", "--tp", "8", "--json", "-"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["equal"] and report["seconds"] is None
+
+
+def test_a_configuration_without_weights(tiny_models: Path, tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text((tiny_models / "bloom" / "config.json").read_text())
+    assert main(["comms", str(config), "--tp", "3"]) == 0
+    assert main(["comms", str(tmp_path), "--tp", "3"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gpt3-17b"], "unknown model 'gpt3-17b': did you mean gpt3-175b"),
+        (["gpt3-175b", "--tp", "97"], "96 query heads cannot be split over 97 ranks"),
+        (["gpt3-175b", "--sequence", "1"], "--sequence must be at least 2"),
+        (["gpt3-175b", "--sequence", "2049"], "2049 positions is longer than the model's 2048"),
+        (["nowhere.gguf"], "there is no model at 'nowhere.gguf'"),
+        (["gpt3-175b", "--tp", "0"], "'0' is not a whole number of at least 1"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["comms", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
