@@ -160,7 +160,10 @@ def _choose_device(
     if device is None:
         enough = torch.cuda.is_available() and torch.cuda.device_count() >= local_world
         device = "cuda" if enough else "cpu"
-    chosen = torch.device(device)
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device {device!r}: use cpu, cuda or cuda:N") from error
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise ValueError(f"device {device}: torch sees no CUDA device here; use cpu")

@@ -155,6 +155,11 @@ def check_less(tp: ParallelGroup) -> None:
     with record(tp) as ledger:
         step(by_name["row, sequence-parallel"], row, tp)
     assert [call.op for call in ledger.calls] == ["reduce_scatter", "all_gather"]
+    norm = by_name["layer norm of a shard"].make(tp, torch.float64)
+    norm.weight.requires_grad_(False)  # leaves the bias alone in the bucket
+    with record(tp) as ledger:
+        step(by_name["layer norm of a shard"], norm, tp)
+    assert [call.bytes for call in ledger.calls] == [IN * ITEM]
     with record(tp) as ledger:
         RMSNorm(IN, tp, eps=1e-5)(random(3, IN, dtype=torch.float32)).sum().backward()
         ParallelDropout(0.5)(random(3, IN))

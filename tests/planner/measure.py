@@ -19,21 +19,34 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def peak_bytes(function: Callable[[], object]) -> int:
-    """The most that the CPU allocator handed out at once while ``function`` ran, beyond before."""
+    """The most that the CPU allocator handed out at once while ``function`` ran, beyond before.
+
+    What a collective's own thread gives back is out of the profiler's sight. Such tensors, and any
+    that outlive the function, do not count.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
-    events: list[tuple[int, int]] = []
+    events: list[tuple[int, int, int]] = []
 
     def collect(node: Any) -> None:
         if node.tag == _EventType.Allocation:
-            events.append((node.start_time_ns, node.extra_fields.alloc_size))
+            fields = node.extra_fields
+            events.append((node.start_time_ns, fields.ptr, fields.alloc_size))
         for child in node.children:
             collect(child)
 
     for root in profiler.profiler.kineto_results.experimental_event_tree():
         collect(root)
+    open_at: dict[int, tuple[int, int]] = {}
+    changes: list[tuple[int, int]] = []
+    for time, pointer, size in sorted(events):
+        if size > 0:
+            open_at[pointer] = time, size
+        elif pointer in open_at:
+            began, taken = open_at.pop(pointer)
+            changes += [(began, taken), (time, -taken)]
     held = peak = 0
-    for _, size in sorted(events, key=lambda event: event[0]):
+    for _, size in sorted(changes):
         held += size
         peak = max(peak, held)
     return peak

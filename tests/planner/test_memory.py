@@ -27,9 +27,9 @@ CPU = machine_from_mapping(
     default_name="cpu",
 )
 LLAMA = decoder(
-    "l", "llama", hidden=128, heads=8, kv_heads=2, ffn=352, layers=3, vocab=512, positions=128
+    "l", "llama", hidden=128, heads=8, kv_heads=2, ffn=352, layers=8, vocab=512, positions=128
 )
-GPT = decoder("g", "gpt2", hidden=128, heads=8, layers=3, vocab=512, dropout=0.0)
+GPT = decoder("g", "gpt2", hidden=128, heads=8, layers=8, vocab=512, dropout=0.0)
 QWEN = decoder("q", "qwen3", hidden=128, heads=8, kv_heads=4, ffn=352, layers=2, vocab=512)
 NEOX = decoder("n", "gpt_neox", hidden=128, heads=8, layers=2, vocab=512)
 

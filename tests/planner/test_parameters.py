@@ -9,6 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from colrow.planner import ModelShape, catalog, find_model
+from colrow.planner.data import read_table
 
 
 def hf_parameters(model: ModelShape, layers: int) -> int:
@@ -46,6 +47,44 @@ def test_counts_are_those_of_transformers(name: str) -> None:
     model = find_model(name)
     one, two = hf_parameters(model, 1), hf_parameters(model, 2)
     assert model.parameters == one + (model.config.num_layers - 1) * (two - one)
+
+
+# As the published checkpoints' files add up to.
+PUBLISHED = {
+    "gpt2": 124_439_808,
+    "gpt2-xl": 1_557_611_200,
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
+    "llama-2-70b": 68_976_648_192,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496,
+    "llama-3.1-405b": 405_853_388_800,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "mistral-7b": 7_241_732_096,
+    "mixtral-8x7b": 46_702_792_704,
+    "qwen2-7b": 7_615_616_512,
+    "qwen2-72b": 72_706_203_648,
+    "qwen3-8b": 8_190_735_360,
+    "qwen3-32b": 32_762_123_264,
+    "qwen3-30b-a3b": 30_532_122_624,
+    "qwen3-235b-a22b": 235_093_634_560,
+    "gpt-neox-20b": 20_554_567_680,
+    "bloom-560m": 559_214_592,
+    "bloom-176b": 176_247_271_424,
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_counts_are_those_of_the_published_checkpoints(name: str) -> None:
+    assert find_model(name).parameters == PUBLISHED[name]
+
+
+def test_counts_are_those_that_megatrons_papers_print() -> None:
+    for row in read_table("narayanan2021_table1"):
+        name = f"megatron-{float(row['params_B']):g}b"
+        name = {"megatron-529.6b": "megatron-530b", "megatron-1008b": "megatron-1t"}.get(name, name)
+        assert find_model(name).parameters / 1e9 == pytest.approx(float(row["params_B"]), abs=0.05)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from colrow.planner import (
 )
 from colrow.planner.inference import kv_cache_bytes_per_token
 from colrow.planner.reasons import what_loses, why_first
-from colrow.planner.recommend import smallest_change
+from colrow.planner.recommend import layouts, smallest_change
 from colrow.planner.serving_search import recommend_serving
 from colrow.planner.unequal import split_unequal
 
@@ -76,6 +76,13 @@ def test_175b_is_cut_inside_the_node_by_tensors_and_across_by_stages(devices: in
     assert "inside a node of 8" in why_first(best)
     for other in found.best[1:]:
         assert "longer" in what_loses(best, other) or "as fast" in what_loses(best, other)
+
+
+def test_tensor_parallelism_stays_inside_the_node() -> None:
+    model, base = find_model("gpt3-175b"), Layout(global_batch=64)
+    inside = [x.tp for x in layouts(model, A100, 64, base, inside_node=True)]
+    outside = [x.tp for x in layouts(model, A100, 64, base, inside_node=False)]
+    assert max(inside) == 8 and min(outside) == 16
 
 
 def test_nothing_fits_says_what_would() -> None:

@@ -47,6 +47,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     """``--json FILE``."""
     parser.add_argument(
         "--json",
+        type=_destination,
         metavar="FILE",
         help='also write the result as JSON, for a program; "-" writes it to standard output '
         "instead of the text",
@@ -117,6 +118,13 @@ def run_on_ranks(function: Callable[..., T], *args: object, ranks: int) -> T | N
         )
     result = function(*args)
     return result if environment.rank == 0 else None
+
+
+def _destination(text: str) -> str:
+    """An argparse type: a file that can be written, said before the work and not after it."""
+    if text != "-" and not Path(text).absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no directory for {text}")
+    return text
 
 
 def write_json(data: object, destination: str) -> None:

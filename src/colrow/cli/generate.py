@@ -107,8 +107,6 @@ def run(args: argparse.Namespace) -> int:
     """Checks all that can be checked here, then generates on the ranks."""
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     prompt = _prompt(args)
-    if args.json not in (None, "-") and not Path(args.json).absolute().parent.is_dir():
-        raise ValueError(f"--json {args.json}: there is no such directory")
 
     from colrow.checkpoint.pretrained import pretrained_config
     from colrow.generate.answer import Request, answer

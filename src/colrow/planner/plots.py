@@ -39,9 +39,10 @@ def plot_memory(prediction: Prediction, path: str | Path) -> None:
     _stack(axes, names, [[getattr(s, name) / 1e9 for s in stages] for name in names], names)
     limit = prediction.hardware.device.memory_bytes / 1e9
     axes.axhline(limit, color="black", linestyle="--", linewidth=1)
-    axes.set(xlabel="pipeline stage", ylabel="GB per rank", title=_title(prediction))
+    axes.set(xlabel="pipeline stage", ylabel="GB per rank")
+    figure.suptitle(_title(prediction), fontsize="small")
     axes.set_xticks(range(len(stages)))
-    axes.legend(fontsize="small", ncols=2)
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path)
 
 
@@ -53,7 +54,7 @@ def plot_time(predictions: Sequence[Prediction], path: str | Path) -> None:
     axes.set(ylabel="seconds per step", title=_title(predictions[0], layout=False))
     labels = [p.layout.describe().replace(", ", "\n") for p in predictions]
     axes.set_xticks(range(len(predictions)), labels, fontsize="x-small")
-    axes.legend(fontsize="small", ncols=2)
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path)
 
 
@@ -104,7 +105,7 @@ def plot_accuracy(results: Sequence[Result], path: str | Path) -> None:
         ylabel="predicted seconds",
         title="Predicted against published times (dotted: ±20 %)",
     )
-    axes.legend(fontsize="x-small")
+    axes.legend(fontsize="x-small", loc="upper left")
     figure.savefig(path)
 
 

@@ -1,0 +1,226 @@
+"""``colrow train`` as a person runs it, and what happens to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.train.curves import OPTIONS, logged, settings_for, write_inputs
+
+MESSAGE_SECONDS = 20  # within which the others have stopped
+
+
+class Run:
+    """A ``colrow train`` in a process of its own."""
+
+    def __init__(self, directory: Path, output: str = "run", **options: Any) -> None:
+        settings = {**OPTIONS, "log_every": 1, **options}
+        self.output = directory / output
+        words = ["--model", directory / "config.json", "--data", directory / "topics.txt"]
+        words += ["--output", self.output, "--token-cache", directory / "tokens"]
+        for name, value in settings.items():
+            option = "--" + name.replace("_", "-")
+            words += [option] if value is True else [option, value]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "colrow.cli", "train", *map(str, words)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        self.lines: list[str] = []
+
+    def until(self, pattern: str) -> str:
+        """Reads its messages up to the one that matches."""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line.rstrip())
+            if re.search(pattern, line):
+                return line
+        raise AssertionError(f"no line matches {pattern!r}:\n" + "\n".join(self.lines))
+
+    def end(self) -> int:
+        """Waits for it; its exit code."""
+        assert self.process.stderr is not None
+        self.lines += [line.rstrip() for line in self.process.stderr]
+        return self.process.wait()
+
+    def kill_a_rank(self, which: int = -1) -> float:
+        """SIGKILL to one of its ranks; when."""
+        ranks = rank_processes(self.process.pid)
+        os.kill(ranks[which], signal.SIGKILL)
+        return time.monotonic()
+
+
+def rank_processes(parent: int) -> list[int]:
+    """The processes that ``parent`` started for its ranks, in the order of their start."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                status = (entry / "stat").read_text().rsplit(")", 1)[1].split()
+                command = (entry / "cmdline").read_text()
+            except OSError:
+                continue
+            if int(status[1]) == parent and "spawn_main" in command:
+                found.append(int(entry.name))
+    return sorted(found)
+
+
+def weights(output: Path, step: int) -> dict[str, torch.Tensor]:
+    """All boxes in the files of a checkpoint."""
+    directory = output / "checkpoints" / f"step-{step:08d}"
+    return {k: v for f in sorted(directory.glob("*.safetensors")) for k, v in load_file(f).items()}
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    write_inputs(tmp_path)
+    return tmp_path
+
+
+def test_a_killed_rank_stops_the_others_and_the_run_continues(inputs: Path) -> None:
+    run = Run(inputs, tp=2, steps=10**6, save_every=2, keep=2)
+    run.until("step 5/")
+    killed = run.kill_a_rank()
+    assert run.end() == 1
+    assert time.monotonic() - killed < MESSAGE_SECONDS
+    assert "rank 1 was killed by SIGKILL" in run.lines[-1]
+    again = Run(inputs, tp=1, dp=2, fsdp=True, steps=8, save_every=2)
+    assert again.until("continuing after step").split()[3] in {"4", "6"}
+    assert again.end() == 2 or (inputs / "run/checkpoints/step-00000008").is_dir()
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
+def test_a_signal_saves_and_stops(inputs: Path, number: signal.Signals) -> None:
+    run = Run(inputs, tp=2, steps=10**6, save_every=10**6)
+    run.until("step 3/")
+    run.process.send_signal(number)
+    code = run.end()
+    assert code in (-number, 128 + number)
+    saved = next(line for line in run.lines if "saved after step" in line)
+    step = int(saved.split()[-1])
+    assert (run.output / "checkpoints" / f"step-{step:08d}" / "index.json").is_file()
+    assert number.name in saved
+
+
+@pytest.mark.slow
+def test_a_restart_ends_as_if_nothing_had_happened(inputs: Path) -> None:
+    options: dict[str, Any] = {"tp": 2, "steps": 12, "save_every": 2, "max_restarts": 1}
+    whole = Run(inputs, "whole", **options)
+    assert whole.end() == 0
+    run = Run(inputs, "killed", **options)
+    run.until("step 7/")
+    run.kill_a_rank(0)
+    run.until("restart 1 of 1")
+    assert run.end() == 0
+    expected, found = weights(whole.output, 12), weights(run.output, 12)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+    def losses(of: Run) -> list[tuple[int, float]]:
+        lines = (of.output / "log.jsonl").read_text().splitlines()
+        return [(r["step"], r["loss"]) for r in map(json.loads, lines)]
+
+    assert losses(run) == losses(whole)
+    assert [step for step, _ in losses(run)] == list(range(1, 13))
+
+
+def test_a_step_that_is_not_finite_stops_the_run(inputs: Path) -> None:
+    run = Run(inputs, tp=2, steps=100, learning_rate=1e30, warmup_steps=0, save_every=1)
+    assert run.end() == 1
+    assert "not all numbers are finite" in run.lines[-1]
+    assert "rank " in run.lines[-1]
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "batch": ({"global_batch": 6, "dp": 2}, "global_batch=6 is not a multiple of dp x microbatch"),
+    "heads": ({"tp": 7}, "3 query heads cannot be split over 7 ranks"),
+    "text": ({"data": "/nowhere.txt"}, "there is no text at '/nowhere.txt'"),
+    "tokenizer": ({"tokenizer": ""}, "has no tokenizer: give --tokenizer"),
+    "short": ({"sequence": 10**7}, "not enough for one sequence"),
+    "precision": ({"precision": "fp8"}, "invalid choice"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_settings_are_one_line(
+    inputs: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from colrow.cli import main
+
+    options, message = BAD[name]
+    given = {
+        "model": inputs / "config.json",
+        "data": inputs / "topics.txt",
+        "output": inputs / "run",
+        **OPTIONS,
+        **options,
+    }
+    words = [w for k, v in given.items() for w in (f"--{k.replace('_', '-')}", str(v))]
+    assert main(["train", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_run_does_not_continue_on_other_data(
+    inputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from colrow.train.loop import train
+
+    train(settings_for(inputs, "run", steps=1))
+    with pytest.raises(ValueError, match=r"was made with seed=0, not 1: continue with that"):
+        train(settings_for(inputs, "run", steps=2, seed=1))
+    (inputs / "topics.txt").write_text("another text, " * 2000)
+    with pytest.raises(ValueError, match=r"was made with data="):
+        train(settings_for(inputs, "run", steps=2))
+    assert len(logged(settings_for(inputs, "run"))) == 1
+
+
+def test_settings_go_through_toml(inputs: Path) -> None:
+    from colrow.train.settings import load_settings, to_toml
+
+    settings = settings_for(inputs, 'a "quoted" run', tp=2, learning_rate=1e-4, fsdp=True)
+    file = inputs / "settings.toml"
+    file.write_text(to_toml(settings))
+    assert load_settings(file, {}) == settings
+    assert load_settings(file, {"tp": 4}).tp == 4
+    file.write_text("tp = 'two'")
+    with pytest.raises(ValueError, match=r"tp='two' should be of type int"):
+        load_settings(file, {})
+    file.write_text("heads = 2")
+    with pytest.raises(ValueError, match="unknown setting 'heads'"):
+        load_settings(file, {})
+
+
+def disagree(world: Any, what: Callable[[int], dict[str, object]]) -> None:
+    from colrow.train.faults import check_agreement
+    from tests.train.layouts import Layout, make_mesh
+
+    check_agreement(what(world.rank), make_mesh(world, Layout(tp=world.size)))
+
+
+def third_differs(rank: int) -> dict[str, object]:
+    return {"seed": 0, "training data": "a" if rank != 2 else "b"}
+
+
+def test_ranks_that_disagree_are_named(ranks: Any) -> None:
+    from tests.ranks import RankError
+
+    message = r"disagree on training data: rank 0 has 'a', rank 2 has 'b'"
+    with pytest.raises(RankError, match=message):
+        ranks(3, disagree, third_differs)
