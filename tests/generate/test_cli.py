@@ -119,7 +119,7 @@ def test_an_answer_ends_where_the_context_ends(
         ([" "], "the prompt is empty"),
         ([], "give either PROMPT or --prompt-file"),
         (["--prompt-file", "no/such/file"], "no/such/file: No such file or directory"),
-        (["Hi", "--json", "no/such/file"], "--json no/such/file: there is no such directory"),
+        (["Hi", "--json", "no/such/file"], "there is no directory for no/such/file"),
         (["Hi", "--no-chat", "--system", "x"], "a system message has no place"),
     ],
 )
