@@ -12,16 +12,19 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-slow lint format clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(INSTALLED) $(MODEL) ## split a small language model over two ranks and check it
 	$(BIN)/python examples/demo.py $(MODEL)
 
 test: $(INSTALLED) $(MODEL) ## run the tests (PYTEST_ARGS="-k mesh" for some of them)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(INSTALLED) $(MODEL) ## run the tests that take minutes (a real model in every layout)
+	$(BIN)/python -m pytest -m slow --timeout=1800 $(PYTEST_ARGS)
 
 lint: $(INSTALLED) ## check format, style and types
 	$(BIN)/ruff format --check .

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 POOL_SIZE = 4
@@ -206,3 +207,11 @@ def _work(rank: int, connections: list[Connection], store: str) -> None:
             text = "".join(traceback.format_exception(error))
             answer = pickle.dumps(_Raised(type(error).__name__, str(error), text))
         connection.send_bytes(answer)
+
+
+def child_ranks(parent: int) -> list[int]:
+    """Process ids of the ranks that a command started, in their order (Linux)."""
+    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return sorted(
+        int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    )

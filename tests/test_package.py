@@ -9,14 +9,21 @@ import colrow
 
 
 def run(code: str) -> str:
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     return result.stdout.strip()
 
 
 def test_importing_and_helping_need_no_torch() -> None:
     code = "import sys, colrow; assert 'torch' not in sys.modules; print(colrow.__version__)"
     assert run(code) == colrow.__version__
-    for arguments in (["--help"], ["generate", "--help"], ["verify", "--help"], ["comms", "--help"]):
+    for arguments in (
+        ["--help"],
+        ["generate", "--help"],
+        ["verify", "--help"],
+        ["comms", "--help"],
+    ):
         code = (
             "import sys\nfrom colrow.cli import main\n"
             f"assert main({arguments!r}) == 0\nassert 'torch' not in sys.modules"

@@ -10,12 +10,11 @@ import torch
 import colrow
 from colrow.comm.ledger import Call, summarize
 from colrow.mesh import ParallelGroup
-from colrow.models.config import Layout, ModelConfig
 from colrow.models.communication import predict_step
+from colrow.models.config import Layout, ModelConfig
 from colrow.models.hf_config import config_from_file
 from colrow.planner.catalog import find_model
 from colrow.traffic import Traffic, dry_run, record_step
-from tests.models import tiny
 from tests.ranks import RankPool
 
 

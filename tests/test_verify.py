@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +19,7 @@ from colrow.mesh import Mesh, ParallelGroup
 from colrow.models.decoder import Decoder
 from colrow.verify import Report, verify
 from tests.models import tiny
-from tests.ranks import RankPool
+from tests.ranks import RankPool, child_ranks
 
 
 def run(
@@ -69,7 +74,7 @@ def test_a_wrong_weight_of_one_rank_is_named(
 def test_sixteen_bits_pass_within_their_rounding(ranks: RankPool, tiny_models: Path) -> None:
     report = ranks(3, run, tiny_models / "qwen2", torch.bfloat16, True, "")[0]
     assert report.passed, report
-    assert 0 < report.rounding.gradients
+    assert report.rounding.gradients > 0
     assert report.logits_error > 1e-4
 
 
@@ -122,3 +127,22 @@ def test_relative_error() -> None:
     assert relative_error(one, torch.zeros(4)) == 2
     assert relative_error(one, torch.ones(3)) == float("inf")
     assert relative_error(one * float("nan"), one) == float("inf")
+
+
+def test_a_killed_rank_ends_the_command(smollm2: Path) -> None:
+    command = [sys.executable, "-m", "colrow.cli", "verify", str(smollm2), "--tp", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        lines = []
+        while "forward and backward" not in (line := process.stderr.readline()):
+            lines.append(line)
+            assert line, "it ended by itself"
+        os.kill(child_ranks(process.pid)[1], signal.SIGKILL)
+        killed = time.monotonic()
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert time.monotonic() - killed < 20
+    assert process.returncode == 1
+    assert "colrow verify: rank 1 was killed by SIGKILL" in errors

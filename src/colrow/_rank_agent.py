@@ -179,13 +179,6 @@ class _Agent(LocalElasticAgent):
         self.processes = {rank: children.get(pid) for rank, pid in process_ids.items()}
         return process_ids
 
-    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: float = 30) -> None:
-        # A rank that returned waits until its result was read, which nobody does any more.
-        finished = getattr(self._pcontext, "_worker_finished_event", None)
-        if finished is not None:
-            finished.set()
-        super()._shutdown(death_sig, timeout)
-
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         # A rank failed: the others have nothing to save.
         self._shutdown(timeout=_SECONDS_TO_STOP)

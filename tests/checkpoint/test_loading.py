@@ -98,7 +98,9 @@ def renamed(name: str, value: Tensor, config: colrow.ModelConfig) -> dict[str, T
                 t.view(-1, 2, config.head_dim // 2, *t.shape[1:]).transpose(1, 2).reshape(t.shape)
                 for t in (q, k)
             )
-        return {f"{block}attn_{n}.{kind}": t.contiguous() for n, t in zip("qkv", (q, k, v))}
+        return {
+            f"{block}attn_{n}.{kind}": t.contiguous() for n, t in zip("qkv", (q, k, v), strict=True)
+        }
     if template.endswith("attention.qkv"):
         return {f"{block}attn_qkv.{kind}": value}
     if template.endswith("mlp.up") and config.gated:

@@ -19,6 +19,7 @@ from colrow.cli import main
 from colrow.generate.tokenizer import encode_prompt, load_tokenizer
 from colrow.reference import load_reference
 from tests.generate import models
+from tests.ranks import child_ranks
 
 
 @pytest.fixture(scope="module")
@@ -137,20 +138,12 @@ def test_a_model_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert "there is no model at 'no/such/model.gguf'" in capsys.readouterr().err
 
 
-def ranks_of(process: subprocess.Popen[bytes]) -> list[int]:
-    """Process ids in the order of the ranks."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return sorted(
-        int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    )
-
-
 def test_a_rank_that_is_killed_ends_the_command(chat_model: str) -> None:
     process = start(chat_model, "Hi", "--tp", "2", "--max-new-tokens", "90000")
     assert process.stdout is not None and process.stderr is not None
     try:
         assert process.stdout.read(1)  # in the middle
-        victims = ranks_of(process)
+        victims = child_ranks(process.pid)
         assert len(victims) == 2
         os.kill(victims[1], signal.SIGKILL)
         killed = time.monotonic()

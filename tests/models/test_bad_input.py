@@ -68,7 +68,7 @@ def test_shapes_of_a_batch() -> None:
         model(ids[0])
     with pytest.raises(ValueError, match=r"attention_mask should be \(2, 5\)"):
         model(ids, attention_mask=torch.ones(2, 4))
-    with pytest.raises(ValueError, match="labels .* should have the shape of input_ids"):
+    with pytest.raises(ValueError, match=r"labels .* should have the shape of input_ids"):
         model.loss(ids, ids[:, 1:])
     with pytest.raises(TypeError, match="token ids must be int64 or int32"):
         model(ids.float())

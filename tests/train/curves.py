@@ -129,7 +129,9 @@ def reference(settings: TrainSettings) -> list[tuple[float, float]]:
     tokens = prepare_tokens(
         settings.data, "bytes", settings.token_cache, vocab_size=257, end_token=256
     )
-    order = Order(Windows.of(tokens, settings.sequence).split(settings.eval_share)[0], settings.seed)
+    order = Order(
+        Windows.of(tokens, settings.sequence).split(settings.eval_share)[0], settings.seed
+    )
     initial = colrow.full_state_dict(
         colrow.from_config(settings.model, seed=settings.seed, dtype=dtype)
     )
@@ -179,7 +181,9 @@ def reference(settings: TrainSettings) -> list[tuple[float, float]]:
     return found
 
 
-def worst(records: list[dict[str, Any]], expected: list[tuple[float, float]]) -> tuple[float, float]:
+def worst(
+    records: list[dict[str, Any]], expected: list[tuple[float, float]]
+) -> tuple[float, float]:
     """Largest relative difference of loss and gradient norm over all steps."""
     assert len(records) == len(expected)
     pairs = list(zip(records, expected, strict=True))

@@ -92,7 +92,9 @@ def test_parameters_and_moments_are_those_of_one_process(
         found = ranks(1, whole_state, directory / name, tokens)[0]
         assert found.keys() == expected.keys()
         for key, value in expected.items():
-            torch.testing.assert_close(found[key], value, rtol=1e-9, atol=1e-13, msg=f"{name} {key}")
+            torch.testing.assert_close(
+                found[key], value, rtol=1e-9, atol=1e-13, msg=f"{name} {key}"
+            )
 
 
 def load_one(world: ParallelGroup, tokens: Path, directory: Path, **options: Any) -> None:
@@ -157,7 +159,12 @@ def save_many(world: ParallelGroup, tokens: Path, directory: Path) -> list[list[
 
 def test_the_last_k_stay(ranks: RankPool, tokens: Path, tmp_path: Path) -> None:
     one, two, three = (f"step-{step:08d}" for step in (1, 2, 3))
-    assert ranks(2, save_many, tokens, tmp_path)[0] == [[one], [one, two], [two, three], [two, three]]
+    assert ranks(2, save_many, tokens, tmp_path)[0] == [
+        [one],
+        [one, two],
+        [two, three],
+        [two, three],
+    ]
 
 
 def save_on_full_disk(world: ParallelGroup, tokens: Path, directory: Path) -> str:
@@ -199,9 +206,7 @@ def test_another_model_is_refused(
         ranks(2, load_other, tokens, saved[0] / "tp1", smaller)
 
 
-def load_other(
-    world: ParallelGroup, tokens: Path, directory: Path, config: dict[str, Any]
-) -> None:
+def load_other(world: ParallelGroup, tokens: Path, directory: Path, config: dict[str, Any]) -> None:
     load_one(world, tokens, directory, config=config)
 
 

@@ -38,6 +38,7 @@ class Run:
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
         )
         self.lines: list[str] = []
 
@@ -108,7 +109,10 @@ def test_a_killed_rank_stops_the_others_and_the_run_continues(inputs: Path) -> N
 def test_a_signal_saves_and_stops(inputs: Path, number: signal.Signals) -> None:
     run = Run(inputs, tp=2, steps=10**6, save_every=10**6)
     run.until("step 3/")
-    run.process.send_signal(number)
+    if number == signal.SIGINT:  # as a terminal sends it
+        os.killpg(run.process.pid, number)
+    else:
+        run.process.send_signal(number)
     code = run.end()
     assert code in (-number, 128 + number)
     saved = next(line for line in run.lines if "saved after step" in line)

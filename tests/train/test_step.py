@@ -127,9 +127,7 @@ def test_an_infinite_gradient_names_rank_and_parameter(ranks: RankPool, tokens: 
         assert "of the gradient of blocks.0.mlp.down.weight are not finite" in messages[0]
 
 
-def clip_own_module(
-    world: ParallelGroup, limit: float
-) -> tuple[float, list[Tensor], list[Tensor]]:
+def clip_own_module(world: ParallelGroup, limit: float) -> tuple[float, list[Tensor], list[Tensor]]:
     """A user's own module, colrow's layers beside torch's: norm, gradients and weights."""
     torch.manual_seed(0)
     module = nn.Sequential(

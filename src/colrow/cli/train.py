@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import signal
 import sys
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from colrow.cli.common import add_json, run_on_ranks, write_json
 from colrow.launch import launch, launched_by
 from colrow.train.settings import TrainSettings, load_settings, to_toml
+
+if TYPE_CHECKING:
+    from colrow.train.loop import Outcome
 
 HELP = "fine-tune a model, or train one from a configuration"
 DESCRIPTION = """\
@@ -65,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _train(settings: TrainSettings) -> Any:
+def _train(settings: TrainSettings) -> Outcome | None:
     from colrow.train.loop import check, train
 
     check(settings)
@@ -73,12 +77,21 @@ def _train(settings: TrainSettings) -> Any:
     if launched_by() is not None or ranks == 1:
         return run_on_ranks(train, settings, ranks=ranks)
     return launch(
-        train,
+        _train_rank,
         (settings,),
         ranks=ranks,
         max_restarts=settings.max_restarts,
         seconds_to_stop=_SECONDS_TO_SAVE,
     )[0]
+
+
+def _train_rank(settings: TrainSettings) -> Outcome:
+    from colrow.train.loop import train
+
+    outcome = train(settings)
+    if outcome.stopped_by:  # nobody waits for results any more: a rank that returned would wait
+        sys.exit(128 + signal.SIGTERM)
+    return outcome
 
 
 def _dry_run(settings: TrainSettings, json_file: str | None) -> int:

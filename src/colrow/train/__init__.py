@@ -1,0 +1,1 @@
+"""Training: data, steps that do not depend on the layout, checkpoints, faults, reports."""

@@ -1,10 +1,11 @@
-"""What can go wrong in a run with many ranks: stopping, disagreeing, numbers that are not finite."""
+"""What can go wrong with many ranks: stopping, disagreeing, numbers that are not finite."""
 
 from __future__ import annotations
 
 import math
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
@@ -19,12 +20,14 @@ from colrow.mesh import Mesh
 
 T = TypeVar("T")
 
+_SECONDS_OF_ONE_REQUEST = 2.0
+
 
 class StopRequest:
     """Whether SIGTERM or SIGINT asked this rank to stop; ``name`` is the signal's."""
 
     def __init__(self) -> None:
-        self.name = ""
+        self.name, self.seconds = "", 0.0
 
     def __bool__(self) -> bool:
         return bool(self.name)
@@ -32,7 +35,10 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Inside it the first SIGTERM or SIGINT only sets the request; a second one does as before."""
+    """Inside it the first SIGTERM or SIGINT only sets the request; a later one does as before.
+
+    Ctrl-C comes twice, from the terminal and from the process that started the ranks.
+    """
     request = StopRequest()
     numbers = (signal.SIGTERM, signal.SIGINT)
     if threading.current_thread() is not threading.main_thread():
@@ -41,8 +47,11 @@ def stop_on_signals() -> Iterator[StopRequest]:
     before = {number: signal.getsignal(number) for number in numbers}
 
     def handle(number: int, frame: FrameType | None) -> None:
-        request.name = signal.Signals(number).name
-        signal.signal(number, before[signal.Signals(number)])
+        if not request:
+            request.name, request.seconds = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() - request.seconds > _SECONDS_OF_ONE_REQUEST:
+            signal.signal(number, before[signal.Signals(number)])
+            signal.raise_signal(number)
 
     for number in numbers:
         signal.signal(number, handle)

@@ -13,10 +13,10 @@ import torch
 
 from colrow.checkpoint.training import TrainingCheckpoints
 from colrow.comm.ledger import record
-from colrow.launch import rank_environment
 from colrow.mesh import Mesh, init_mesh
 from colrow.models.config import Layout, num_parameters
 from colrow.train.batches import Order, Windows
+from colrow.train.data import global_rank, training_and_held_out
 from colrow.train.faults import StopRequest, check_agreement, stop_on_signals
 from colrow.train.model import build_model, model_config, save_model_files, tokenizer_name
 from colrow.train.optimizer import adamw, learning_rate
@@ -24,7 +24,6 @@ from colrow.train.parallel import parallelize
 from colrow.train.report import Record, Reporter, peak_flops, peak_memory_bytes
 from colrow.train.settings import TrainSettings, to_toml
 from colrow.train.step import Stepper, StepResult, evaluate
-from colrow.train.tokenize import prepare_tokens, token_path, wait_for_tokens
 
 CHECKPOINTS, MODEL_FILES, SETTINGS = "checkpoints", "model", "settings.toml"
 
@@ -37,12 +36,14 @@ class Outcome:
         step: steps taken in all.
         loss: of the last step; None when there was nothing left to do.
         eval_loss: on held-out text at the end; None when it was stopped before.
+        initial_eval_loss: before the first step; None when the run continued from a checkpoint.
         stopped_by: the signal that stopped it, or "".
     """
 
     step: int
     loss: float | None
     eval_loss: float | None
+    initial_eval_loss: float | None = None
     stopped_by: str = ""
 
 
@@ -57,7 +58,7 @@ def train(settings: TrainSettings) -> Outcome:
     """
     with stop_on_signals() as stop:
         output = Path(settings.output)
-        training, held_out = _data(settings)
+        training, held_out = training_and_held_out(settings)
         mesh = init_mesh(
             tp=settings.tp,
             dp=settings.dp,
@@ -68,8 +69,8 @@ def train(settings: TrainSettings) -> Outcome:
         check_agreement({**asdict(settings), **data}, mesh)
         run = _Run(settings, mesh, Order(training, settings.seed), held_out)
         start = run.resume()
-        reporter = Reporter(output, settings.steps, first_step=start, active=_global_rank() == 0)
-        if _global_rank() == 0:
+        reporter = Reporter(output, settings.steps, first_step=start, active=global_rank() == 0)
+        if global_rank() == 0:
             save_model_files(settings, output / MODEL_FILES)
             (output / SETTINGS).write_text(to_toml(settings), encoding="utf-8")
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
@@ -144,7 +145,10 @@ class _Run:
 
     def until_done(self, start: int, reporter: Reporter, stop: StopRequest) -> Outcome:
         settings, done, result = self.settings, start, None
-        eval_loss = None
+        eval_loss, initial = None, None
+        if done == 0:
+            initial = self._evaluate()
+            reporter.say(f"held-out loss before training {initial:.4f}")
         while done < settings.steps:
             logged = (done + 1) % settings.log_every == 0 or done + 1 == settings.steps
             rate = self._rate(done)
@@ -163,12 +167,12 @@ class _Run:
             if result.stop and not last:
                 self.checkpoints.wait()
                 reporter.say(f"stopped by {stop.name or 'a signal'}; saved after step {done}")
-                return Outcome(done, result.loss, eval_loss, stop.name or "a signal")
+                return Outcome(done, result.loss, eval_loss, initial, stop.name or "a signal")
         self.checkpoints.wait()
         if result is None:
             eval_loss = self._evaluate()
             reporter.say(f"all {settings.steps} steps were taken before")
-        return Outcome(done, None if result is None else result.loss, eval_loss)
+        return Outcome(done, None if result is None else result.loss, eval_loss, initial)
 
     def _rate(self, step: int) -> float:
         settings = self.settings
@@ -240,32 +244,6 @@ class _Speed:
         )
         self._seconds, self._tokens = [], 0
         return found
-
-
-def _data(settings: TrainSettings) -> tuple[Windows, Windows]:
-    """Sequences to train on and to evaluate on; rank 0 tokenises, the others wait for the file."""
-    cache = settings.token_cache or str(Path(settings.output) / "tokens")
-    config = model_config(settings)
-    end = config.eos_token_ids[0] if config.eos_token_ids else None
-    name = tokenizer_name(settings)
-
-    def windows(text: str) -> Windows:
-        if _global_rank() == 0:
-            tokens = prepare_tokens(text, name, cache, vocab_size=config.vocab_size, end_token=end)
-        else:
-            path = token_path(text, name, cache, config.vocab_size, end)
-            tokens = wait_for_tokens(path, settings.timeout_seconds)
-        return Windows.of(tokens, settings.sequence)
-
-    training = windows(settings.data)
-    if settings.eval_data:
-        return training, windows(settings.eval_data)
-    return training.split(settings.eval_share)
-
-
-def _global_rank() -> int:
-    environment = rank_environment()
-    return 0 if environment is None else environment.rank
 
 
 def check(settings: TrainSettings) -> None:

@@ -1,4 +1,4 @@
-"""Tokens in a memory-mapped file: written once, then read anywhere at the cost of the bytes read."""
+"""Tokens in a memory-mapped file: written once, then read at the cost of the bytes read."""
 
 from __future__ import annotations
 

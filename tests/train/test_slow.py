@@ -1,0 +1,62 @@
+"""What takes minutes: whole loss curves, and a run that is killed again and again."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.train.curves import CASES, curve, reference, settings_for, worst, write_inputs
+from tests.train.test_faults import Run, rank_processes, weights
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+KILLS = 20
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("fp64", 1e-9), ("fp32", 1e-4)])
+def test_200_steps_are_those_of_one_process_in_every_layout(
+    tmp_path: Path, dtype: str, limit: float
+) -> None:
+    write_inputs(tmp_path)
+    expected = reference(settings_for(tmp_path, "-", steps=200, precision=dtype))
+    assert expected[-1][0] < 0.6 * expected[0][0]  # it learns
+    for case in CASES:
+        loss, _ = worst(curve(tmp_path, case, dtype, 200), expected)
+        assert loss < limit, case.name
+
+
+def test_a_run_killed_at_random_moments_ends_bitwise_equal(tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    options: dict[str, Any] = {"tp": 2, "steps": 600, "save_every": 3, "keep": 2}
+    whole = Run(tmp_path, "whole", **options)
+    assert whole.end() == 0
+    run, moments = Run(tmp_path, "killed", max_restarts=10 * KILLS, **options), random.Random(0)
+    before: set[int] = set()
+    for _ in range(KILLS):
+        if moments.random() < 0.7:
+            run.until(r"^step \d+/")  # of this attempt or of the one before
+            time.sleep(moments.uniform(0, 2))
+        else:
+            time.sleep(moments.uniform(0, 5))  # starting, loading
+        while not (ranks := [pid for pid in rank_processes(run.process.pid) if pid not in before]):
+            assert run.process.poll() is None, "it ended before it was killed often enough"
+            time.sleep(0.05)
+        before |= set(ranks)
+        run.kill_a_rank(moments.randrange(len(rank_processes(run.process.pid))))
+    assert run.end() == 0
+    expected, found = weights(whole.output, 600), weights(run.output, 600)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    restarts = {line for line in run.lines if "restart" in line}
+    assert len(restarts) > KILLS / 2  # some attempts die before they say anything
+
+    def losses(of: Run) -> list[float]:
+        lines = (of.output / "log.jsonl").read_text().splitlines()
+        return [json.loads(line)["loss"] for line in lines]
+
+    assert losses(run) == losses(whole)
