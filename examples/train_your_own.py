@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 import colrow
 from colrow.launch import launch, launched_by
 
-TP, DP, STEPS, FEATURES, HIDDEN = 2, 2, 20, 8, 13
+TP, DP, STEPS, FEATURES, HIDDEN = 2, 2, 40, 8, 13
 
 
 class Regressor(nn.Module):
@@ -47,9 +47,9 @@ def build(mesh: colrow.Mesh) -> tuple[nn.Module, torch.optim.Optimizer]:
 def train(
     mesh: colrow.Mesh, model: nn.Module, optimizer: torch.optim.Optimizer, steps: range
 ) -> Tensor:
+    batch = torch.randn(64, FEATURES, generator=torch.Generator().manual_seed(0))
+    x = batch.chunk(DP)[mesh.dp.rank]  # the same for the ranks of a tp group
     for step in steps:
-        x = torch.randn(8, FEATURES, generator=torch.Generator().manual_seed(step))
-        x = x.chunk(DP)[mesh.dp.rank]  # the same for the ranks of a tp group
         loss = (model(x) - x.roll(1, -1)).square().mean()
         loss.backward()
         norm = colrow.clip_grad_norm_(model, 1.0)

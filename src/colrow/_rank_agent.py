@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import math
 import multiprocessing
 import os
 import pickle
@@ -156,7 +157,7 @@ class _Agent(LocalElasticAgent):
     ) -> None:
         logs = DefaultLogsSpecs(log_dir=str(directory / "torchelastic"))
         super().__init__(spec, logs)
-        self._shutdown_timeout = seconds_to_stop  # after a signal
+        self._shutdown_timeout = math.ceil(seconds_to_stop)  # after a signal
         self._directory = directory
         self._threads = threads
         self._timeout_seconds = timeout_seconds

@@ -227,14 +227,16 @@ def plot(curves: dict[str, list[float]], path: Path) -> None:
     figure = Figure(figsize=(8, 6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
     base = next(iter(curves.values()))
-    for name, losses in curves.items():
-        top.plot(losses, label=name, linewidth=1)
-        if losses is not base:
-            differences = [max(abs(a / b - 1), 1e-17) for a, b in zip(losses, base, strict=True)]
-            bottom.semilogy(differences, label=name, linewidth=1)
+    top.plot(base, color="black", linewidth=1, label=next(iter(curves)))
+    for number, (name, losses) in enumerate(list(curves.items())[1:]):
+        color, style = f"C{number // 2}", ("-", ":")[number % 2]  # fp64, fp32
+        top.plot(losses, style, color=color, linewidth=1)
+        differences = [max(abs(a / b - 1), 1e-17) for a, b in zip(losses, base, strict=True)]
+        bottom.semilogy(differences, style, color=color, label=name, linewidth=1)
     top.set(ylabel="loss per token (nats)")
-    bottom.set(xlabel="step", ylabel="relative difference from the fp64 reference")
-    top.legend(fontsize=6, ncols=2)
+    bottom.set(xlabel="step", ylabel="relative difference", ylim=(1e-17, 1e-3))
+    top.legend(fontsize=8)
+    bottom.legend(fontsize=6, ncols=6, loc="center")
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -69,6 +69,7 @@ def test_configurations_written_are_configurations_read(tiny_models: Path, name:
     assert config_from_hf(json.loads(json.dumps(config_to_hf(config)))) == config
 
 
+@pytest.mark.slow
 def test_a_gguf_file_goes_to_hugging_face_and_back(smollm2: Path, tmp_path: Path) -> None:
     hf, gguf = tmp_path / "hf", tmp_path / "copy.gguf"
     assert main(["convert", str(smollm2), str(hf), "--to", "hf"]) == 0

@@ -228,3 +228,25 @@ def test_ranks_that_disagree_are_named(ranks: Any) -> None:
     message = r"disagree on training data: rank 0 has 'a', rank 2 has 'b'"
     with pytest.raises(RankError, match=message):
         ranks(3, disagree, third_differs)
+
+
+def test_a_dry_run_shows_what_a_run_would_be(
+    inputs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import colrow
+    from colrow.cli import main
+
+    common = ["train", "--model", str(inputs / "config.json"), "--data", str(inputs / "topics.txt")]
+    common += ["--output", str(inputs / "run"), "--tokenizer", "bytes", "--sequence", "33"]
+    file = inputs / "dry.json"
+    assert main([*common, "--tp", "2", "--dry-run", "--json", str(file)]) == 0
+    shown, found = capsys.readouterr().out, json.loads(file.read_text())
+    assert "tp rank 1: 1 query heads, 1 KV heads, 50 FFN features, 128 vocabulary rows" in shown
+    model = colrow.from_config(inputs / "config.json")
+    assert found["parameters"] == sum(p.numel() for p in model.parameters())
+    assert found["calls"]["all_reduce"][0] > 0
+    assert not (inputs / "run" / "checkpoints").exists()
+    order_text = (inputs / "topics.txt").read_text()
+    beginning = re.search(r"the first sequence begins: '(.{12})", shown)
+    assert beginning is not None
+    assert beginning[1].split("\\n")[0] in order_text

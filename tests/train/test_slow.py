@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from colrow.train.loop import train
+from tests.ranks import run_world
 from tests.train.curves import CASES, curve, reference, settings_for, worst, write_inputs
 from tests.train.test_faults import Run, rank_processes, weights
 
@@ -38,11 +42,11 @@ def test_a_run_killed_at_random_moments_ends_bitwise_equal(tmp_path: Path) -> No
     run, moments = Run(tmp_path, "killed", max_restarts=10 * KILLS, **options), random.Random(0)
     before: set[int] = set()
     for _ in range(KILLS):
-        if moments.random() < 0.7:
-            run.until(r"^step \d+/")  # of this attempt or of the one before
-            time.sleep(moments.uniform(0, 2))
+        if moments.random() < 0.8:
+            run.until("continuing after step|before training")  # in a step, or in a save
+            time.sleep(moments.uniform(0, 3))
         else:
-            time.sleep(moments.uniform(0, 5))  # starting, loading
+            time.sleep(moments.uniform(0, 5))  # while it starts or loads
         while not (ranks := [pid for pid in rank_processes(run.process.pid) if pid not in before]):
             assert run.process.poll() is None, "it ended before it was killed often enough"
             time.sleep(0.05)
@@ -52,11 +56,49 @@ def test_a_run_killed_at_random_moments_ends_bitwise_equal(tmp_path: Path) -> No
     expected, found = weights(whole.output, 600), weights(run.output, 600)
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    restarts = {line for line in run.lines if "restart" in line}
-    assert len(restarts) > KILLS / 2  # some attempts die before they say anything
+    restarts = [line for line in run.lines if "(restart " in line]
+    assert f"(restart {KILLS} of" in restarts[-1]
+    assert len(restarts) > KILLS / 2  # most attempts got as far as to take steps
 
     def losses(of: Run) -> list[float]:
         lines = (of.output / "log.jsonl").read_text().splitlines()
         return [json.loads(line)["loss"] for line in lines]
 
     assert losses(run) == losses(whole)
+
+
+def test_fine_tuning_a_real_model_lowers_held_out_loss_and_exports_it(
+    smollm2: Path, tmp_path: Path
+) -> None:
+    from colrow.cli import main
+    from colrow.train.batches import Order
+    from colrow.train.data import training_and_held_out
+    from tests.train.test_export import transformers_loss
+
+    write_inputs(tmp_path)
+    settings = settings_for(
+        tmp_path,
+        "run",
+        model=str(smollm2),
+        tokenizer="",
+        tp=2,
+        sequence=128,
+        microbatch=1,
+        global_batch=4,
+        steps=10,
+        warmup_steps=2,
+        learning_rate=5e-5,
+    )
+    outcome = run_world(2, train, settings, timeout=1800)[0]
+    assert outcome.eval_loss < outcome.initial_eval_loss - 0.1
+    assert main(["export", settings.output, str(tmp_path / "hf")]) == 0
+    ids, _ = Order(training_and_held_out(settings)[1], 0).batch(0, settings.eval_sequences)
+    assert transformers_loss(tmp_path / "hf", ids) == pytest.approx(outcome.eval_loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["train_your_own", "finetune_transformers"])
+def test_the_training_examples_show_what_they_claim(name: str) -> None:
+    script = Path(__file__).parents[2] / "examples" / f"{name}.py"
+    ended = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert len(script.read_text().splitlines()) <= 80

@@ -13,8 +13,10 @@ import colrow
 from colrow.mesh import ParallelGroup
 from colrow.reference import precision, quiet_transformers
 from colrow.train.batches import Order, Windows
+from colrow.train.model import set_dropout
+from colrow.train.step import evaluate
 from colrow.train.tokens import TokenFile
-from tests.ranks import RankError, RankPool
+from tests.ranks import RankPool
 from tests.train.layouts import CONFIG, LAYOUTS, Layout, make_mesh, make_stepper
 
 STEPS, RATE, CLIP = 3, 1e-2, 0.5
@@ -91,19 +93,54 @@ def test_loss_norm_and_update_are_those_of_one_process(
     assert layout.fsdp or weights.keys() == expected_weights.keys()
 
 
-def ends_in_nan(world: ParallelGroup, layout: Layout, tokens: Path) -> None:
+def with_dropout(world: ParallelGroup, layout: Layout, tokens: Path) -> list[float]:
+    stepper = make_stepper(make_mesh(world, layout), layout, tokens, recompute="full")
+    set_dropout(stepper.model, 0.2)
+    return [stepper.step(index, RATE).loss for index in range(STEPS)]
+
+
+def test_dropout_drops_the_same_in_every_layout(ranks: RankPool, tokens: Path) -> None:
+    expected = ranks(1, with_dropout, Layout(), tokens)[0]
+    without = [loss for loss, _ in ranks(1, take_steps, Layout(), tokens, {})[0][0]]
+    assert expected != pytest.approx(without, rel=1e-4)
+    for layout in (LAYOUTS[2], LAYOUTS[6], LAYOUTS[8]):
+        found = ranks(layout.ranks, with_dropout, layout, tokens)[0]
+        assert found == pytest.approx(expected, rel=1e-12), layout
+
+
+def held_out(world: ParallelGroup, layout: Layout, tokens: Path, sequences: int) -> float:
+    mesh = make_mesh(world, layout)
+    stepper = make_stepper(mesh, layout, tokens, label_smoothing=0.5, z_loss=1.0)
+    windows = stepper.order.windows
+    return evaluate(stepper.loss, mesh, windows, microbatch=2, sequences=sequences)
+
+
+def test_evaluation_is_plain_loss_over_exactly_these_sequences(
+    ranks: RankPool, tokens: Path
+) -> None:
+    model = colrow.from_config(CONFIG, seed=0, dtype=torch.float64).eval()
+    ids, labels = Order(Windows.of(TokenFile.open(tokens), 17), 0).batch(0, 5)
+    expected = model.loss(ids, labels).item()
+    for layout in (LAYOUTS[0], LAYOUTS[5], LAYOUTS[6], LAYOUTS[8]):
+        found = ranks(layout.ranks, held_out, layout, tokens, 5)  # no multiple of 2 x dp
+        assert found == pytest.approx([expected] * layout.ranks, rel=1e-12), layout
+
+
+def ends_in_nan(world: ParallelGroup, layout: Layout, tokens: Path) -> str:
     stepper = make_stepper(make_mesh(world, layout), layout, tokens)
     stepper.step(0, RATE)
     if stepper.mesh.tp.rank == 1:
         with torch.no_grad():
             stepper.model.blocks[1].mlp.down.weight[3, 5] = torch.nan
-    stepper.step(1, RATE)
+    with pytest.raises(RuntimeError) as caught:
+        stepper.step(1, RATE)
+    return str(caught.value)
 
 
 def test_a_loss_that_is_not_a_number_names_the_step(ranks: RankPool, tokens: Path) -> None:
-    with pytest.raises(RankError, match="step 1: the loss is nan") as caught:
-        ranks(2, ends_in_nan, Layout(tp=2), tokens)
-    assert "microbatch 0 is nan" in caught.value.errors[0]
+    for message in ranks(2, ends_in_nan, Layout(tp=2), tokens):
+        assert "step 1: the loss is nan" in message
+        assert "microbatch 0 is nan" in message
 
 
 def bad_gradient(world: ParallelGroup, layout: Layout, tokens: Path) -> list[float]:

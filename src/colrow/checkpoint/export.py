@@ -24,8 +24,8 @@ MODEL_FILES, CHECKPOINTS = "model", "checkpoints"
 
 def alone() -> Mesh:
     """A grid of this process."""
-    groups = (ParallelGroup.single(name) for name in ("tp", "dp", "pp"))
-    return Mesh(*groups, device_mesh=None, device=torch.device("cpu"))
+    single = ParallelGroup.single
+    return Mesh(single("tp"), single("dp"), single("pp"), None, torch.device("cpu"))
 
 
 def is_training_run(path: str | Path) -> bool:

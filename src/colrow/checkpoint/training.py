@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from colrow.checkpoint.training_placement import Placement, local_tensor, placements
 from colrow.checkpoint.training_plan import Shard, ShardLoadPlanner, ShardSavePlanner
@@ -139,7 +140,7 @@ class TrainingCheckpoints:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that one process loads alone
             try:
-                dcp.load(
+                load(
                     dict.fromkeys(shards),
                     storage_reader=CheckpointReader(path, index),
                     planner=ShardLoadPlanner(shards),
@@ -156,7 +157,7 @@ class TrainingCheckpoints:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that one process saves alone
-                dcp.save(
+                save(
                     dict.fromkeys(shards),
                     storage_writer=writer,
                     planner=ShardSavePlanner(shards),

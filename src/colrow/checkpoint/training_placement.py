@@ -8,6 +8,7 @@ written and read by them, so neither depends on how a shard came about or whethe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,7 +93,7 @@ class Placement:
             found.append((tuple(offsets), tuple(sizes), tuple(local)))
         return self._in_rows(found)
 
-    def _in_rows(self, found: list[tuple[tuple[int, ...], ...]]) -> tuple[Box, ...]:
+    def _in_rows(self, found: Sequence[tuple[tuple[int, ...], ...]]) -> tuple[Box, ...]:
         """The parts of boxes of the tp shard that lie in this dp rank's rows."""
         boxes = []
         for offsets, sizes, local in found:
@@ -137,15 +138,11 @@ def tensor_parallel_group(module: nn.Module) -> ParallelGroup:
     Raises:
         ValueError: when its layers have different groups.
     """
-    groups = [
-        child.tp
-        for child in module.modules()
-        if isinstance(getattr(child, "tp", None), ParallelGroup)
-    ]
+    handles = [getattr(child, "tp", None) for child in module.modules()]
+    groups = [handle for handle in handles if isinstance(handle, ParallelGroup)]
     if any(group.group is not groups[0].group for group in groups):
         raise ValueError("the layers of this module have different tensor-parallel groups")
-    found: ParallelGroup = groups[0] if groups else ParallelGroup.single()
-    return found
+    return groups[0] if groups else ParallelGroup.single()
 
 
 def data_parallel_group(module: nn.Module) -> ParallelGroup:

@@ -74,6 +74,11 @@ def _train(settings: TrainSettings) -> Outcome | None:
 
     check(settings)
     ranks = settings.tp * settings.dp
+    if ranks == 1 and settings.max_restarts and launched_by() is None:
+        raise ValueError(
+            "max_restarts needs more than one rank, or torchrun: torchrun --standalone "
+            "--nproc-per-node 1 --max-restarts N -m colrow.cli train ..."
+        )
     if launched_by() is not None or ranks == 1:
         return run_on_ranks(train, settings, ranks=ranks)
     return launch(

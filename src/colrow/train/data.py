@@ -44,7 +44,8 @@ def _tokens(settings: TrainSettings, text: str) -> TokenFile:
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(file=sys.stderr), transient=True) as bar:
+    console = Console(file=sys.stderr)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"tokenising {Path(text).name}", total=None)
         return prepare_tokens(
             text,

@@ -43,14 +43,17 @@ class SummedLoss(nn.Module):
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
 
     def forward(self, input_ids: Tensor, labels: Tensor, dropout_key: int | None = None) -> Tensor:
-        """The sum over the tokens that count; ``[batch, sequence]`` ids and labels."""
+        """The sum over the tokens that count; ``[batch, sequence]`` ids and labels.
+
+        In evaluation mode without label smoothing and z-loss.
+        """
         outside = [m for m in self.model.children() if m is not self.model.blocks]
         with cast_parameters(outside, self.compute_dtype):
             return self.model.loss(
                 input_ids,
                 labels,
-                label_smoothing=self.label_smoothing,
-                z_loss=self.z_loss,
+                label_smoothing=self.label_smoothing if self.training else 0.0,
+                z_loss=self.z_loss if self.training else 0.0,
                 reduction="sum",
                 dropout_key=dropout_key,
             )

@@ -10,6 +10,11 @@ from typing import Any
 from colrow.comm.ledger import Call
 from colrow.models.communication import predict_step
 from colrow.models.config import Layout, ModelConfig, num_parameters, parameter_specs
+from colrow.planner.hardware import find_hardware
+from colrow.planner.layout import DTYPE as PLANNED
+from colrow.planner.layout import Layout as PlannedLayout
+from colrow.planner.memory import training_memory
+from colrow.planner.model import ModelShape
 from colrow.train.batches import Order
 from colrow.train.data import training_and_held_out
 from colrow.train.model import model_config, tokenizer_name
@@ -17,6 +22,7 @@ from colrow.train.settings import TrainSettings
 from colrow.train.tokenize import BYTES
 
 _STATE_BYTES = {"fp32": 4, "bf16": 4, "fp64": 8}  # of a parameter; its optimiser keeps two more
+_ANY_GPU = "h100"  # what activations take does not depend on which
 _COMPUTE_DTYPE = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
 
 
@@ -28,7 +34,8 @@ class RankShare:
         query_heads, kv_heads, ffn_features, vocab_rows: of the whole model's.
         parameters: elements that it keeps between steps.
         parameter_bytes, gradient_bytes, optimizer_bytes: of those.
-        logits_bytes: of one microbatch, kept for backward; activations come on top.
+        activation_bytes: kept for backward and temporaries of one microbatch, as ``colrow plan``
+            estimates them; None in fp64, which it does not know.
     """
 
     query_heads: int
@@ -39,7 +46,7 @@ class RankShare:
     parameter_bytes: int
     gradient_bytes: int
     optimizer_bytes: int
-    logits_bytes: int
+    activation_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -84,8 +91,12 @@ class Preview:
                 f"tp rank {rank}: {share.query_heads} query heads, {share.kv_heads} KV heads, "
                 f"{share.ffn_features} FFN features, {share.vocab_rows} vocabulary rows; "
                 f"{_mb(total)} = {_mb(share.parameter_bytes)} parameters + "
-                f"{_mb(share.gradient_bytes)} gradients + {_mb(share.optimizer_bytes)} optimiser; "
-                f"with activations, of which logits {_mb(share.logits_bytes)}, on top"
+                f"{_mb(share.gradient_bytes)} gradients + {_mb(share.optimizer_bytes)} optimiser"
+                + (
+                    f"; activations about {_mb(share.activation_bytes)}"
+                    if share.activation_bytes
+                    else ""
+                )
             )
         for operation, (count, size) in self.calls.items():
             lines.append(f"each step, over tp: {count} x {operation}, {_mb(size)}")
@@ -106,7 +117,10 @@ def preview(settings: TrainSettings) -> Preview:
     config = model_config(settings)
     layout = Layout.create(config, settings.tp)
     training, held_out = training_and_held_out(settings)
-    shares = tuple(_share(settings, config, layout, rank) for rank in range(settings.tp))
+    shares = tuple(
+        _share(settings, config, layout, rank, activations)
+        for rank, activations in enumerate(_activation_bytes(settings, config))
+    )
     largest = max(share.parameter_bytes for share in shares)
     dp_bytes = 0
     if settings.dp > 1:
@@ -127,15 +141,19 @@ def preview(settings: TrainSettings) -> Preview:
     )
 
 
-def _share(settings: TrainSettings, config: ModelConfig, layout: Layout, rank: int) -> RankShare:
+def _share(
+    settings: TrainSettings,
+    config: ModelConfig,
+    layout: Layout,
+    rank: int,
+    activations: int | None,
+) -> RankShare:
     elements = 0
     for spec in parameter_specs(config, layout).values():
         shape = spec.local_shape(rank)
         rows = -(-shape[0] // settings.dp) if settings.fsdp else shape[0]
         elements += math.prod((rows, *shape[1:]))
     size = elements * _STATE_BYTES[settings.precision]
-    wide = 8 if settings.precision == "fp64" else 4
-    tokens = settings.microbatch * (settings.sequence - 1)
     return RankShare(
         query_heads=layout.heads.query.size(rank),
         kv_heads=layout.heads.key_value.size(rank),
@@ -145,8 +163,27 @@ def _share(settings: TrainSettings, config: ModelConfig, layout: Layout, rank: i
         parameter_bytes=size,
         gradient_bytes=size,
         optimizer_bytes=2 * size,
-        logits_bytes=tokens * layout.vocab.size(rank) * wide,
+        activation_bytes=activations,
     )
+
+
+def _activation_bytes(settings: TrainSettings, config: ModelConfig) -> list[int | None]:
+    """By tp rank."""
+    if settings.precision not in PLANNED:
+        return [None] * settings.tp
+    planned = PlannedLayout(
+        tp=settings.tp,
+        dp=settings.dp,
+        microbatch=settings.microbatch,
+        global_batch=settings.global_batch,
+        sequence=settings.sequence,
+        sequence_parallel=settings.sequence_parallel,
+        recompute=settings.recompute,  # type: ignore[arg-type]
+        zero=3 if settings.fsdp else 0,
+        precision=settings.precision,
+    )
+    memory = training_memory(ModelShape("", config), planned, find_hardware(_ANY_GPU))
+    return [round(rank.activations + rank.transient) for rank in memory.ranks[0]]
 
 
 def _calls(

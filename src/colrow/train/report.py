@@ -88,7 +88,7 @@ class Reporter:
                 warnings.simplefilter("ignore")
                 from torch.utils.tensorboard import SummaryWriter
 
-                self._board = SummaryWriter(  # type: ignore[no-untyped-call]
+                self._board = SummaryWriter(
                     str(directory / "tensorboard"), purge_step=first_step + 1
                 )
         except ImportError:

@@ -115,10 +115,10 @@ class Stepper:
     def _backward(self, batch: tuple[Tensor, Tensor, int], tokens: int, last: bool) -> Tensor:
         """Adds a microbatch's gradients; DDP reduces them once, FSDP2 after every microbatch."""
         later = isinstance(self.loss, DistributedDataParallel) and not last
-        with self.loss.no_sync() if later else nullcontext():
+        with self.loss.no_sync() if later else nullcontext():  # type: ignore[operator]
             summed: Tensor = self.loss(*batch)
             # Data parallelism averages over the dp ranks; the mean over all tokens is wanted.
-            (summed * (self.mesh.dp.size / tokens)).backward()  # type: ignore[no-untyped-call]
+            (summed * (self.mesh.dp.size / tokens)).backward()
         return summed.detach()
 
 

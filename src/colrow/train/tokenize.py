@@ -50,9 +50,10 @@ class ModelTokenizer:
     def __init__(self, path: str | Path, end_token: int | None = None) -> None:
         from colrow.generate.tokenizer import load_tokenizer
 
-        self._tokenizer: Any = load_tokenizer(path)
-        self.vocab_size = len(self._tokenizer)
-        self.end_token = self._tokenizer.eos_token_id if end_token is None else end_token
+        tokenizer: Any = load_tokenizer(path)
+        self._tokenizer = tokenizer
+        self.vocab_size = len(tokenizer)
+        self.end_token = tokenizer.eos_token_id if end_token is None else end_token
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Tokens of each text."""
