@@ -18,6 +18,7 @@ TAUGHT = (
     "hybrid_tp_dp",
     "three_mistakes",
 )
+TRAINING = ("train_your_own", "finetune_transformers")  # run by tests/train
 
 
 def run(name: str) -> str:
@@ -108,5 +109,5 @@ def test_each_mistake_is_refused_or_shown_to_be_wrong() -> None:
 
 def test_the_table_lists_every_example() -> None:
     table = (EXAMPLES / "README.md").read_text()
-    assert re.findall(r"^\| \[(\w+)\.py\]", table, re.MULTILINE) == list(TAUGHT)
-    assert {path.stem for path in EXAMPLES.glob("*.py")} <= {*TAUGHT, "demo"}
+    assert re.findall(r"^\| \[(\w+)\.py\]", table, re.MULTILINE) == [*TAUGHT, *TRAINING]
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*TAUGHT, *TRAINING, "demo"}

@@ -84,6 +84,35 @@ def test_nonsense_gives_one_clear_line(
     assert message in error
 
 
+def test_what_would_fit_is_said_of_generation(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "gpt3-175b", "--inference", "--gpu", "a100", "--gpus", "1"]) == 1
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Nothing fits on 1 device;" in text
+    assert "8 devices would do: TP 8 × PP 1" in text
+    assert "the parameters alone are 349 GB" in text
+
+
+def test_quantised_weights_run_where_there_is_no_bf16() -> None:
+    assert main(["plan", "llama-2-7b", "--inference", "--weights", "int4", "--gpu", "v100"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("gpt3-175b --inference --tp 8 --gpus 4", "4 devices do not divide by tp × pp = 8 × 1"),
+        ("gpt2 --inference --tp 2 --dp 3 --gpus 8", "= 6, but --gpus says 8"),
+        ("gpt2 --inference --plot plots", "--plot draws training layouts"),
+        ("gpt2 --tensor-split 0.5,0.5 --explain", "--explain covers equal devices"),
+        ("gpt2 --device-memory 24,-8", "device memory of 24, -8 GB"),
+    ],
+)
+def test_options_of_generation_are_not_ignored(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", *arguments.split()]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_config_json_is_read(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     config = {
         "model_type": "mixtral",

@@ -31,11 +31,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def take_steps(
     world: ParallelGroup, layout: Layout, tokens: Path, options: dict[str, Any]
 ) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
-    """Losses and norms, and the whole weights afterwards (without FSDP2, which divides them)."""
+    """Losses and norms, and the whole weights afterwards."""
     stepper = make_stepper(make_mesh(world, layout), layout, tokens, clip=CLIP, **options)
     found = [stepper.step(index, RATE) for index in range(STEPS)]
-    weights = {} if layout.fsdp else colrow.full_state_dict(stepper.model)
-    return [(result.loss, result.grad_norm) for result in found], weights
+    whole = colrow.full_state_dict(stepper.model)
+    return [(result.loss, result.grad_norm) for result in found], whole
 
 
 def reference(
@@ -90,7 +90,7 @@ def test_loss_norm_and_update_are_those_of_one_process(
         assert norm == pytest.approx(expected_norm, rel=1e-10)
     for name, weight in weights.items():
         torch.testing.assert_close(weight, expected_weights[name], rtol=1e-8, atol=1e-11, msg=name)
-    assert layout.fsdp or weights.keys() == expected_weights.keys()
+    assert weights.keys() == expected_weights.keys()
 
 
 def with_dropout(world: ParallelGroup, layout: Layout, tokens: Path) -> list[float]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from colrow.checkpoint.naming import hf_naming, pieces
 from colrow.mesh import ParallelGroup
@@ -19,7 +20,7 @@ def full_state_dict(model: Decoder) -> dict[str, Tensor]:
     A tied head is not listed, as in transformers' saved files.
 
     Communicates: every rank sends its shards to rank 0, parameter by parameter; all ranks of the
-    group must call it.
+    group must call it. What FSDP2 divides is gathered over dp first.
     """
     return _assemble(model, lambda parameter: parameter.detach())
 
@@ -38,6 +39,8 @@ def _assemble(model: Decoder, value: Callable[[nn.Parameter], Tensor | None]) ->
         shard = value(parameter)
         if shard is None:
             continue
+        if isinstance(shard, DTensor):  # FSDP2's rows of it, which come together over dp
+            shard = shard.full_tensor()
         spec = model.specs[name]
         shapes = [spec.local_shape(rank) for rank in range(tp.size)]
         if spec.dim is None:

@@ -70,9 +70,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(settings: TrainSettings) -> Outcome | None:
+    from colrow.train.data import training_and_held_out
     from colrow.train.loop import check, train
 
     check(settings)
+    if launched_by() is None:
+        training_and_held_out(settings)  # tokenised before any rank waits for it
     ranks = settings.tp * settings.dp
     if ranks == 1 and settings.max_restarts and launched_by() is None:
         raise ValueError(

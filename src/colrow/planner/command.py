@@ -56,7 +56,12 @@ def plan(args: Namespace, console: Console) -> tuple[bool, object]:
     model, hardware = _model(args), _hardware(args)
     if args.gpus is not None and args.gpus < 1:
         raise ValueError(f"--gpus {args.gpus}: at least 1 device is needed")
-    if args.device_memory or args.tensor_split:
+    unequal = args.device_memory or args.tensor_split
+    if args.plot and (args.inference or unequal):
+        raise ValueError("--plot draws training layouts; use --json for the numbers of generation")
+    if args.explain and unequal:
+        raise ValueError("--explain covers equal devices; the table of unequal ones says it all")
+    if unequal:
         return _unequal(args, model, hardware, console)
     if args.inference:
         return _inference(args, model, hardware, console)
@@ -68,6 +73,24 @@ def plan(args: Namespace, console: Console) -> tuple[bool, object]:
 def _given(args: Namespace) -> dict[str, int]:
     """The parallel sizes that were given."""
     return {name: n for name in ("tp", "pp", "dp") if (n := getattr(args, name)) is not None}
+
+
+def _sizes(args: Namespace) -> dict[str, int]:
+    """The parallel sizes of a given layout; ``--gpus`` decides dp where that is not given."""
+    sizes = {"tp": 1, "pp": 1, "dp": 1} | _given(args)
+    tp, pp = sizes["tp"], sizes["pp"]
+    if not args.gpus or min(sizes.values()) < 1:
+        return sizes
+    if args.dp is None:
+        sizes["dp"], rest = divmod(args.gpus, tp * pp)
+        if rest or not sizes["dp"]:
+            raise ValueError(f"{args.gpus} devices do not divide by tp × pp = {tp} × {pp}")
+    dp = sizes["dp"]
+    if args.gpus != tp * pp * dp:
+        raise ValueError(
+            f"tp × pp × dp = {tp} × {pp} × {dp} = {tp * pp * dp}, but --gpus says {args.gpus}"
+        )
+    return sizes
 
 
 def _model(args: Namespace) -> ModelShape:
@@ -118,13 +141,7 @@ def _evaluate(
     args: Namespace, model: ModelShape, hardware: Hardware, console: Console
 ) -> tuple[bool, object]:
 
-    sizes = {"tp": 1, "pp": 1, "dp": 1} | _given(args)
-    if args.gpus and args.dp is None and sizes["tp"] > 0 and sizes["pp"] > 0:
-        sizes["dp"], rest = divmod(args.gpus, sizes["tp"] * sizes["pp"])
-        if rest or not sizes["dp"]:
-            raise ValueError(
-                f"{args.gpus} devices do not divide by tp × pp = {sizes['tp']} × {sizes['pp']}"
-            )
+    sizes = _sizes(args)
     schedule = args.schedule or ("interleaved" if (args.virtual_stages or 1) > 1 else "1f1b")
     layout = _layout(
         args,
@@ -139,11 +156,6 @@ def _evaluate(
         zero=args.zero or 0,
         stage_layers=tuple(int(n) for n in _numbers("--stage-layers", args.stage_layers)),
     )
-    if args.gpus and args.gpus != layout.devices:
-        raise ValueError(
-            f"tp × pp × dp = {layout.tp} × {layout.pp} × {layout.dp} = {layout.devices}, but "
-            f"--gpus says {args.gpus}"
-        )
     prediction = predict(model, layout, hardware)
     show_model(console, model, hardware.name, layout.devices)
     show_prediction(console, prediction)
@@ -211,10 +223,9 @@ def _inference(
 ) -> tuple[bool, object]:
 
     serving = _serving(args, model)
-    given = _given(args)
     notes: list[str] = []
-    if given:
-        sizes = {"tp": 1, "pp": 1, "dp": 1} | given
+    if _given(args):
+        sizes = _sizes(args)
         chosen = replace(serving, tp=sizes["tp"], pp=sizes["pp"], dp=sizes["dp"])
         prediction = predict_serving(model, chosen, hardware)
     else:

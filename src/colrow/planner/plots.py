@@ -52,7 +52,7 @@ def plot_time(predictions: Sequence[Prediction], path: str | Path) -> None:
     values = [[getattr(p.time, name) for p in predictions] for name in PART_NAMES]
     _stack(axes, list(PART_NAMES), values, list(PART_NAMES.values()))
     axes.set(ylabel="seconds per step", title=_title(predictions[0], layout=False))
-    labels = [p.layout.describe().replace(", ", "\n") for p in predictions]
+    labels = [p.layout.describe().replace(" + ", "\n+ ").replace(", ", "\n") for p in predictions]
     axes.set_xticks(range(len(predictions)), labels, fontsize="x-small")
     axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path)

@@ -63,7 +63,7 @@ class Serving:
     @property
     def compute_precision(self) -> str:
         """What the matmuls run in: quantised weights are widened first."""
-        return self.weights if self.weights in ("fp32", "fp16", "fp8") else "bf16"
+        return self.weights if self.weights in ("fp32", "bf16", "fp8") else "fp16"
 
     def describe(self) -> str:
         """One line."""

@@ -29,8 +29,9 @@ def recommend_serving(
     if not fitting:
         nearest = min(candidates, key=lambda p: p.memory_bytes_per_rank)
         return nearest, [
-            f"Nothing fits on {limit} devices; the nearest needs "
+            f"Nothing fits on {_devices(limit)}; the nearest needs "
             f"{nearest.memory_bytes_per_rank / 1e9:.1f} GB per device.",
+            *_more_devices(model, hardware, serving, limit),
             *_narrower(model, hardware, nearest.serving, limit),
         ]
     smallest = min(fitting, key=lambda p: p.serving.devices)
@@ -78,7 +79,25 @@ def _why(chosen: ServingPrediction) -> str:
     )
     if serving.pp > 1:
         text += f" and {serving.pp} pipeline stages of a node each"
-    return f"{text} leave {chosen.fullest.weights / 1e9:.2f} GB of weights on a device."
+    verb = "leave" if serving.pp > 1 else "leaves"
+    return f"{text} {verb} {chosen.fullest.weights / 1e9:.2f} GB of weights on a device."
+
+
+def _devices(count: int) -> str:
+    return "1 device" if count == 1 else f"{count} devices"
+
+
+def _more_devices(model: ModelShape, hardware: Hardware, serving: Serving, limit: int) -> list[str]:
+    """The fewest devices that hold the model as it is."""
+    most = max(limit, 64 * hardware.devices_per_node)
+    fitting = [p for p in _replicas(model, hardware, serving, most) if p.fits]
+    if not fitting:
+        return []
+    found = min(fitting, key=lambda p: p.serving.devices)
+    return [
+        f"{_devices(found.serving.devices)} would do: {found.serving.describe()}, "
+        f"{found.memory_bytes_per_rank / 1e9:.1f} GB per device. {_why(found)}"
+    ]
 
 
 def _narrower(model: ModelShape, hardware: Hardware, serving: Serving, limit: int) -> list[str]:
@@ -90,7 +109,7 @@ def _narrower(model: ModelShape, hardware: Hardware, serving: Serving, limit: in
         for prediction in _replicas(model, hardware, narrow, limit):
             if prediction.fits:
                 return [
-                    f"With {weights} weights {prediction.serving.devices} device(s) are enough: "
+                    f"With {weights} weights {_devices(prediction.serving.devices)} would do: "
                     f"{prediction.memory_bytes_per_rank / 1e9:.1f} GB per device."
                 ]
     return []

@@ -63,7 +63,8 @@ def split_unequal(
             a head.
     """
     if not memory_bytes or min(memory_bytes) <= 0:
-        raise ValueError(f"device memory {list(memory_bytes)}: every device needs some")
+        sizes = ", ".join(f"{size / 1e9:g}" for size in memory_bytes)
+        raise ValueError(f"device memory of {sizes} GB: every device needs some")
     weights = tuple(shares) or tuple(memory_bytes)
     if len(weights) != len(memory_bytes):
         raise ValueError(f"{len(weights)} shares for {len(memory_bytes)} devices")

@@ -97,7 +97,9 @@ def tokenizer_name(settings: TrainSettings) -> str:
 
 
 def save_model_files(settings: TrainSettings, directory: Path) -> None:
-    """Writes the configuration and the tokenizer as a Hugging Face directory has them."""
+    """Writes the configuration and the tokenizer as a Hugging Face directory has them, once."""
+    if directory.exists():
+        return
     part = directory.with_name(f"{directory.name}.{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -107,7 +109,6 @@ def save_model_files(settings: TrainSettings, directory: Path) -> None:
         copy_model_files(settings.model, part)
     if settings.tokenizer and settings.tokenizer != BYTES:
         copy_tokenizer(settings.tokenizer, part)
-    shutil.rmtree(directory, ignore_errors=True)
     part.rename(directory)
 
 

@@ -127,15 +127,6 @@ class TrainSettings:
         """Whether the model is a configuration without weights."""
         return self.model.endswith(".json")
 
-    def numbers(self) -> dict[str, object]:
-        """The settings that the loss curve depends on, beyond rounding."""
-        names = (
-            "sequence", "global_batch", "steps", "seed", "learning_rate",
-            "final_learning_rate_share", "warmup_steps", "weight_decay", "beta1", "beta2",
-            "epsilon", "clip", "dropout", "label_smoothing", "z_loss", "precision", "eval_share",
-        )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
-
 
 def load_settings(file: str | Path | None, overrides: Mapping[str, Any]) -> TrainSettings:
     """The TOML file's settings, with those of the command line in their place.

@@ -20,7 +20,6 @@ BYTES = "bytes"
 class TrainingTokenizer(Protocol):
     """What training needs of a tokenizer."""
 
-    vocab_size: int
     end_token: int | None
 
     def encode(self, texts: list[str]) -> list[list[int]]:
@@ -31,7 +30,6 @@ class TrainingTokenizer(Protocol):
 class ByteTokenizer:
     """A token for each byte of UTF-8, and 256 for the end: a model from scratch needs no other."""
 
-    vocab_size = 257
     end_token: int | None = 256
 
     def encode(self, texts: list[str]) -> list[list[int]]:
@@ -52,7 +50,6 @@ class ModelTokenizer:
 
         tokenizer: Any = load_tokenizer(path)
         self._tokenizer = tokenizer
-        self.vocab_size = len(tokenizer)
         self.end_token = tokenizer.eos_token_id if end_token is None else end_token
 
     def encode(self, texts: list[str]) -> list[list[int]]:
