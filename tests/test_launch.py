@@ -158,11 +158,16 @@ def test_bad_arguments_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         launch(os.getpid, ranks=2)
 
 
+def announce_and_sleep() -> None:
+    print("ready", flush=True)
+    time.sleep(60)
+
+
 def test_an_interrupt_stops_the_ranks() -> None:
     code = (
         "from colrow.launch import launch\n"
-        "from tests.test_launch import fail_on_rank_1\n"
-        "try:\n    launch(fail_on_rank_1, ('sleep',), ranks=2)\n"
+        "from tests.test_launch import announce_and_sleep\n"
+        "try:\n    launch(announce_and_sleep, ranks=2)\n"
         "except KeyboardInterrupt:\n    print('interrupted')\n"
     )
     process = subprocess.Popen(
@@ -173,7 +178,8 @@ def test_an_interrupt_stops_the_ranks() -> None:
         cwd=Path(__file__).parents[1],
         start_new_session=True,
     )
-    time.sleep(2.5)
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
     os.killpg(process.pid, signal.SIGINT)
     assert process.communicate(timeout=30) == ("interrupted\n", "")
 

@@ -146,3 +146,22 @@ def test_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "plots"
     assert main(["plan", "gpt2", "--gpus", "2", "--sequence", "512", "--plot", str(folder)]) == 0
     assert {file.name for file in folder.iterdir()} == {"memory.png", "time.png", "scaling.png"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--inference --schedule 1f1b", "--schedule is about training"),
+        ("--inference --recompute full", "--recompute is about training"),
+        ("--inference --sequence 2048", "--sequence is about training"),
+        ("--device-memory 24,16 --zero 1", "--zero is about training"),
+        ("--gpus 2 --pp 2 --schedule interleaved", "needs virtual_stages of at least 2"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "llama-2-7b", *arguments.split()]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

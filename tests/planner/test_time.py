@@ -142,7 +142,9 @@ def test_a_layout_that_does_not_suit_the_model_is_refused() -> None:
     with pytest.raises(ValueError, match="1024 learned positions"):
         predict("gpt2", Layout(sequence=2048), "a100")
     with pytest.raises(ValueError, match="multiple of pp=4, got 6"):
-        interleaved = Layout(pp=4, global_batch=6, schedule="interleaved", sequence=1024)
+        interleaved = Layout(
+            pp=4, global_batch=6, schedule="interleaved", virtual_stages=3, sequence=1024
+        )
         predict("gpt2", interleaved, "a100")
     with pytest.raises(ValueError, match="no bf16 matmul"):
         predict("gpt2", Layout(sequence=1024), "v100")

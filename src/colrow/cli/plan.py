@@ -13,7 +13,8 @@ Plans training, or with --inference generation, before a single device is rented
 time per step and where both go. Without --tp, --pp or --dp all layouts are searched.
 
   colrow plan llama-3-70b --gpus 64 --gpu h100-80gb
-  colrow plan gpt3-175b --gpu a100 --tp 8 --pp 12 --dp 4 --global-batch 1536 --explain
+  colrow plan gpt3-175b --gpu a100 --tp 8 --pp 12 --dp 4 --global-batch 1536 \\
+    --recompute full --explain
   colrow plan llama-2-70b --inference --gpu a100 --weights int4
   colrow plan llama-2-13b --inference --device-memory 24,16,8
 """

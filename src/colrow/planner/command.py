@@ -61,6 +61,11 @@ def plan(args: Namespace, console: Console) -> tuple[bool, object]:
         raise ValueError("--plot draws training layouts; use --json for the numbers of generation")
     if args.explain and unequal:
         raise ValueError("--explain covers equal devices; the table of unequal ones says it all")
+    if args.inference or unequal:
+        for name in (*OF_ONE_LAYOUT, "global_batch", "sequence"):
+            if getattr(args, name, None) is not None:
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option} is about training; leave it out for generation")
     if unequal:
         return _unequal(args, model, hardware, console)
     if args.inference:

@@ -96,6 +96,11 @@ class Layout:
                 f"virtual_stages={self.virtual_stages} needs schedule='interleaved', not "
                 f"{self.schedule!r}"
             )
+        if self.schedule == "interleaved" and self.virtual_stages == 1 and self.pp > 1:
+            raise ValueError(
+                "schedule='interleaved' needs virtual_stages of at least 2: with one chunk of layers "
+                "per device it is 1f1b"
+            )
         if self.virtual_stages > 1 and self.pp == 1:
             raise ValueError("virtual_stages needs a pipeline: pp of at least 2")
         if self.sequence_parallel and self.sequence < self.tp:
