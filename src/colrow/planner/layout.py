@@ -98,8 +98,8 @@ class Layout:
             )
         if self.schedule == "interleaved" and self.virtual_stages == 1 and self.pp > 1:
             raise ValueError(
-                "schedule='interleaved' needs virtual_stages of at least 2: with one chunk of layers "
-                "per device it is 1f1b"
+                "schedule='interleaved' needs virtual_stages of at least 2: with one chunk of "
+                "layers per device it is 1f1b"
             )
         if self.virtual_stages > 1 and self.pp == 1:
             raise ValueError("virtual_stages needs a pipeline: pp of at least 2")
