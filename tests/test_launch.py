@@ -177,6 +177,8 @@ def test_an_interrupt_stops_the_ranks() -> None:
         text=True,
         cwd=Path(__file__).parents[1],
         start_new_session=True,
+        # A shell's background job ignores SIGINT, and so would all that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert process.stdout is not None
     assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
