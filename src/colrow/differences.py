@@ -13,6 +13,7 @@ from colrow.comm.collectives import gather_from_sequence
 from colrow.models.config import ModelConfig
 from colrow.models.decoder import Decoder
 from colrow.partition import Partition
+from colrow.reference import reference_names
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
@@ -91,19 +92,38 @@ def first_difference(
 ) -> str | None:
     """The first layer, in checkpoint names, whose output is off by more than ``limit``.
 
-    Weights of that layer that differ from the reference's follow in brackets.
+    Weights of that layer that differ from the reference's follow in brackets. Where every output
+    agrees (the inputs need not touch every row of an embedding), the weights that differ.
+
+    Args:
+        outputs, expected: by colrow's names, as :func:`captured` collects them, and the logits
+            under "head".
     """
-    theirs = reference.state_dict()
-    for name, layer in _layers(config, hf_naming(config)).items():
+    naming = hf_naming(config)
+    theirs = reference_names(reference.state_dict(), naming)
+    wrong = [
+        name for name, ours in weights.items() if name in theirs and not _same(ours, theirs[name])
+    ]
+    layers = {**_layers(config, naming), "head": naming.modules["head"][0]}
+    for name, layer in layers.items():
         if relative_error(outputs[name], expected[name]) <= limit:
             continue
-        wrong = [
-            key
-            for key, weight in weights.items()
-            if key.startswith(f"{layer}.") and key in theirs and not _same(weight, theirs[key])
-        ]
-        return f"{layer} (its weights differ: {', '.join(wrong)})" if wrong else layer
-    return None
+        prefix = layer
+        if name == "head" and config.tie_embeddings:
+            prefix = layers["embedding"]
+            layer = f"{layer}, tied to {prefix}"
+        inside = [key for key in wrong if key.startswith(f"{prefix}.")]
+        return f"{layer} (its weights differ: {', '.join(inside)})" if inside else layer
+    return f"no layer's output, but weights: {', '.join(wrong)}" if wrong else None
+
+
+def worst_gradients(worse: Mapping[str, float]) -> str | None:
+    """The three gradients that are off the most, in words; None when there are none."""
+    if not worse:
+        return None
+    names = sorted(worse, key=lambda name: -worse[name])
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"no layer's output or weights, but gradients: {', '.join(names[:3])}{more}"
 
 
 def _same(weight: Tensor, theirs: Tensor) -> bool:

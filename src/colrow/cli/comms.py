@@ -18,6 +18,7 @@ from colrow.cli.common import (
     torch_dtype,
     write_json,
 )
+from colrow.launch import rank_environment
 
 if TYPE_CHECKING:
     from colrow.models.config import ModelConfig
@@ -46,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="Hugging Face directory, cached hub id, .gguf file, config.json, or a public model's "
-        "name such as gpt3-175b or llama-3-70b",
+        help="Hugging Face directory, .gguf file, config.json, hub id that is in the local cache, "
+        "or a public model's name such as gpt3-175b or llama-3-70b; looked for in this order",
     )
     add_tp(parser, default=2)
     add_sequence_parallel(parser)
@@ -81,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
     Layout.create(config, args.tp)
     if has_weights and not args.dry_run:
         traffic = run_on_ranks(_record, args, ranks=args.tp)
+    elif (rank := rank_environment()) is not None and rank.rank > 0:
+        return 0  # a dry run needs no ranks: where a launcher started some, one reports
     else:
         from colrow.traffic import dry_run
 
@@ -110,9 +113,11 @@ def _configuration(name: str) -> tuple[ModelConfig, bool]:
 
         return config_from_file(path), False
     if not path.exists() and "/" not in name and path.suffix != ".gguf":
+        from colrow.checkpoint.locate import cached_snapshot
         from colrow.planner.catalog import find_model
 
-        return find_model(name).config, False
+        if cached_snapshot(name)[0] is None:
+            return find_model(name).config, False
     from colrow.checkpoint.pretrained import pretrained_config
 
     return pretrained_config(name), True

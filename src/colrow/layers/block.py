@@ -8,6 +8,7 @@ from colrow import rng
 from colrow.layers.attention import ParallelAttention
 from colrow.layers.context import AttentionContext, KeyValueCache
 from colrow.layers.dropout import ParallelDropout
+from colrow.layers.linear import divides_sequence
 from colrow.layers.mlp import ParallelMLP
 from colrow.layers.norm import LayerNorm, RMSNorm
 from colrow.layers.shared import SharedWeights
@@ -95,9 +96,11 @@ class ParallelBlock(nn.Module):
 
     def _drop(self, x: Tensor, sequence: Partition | None, key: int | Tensor | None) -> Tensor:
         dim = None
-        if self.attention.sequence_parallel:
+        if divides_sequence(self.attention, sequence):
             dim = 1
             sequence = sequence or Partition.even(x.shape[1] * self.tp.size, self.tp.size)
+        else:
+            sequence = None
         dropped: Tensor = self.dropout(x, key=key, dim=dim, partition=sequence, rank=self.tp.rank)
         return dropped
 

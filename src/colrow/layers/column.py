@@ -18,6 +18,7 @@ from colrow.layers.linear import (
     check_features,
     check_partition,
     describe,
+    divides_sequence,
     reset_linear_,
 )
 from colrow.layers.shared import SharedParameter, SharedRows, SharedWeights
@@ -127,11 +128,12 @@ class FusedColumnParallelLinear(nn.Module):
 
         Args:
             x: see the table of the class.
-            sequence: under sequence parallelism, how the sequence is divided; even by default.
+            sequence: under sequence parallelism, how the sequence is divided; even by default. If
+                replicated, x is whole on every rank.
             shared: the model's gradient bucket, for a layer inside one.
         """
         check_features(x, self.in_features, self)
-        if not self.sequence_parallel:
+        if not divides_sequence(self, sequence):
             sequence = None
         elif sequence is None:
             sequence = Partition.even(x.shape[-2] * self.tp.size, self.tp.size)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from colrow import rng
 from colrow.comm import collectives, primitives
+from colrow.layers.linear import divides_sequence
 from colrow.layers.shared import SharedParameter, SharedRows, SharedWeights
 from colrow.mesh import ParallelGroup
 from colrow.partition import Partition, ShardSpec
@@ -84,7 +85,8 @@ class VocabParallelEmbedding(nn.Module):
         """The vectors of these tokens.
 
         Args:
-            sequence: under sequence parallelism, how the sequence is divided; even by default.
+            sequence: under sequence parallelism, how the sequence is divided; even by default. If
+                replicated, the result is whole on every rank.
 
         Raises:
             ValueError: when a token id is outside the vocabulary. (On CUDA and under torch.compile
@@ -98,7 +100,7 @@ class VocabParallelEmbedding(nn.Module):
         index = (token_ids - start).masked_fill(elsewhere, 0)
         local = F.embedding(index, self.weight, self._local_padding)
         local = local.masked_fill(elsewhere.unsqueeze(-1), 0)
-        if not self.sequence_parallel:
+        if not divides_sequence(self, sequence):
             return collectives.reduce_from_tp(local, self.tp, layer=self.layer)
         return collectives.reduce_scatter_to_sequence(
             local, self.tp, partition=sequence, layer=self.layer
@@ -179,7 +181,7 @@ class PositionEmbedding(nn.Module):
             ValueError: for a position beyond the table.
         """
         check_range(positions, self.max_positions, "position")
-        if self.sequence_parallel:
+        if divides_sequence(self, sequence):
             positions = primitives.local_range(positions, self.tp, -1, sequence)
         shared = shared or SharedWeights.of_layer(self)
         return F.embedding(positions, shared(self.weight))

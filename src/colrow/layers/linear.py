@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Protocol
 
 from torch import Tensor, nn
 
 from colrow import rng
 from colrow.mesh import ParallelGroup
 from colrow.partition import Partition, ShardSpec
+
+
+class SequenceParallel(Protocol):
+    """A layer that knows sequence parallelism."""
+
+    sequence_parallel: bool
 
 
 def reset_linear_(
@@ -41,6 +48,15 @@ def check_features(x: Tensor, expected: int, module: nn.Module) -> None:
         raise ValueError(
             f"{named(module)} expects an input with {expected} features, got shape {tuple(x.shape)}"
         )
+
+
+def divides_sequence(module: SequenceParallel, sequence: Partition | None) -> bool:
+    """Whether a layer works on a shard of the sequence in this call.
+
+    A replicated ``sequence`` says that every rank holds all of it, as in generation with a cache.
+    """
+    whole = sequence is not None and sequence.is_replicated and sequence.parts > 1
+    return module.sequence_parallel and not whole
 
 
 def named(module: nn.Module) -> str:

@@ -16,6 +16,7 @@ from colrow.mesh import ParallelGroup
 from colrow.partition import Partition
 
 Reduction = Literal["mean", "sum", "none"]
+_GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
 
 
 def vocab_parallel_cross_entropy(
@@ -33,9 +34,10 @@ def vocab_parallel_cross_entropy(
     """``-log softmax(logits)[label]`` and its variants, from vocabulary shards.
 
     Forward sends one all-gather of three numbers per token and rank (largest logit, sum of
-    exponentials, logit of the label; a fourth, the sum of logits, with label smoothing), from
-    which every rank has the exact result. Backward sends nothing. Everything is accumulated in
-    fp32 (fp64 for fp64 logits); the gradient has the dtype of the logits, which are not written to.
+    exponentials, logit of the label; the sum of logits too with label smoothing, a checksum without
+    ``partition``), from which every rank has the exact result. Backward sends nothing. Everything
+    is accumulated in fp32 (fp64 for fp64 logits); the gradient has the dtype of the logits, which
+    are not written to.
 
     Args:
         logits: ``[..., vocab_local]``, this rank's range of the vocabulary.
@@ -120,10 +122,12 @@ class _CrossEntropy(torch.autograd.Function):
         statistics = [largest, exponentials.sum(-1), label_logit]
         if label_smoothing:
             statistics.append(values.sum(-1))
+        if check_gathered:
+            statistics.append(_checksum(exponentials))
         gathered = primitives.all_gather(torch.stack(statistics).unsqueeze(0), tp, 0, layer=layer)
         maxima, sums = gathered[:, 0], gathered[:, 1]  # each [ranks, ...]
         if check_gathered and tp.size > 1:
-            _check_not_gathered(maxima, sums, logits)
+            _check_not_gathered(maxima, sums, gathered[:, -1], logits)
         top = maxima.amax(0)
         total = (sums * torch.exp(maxima - top)).sum(0)
         # Differences to the largest logit first: the digits of large logits would be lost in log_z.
@@ -160,11 +164,17 @@ def _exchange_sizes(logits: Tensor, tp: ParallelGroup, layer: str) -> Partition:
     return Partition.from_sizes(primitives.all_gather(size, tp, 0, layer=layer).tolist())
 
 
-def _check_not_gathered(maxima: Tensor, sums: Tensor, logits: Tensor) -> None:
+def _checksum(exponentials: Tensor) -> Tensor:
+    """A sum over the vocabulary that also depends on where each value stands."""
+    place = torch.arange(exponentials.shape[-1], device=exponentials.device)
+    return exponentials @ torch.frac(place * _GOLDEN_RATIO).to(exponentials.dtype)
+
+
+def _check_not_gathered(maxima: Tensor, sums: Tensor, checksums: Tensor, logits: Tensor) -> None:
     """Different shards never have the same statistics for every token; constant logits may."""
     if logits.is_meta or torch.compiler.is_compiling() or not maxima.numel():
         return
-    same = (maxima == maxima[0]).all() & (sums == sums[0]).all()
+    same = ((maxima == maxima[0]) & (sums == sums[0]) & (checksums == checksums[0])).all()
     constant = (sums == logits.shape[-1]).all()
     if bool(same & ~constant):
         raise ValueError(

@@ -11,6 +11,7 @@ from colrow.layers.linear import (
     check_features,
     check_partition,
     describe,
+    divides_sequence,
     named,
     reset_linear_,
 )
@@ -41,6 +42,8 @@ class RowParallelLinear(nn.Module):
             False, x is ``[..., in]`` on every rank and is split first (backward: all-gather).
         sequence_parallel: whether the result is a shard of the sequence.
         partition: how the input features are divided; as evenly as possible by default.
+        overlap: False for a form without a fused autograd node: ``F.linear`` and an explicit
+            collective. Both send the same.
         layer: name for messages and the ledger.
 
     Parameters: ``weight`` ``[out, in_local]``, ``bias`` ``[out]``.
@@ -94,7 +97,13 @@ class RowParallelLinear(nn.Module):
         sequence: Partition | None = None,
         shared: SharedWeights | None = None,
     ) -> Tensor:
-        """Applies the layer; ``sequence`` and ``shared`` as in :class:`FusedColumnParallelLinear`.
+        """Applies the layer.
+
+        Args:
+            x: see the table of the class.
+            sequence: under sequence parallelism, how to divide the sequence; as evenly as possible
+                by default. If replicated, the result is whole on every rank.
+            shared: the model's gradient bucket, for a layer inside one.
 
         Raises:
             ValueError: when x is whole although ``input_is_parallel``, or the reverse.
@@ -115,7 +124,7 @@ class RowParallelLinear(nn.Module):
         else:
             check_features(x, self.in_features, self)
             x = collectives.scatter_to_tp(x, self.tp, partition=self.partition, layer=self.layer)
-        if not self.sequence_parallel:
+        if not divides_sequence(self, sequence):
             sequence = None
         elif sequence is None:
             sequence = Partition.even(x.shape[-2], self.tp.size)

@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict
+import math
 
 import torch
 from torch import Tensor, nn
 
 from colrow import rng
-from colrow.layers.attention import ParallelAttention
-from colrow.layers.block import ParallelBlock
-from colrow.layers.column import ColumnParallelLinear
 from colrow.layers.context import AttentionContext, KeyValueCache
 from colrow.layers.dropout import ParallelDropout
-from colrow.layers.embedding import PositionEmbedding, VocabParallelEmbedding
 from colrow.layers.fused import column_linear
+from colrow.layers.linear import divides_sequence
 from colrow.layers.loss import Reduction, vocab_parallel_cross_entropy
-from colrow.layers.mlp import ParallelMLP
-from colrow.layers.norm import LayerNorm, RMSNorm
 from colrow.layers.shared import SharedWeights
 from colrow.mesh import ParallelGroup
 from colrow.models.config import Layout, ModelConfig, parameter_specs
+from colrow.models.decoder_parts import DecoderParts, allocate
 from colrow.models.inputs import check_batch, check_same_on_all_ranks
 from colrow.partition import Partition
-
-
-class _Sharding(TypedDict):
-    sequence_parallel: bool
-    keep_gathered_input: bool
-    overlap: bool
-
-
-class _Place(TypedDict):
-    device: torch.device
-    dtype: torch.dtype | None
 
 
 class Decoder(nn.Module):
@@ -72,97 +57,24 @@ class Decoder(nn.Module):
         self.sequence_parallel = sequence_parallel = sequence_parallel and tp.size > 1
         self.keep_gathered_input, self.overlap = keep_gathered_input, overlap
         self.check_inputs = check_inputs
-        sharding: _Sharding = {
-            "sequence_parallel": sequence_parallel,
-            "keep_gathered_input": keep_gathered_input,
-            "overlap": overlap,
-        }
         # Built without memory, then allocated once: no layer draws values that are replaced anyway.
-        place: _Place = {"device": torch.device("meta"), "dtype": dtype}
-        hidden = config.hidden_size
-        applied_to: Literal["all", "shard"] = "shard" if sequence_parallel else "all"
-
-        def norm(layer: str) -> nn.Module:
-            kind = RMSNorm if config.norm == "rmsnorm" else LayerNorm
-            return kind(
-                hidden, tp, eps=config.norm_eps, applied_to=applied_to, layer=layer, **place
-            )
-
-        self.embedding = VocabParallelEmbedding(
-            config.vocab_size,
-            hidden,
+        parts = DecoderParts(
+            config,
+            self.layout,
             tp,
-            partition=self.layout.vocab,
-            padding_idx=config.pad_token_id if config.freeze_padding else None,
             sequence_parallel=sequence_parallel,
-            layer="embedding",
-            **place,
+            keep_gathered_input=keep_gathered_input,
+            overlap=overlap,
+            device=torch.device("meta"),
+            dtype=dtype,
         )
-        self.positions = None
-        if config.position == "learned":
-            self.positions = PositionEmbedding(
-                config.max_positions,
-                hidden,
-                tp,
-                sequence_parallel=sequence_parallel,
-                layer="positions",
-                **place,
-            )
-        self.embedding_norm = norm("embedding_norm") if config.embedding_norm else None
+        self.embedding, self.positions = parts.embedding(), parts.positions()
+        self.embedding_norm = parts.norm("embedding_norm") if config.embedding_norm else None
         self.dropout = ParallelDropout(config.embedding_dropout)
-        self.blocks = nn.ModuleList(
-            ParallelBlock(
-                ParallelAttention(
-                    hidden,
-                    self.layout.heads,
-                    config.head_dim,
-                    tp,
-                    rope=config.rope,
-                    alibi=config.position == "alibi",
-                    qkv_bias=config.qkv_bias,
-                    output_bias=config.output_bias,
-                    qk_norm_eps=config.norm_eps if config.qk_norm else None,
-                    window=config.window(index),
-                    dropout=config.attention_dropout,
-                    layer_index=index,
-                    layer=f"blocks.{index}.attention",
-                    **sharding,
-                    **place,
-                ),
-                ParallelMLP(
-                    hidden,
-                    config.ffn_size,
-                    tp,
-                    activation=config.activation,
-                    gated=config.gated,
-                    bias=config.mlp_bias,
-                    partition=self.layout.ffn,
-                    layer=f"blocks.{index}.mlp",
-                    **sharding,
-                    **place,
-                ),
-                norm(f"blocks.{index}.attention_norm"),
-                norm(f"blocks.{index}.mlp_norm"),
-                tp,
-                parallel_residual=config.parallel_residual,
-                dropout=config.residual_dropout,
-            )
-            for index in range(config.num_layers)
-        )
-        self.norm = norm("norm")
-        self.head = None
-        if not config.tie_embeddings:
-            self.head = ColumnParallelLinear(
-                hidden,
-                config.vocab_size,
-                tp,
-                bias=False,
-                partition=self.layout.vocab,
-                layer="head",
-                **sharding,
-                **place,
-            )
-        _allocate(self, torch.device(device))
+        self.blocks = nn.ModuleList(parts.block(index) for index in range(config.num_layers))
+        self.norm = parts.norm("norm")
+        self.head = parts.head()
+        allocate(self, torch.device(device))
 
     def forward(
         self,
@@ -253,13 +165,19 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, Partition | None, SharedWeights]:
         """The normed hidden states before the head, and how their sequence is divided."""
         past = 0 if cache is None else cache.length
-        if cache is not None and self.sequence_parallel:
-            raise ValueError("a key-value cache needs a model built with sequence_parallel=False")
+        if cache is not None and self.sequence_parallel and torch.is_grad_enabled():
+            raise ValueError(
+                "with a key-value cache a sequence-parallel model holds the whole sequence on "
+                "every rank, which its gradients do not know: generate under torch.no_grad()"
+            )
         check_batch(
             input_ids, attention_mask, past, self.config.max_positions, self.config.position
         )
         length = input_ids.shape[1]
-        sequence = Partition.even(length, self.tp.size) if self.sequence_parallel else None
+        sequence = None
+        if self.sequence_parallel:
+            divide = Partition.even if cache is None else Partition.replicated
+            sequence = divide(length, self.tp.size)
         shared = SharedWeights.of_model(self, self.tp, "shared")
         context = AttentionContext(
             length,
@@ -277,11 +195,12 @@ class Decoder(nn.Module):
         if self.embedding_norm is not None:
             x = self.embedding_norm(x, shared=shared)
         if key is not None:
+            split = sequence is not None and cache is None
             x = self.dropout(
                 x,
                 key=rng.derived_key(key, "embedding"),
-                dim=None if sequence is None else 1,
-                partition=sequence,
+                dim=1 if split else None,
+                partition=sequence if split else None,
                 rank=self.tp.rank,
             )
         for index, block in enumerate(self.blocks):
@@ -305,11 +224,19 @@ class Decoder(nn.Module):
             self.embedding.weight,
             None,
             self.tp,
-            sequence=sequence,
+            sequence=sequence if divides_sequence(self, sequence) else None,
             keep_gathered_input=self.keep_gathered_input,
             overlap=self.overlap,
             layer="head",
         )
+
+    def weight_bytes_per_rank(self) -> list[int]:
+        """Bytes of parameters on each rank of the tp group; nothing is sent."""
+        itemsize = self.embedding.weight.element_size()
+        return [
+            itemsize * sum(math.prod(spec.local_shape(rank)) for spec in self.specs.values())
+            for rank in range(self.tp.size)
+        ]
 
     def _drops(self) -> bool:
         config = self.config
@@ -322,13 +249,3 @@ class Decoder(nn.Module):
             f"{self.config.family}, tp_rank={self.tp.rank}/{self.tp.size}, "
             f"parameters held={held:,}, sequence_parallel={self.sequence_parallel}"
         )
-
-
-def _allocate(model: nn.Module, device: torch.device) -> None:
-    """Gives the meta parameters memory on ``device``; buffers move there with their values."""
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            empty = torch.empty_like(parameter, device=device)
-            setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            module.register_buffer(name, buffer.to(device), persistent=False)

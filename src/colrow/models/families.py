@@ -24,6 +24,7 @@ class Family:
             ("side_by_side") or head by head ("interleaved"). "separate" when there are three.
         transposed: block matrices are stored ``[in, out]``.
         keys: field of :class:`ModelConfig` to key of the configuration.
+        aliases: other spellings of keys, which published configurations use, to the key.
         fixed: fields that are the same for every model of the family.
         refused: key to the only value that is supported.
     """
@@ -35,6 +36,7 @@ class Family:
     qkv_layout: FusedLayout = "separate"
     transposed: bool = False
     refused: Mapping[str, object] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
 
 _LLAMA_MODULES = {
@@ -144,6 +146,12 @@ FAMILIES: dict[str, Family] = {
                 "residual_dropout": "resid_pdrop",
                 "initializer_range": "initializer_range",
             },
+            aliases={
+                "hidden_size": "n_embd",
+                "num_hidden_layers": "n_layer",
+                "num_attention_heads": "n_head",
+                "max_position_embeddings": "n_positions",
+            },
             fixed={**_BLOOM_LIKE, "position": "learned", "scaled_residual_init": True},
             qkv_layout="side_by_side",
             transposed=True,
@@ -212,6 +220,11 @@ FAMILIES: dict[str, Family] = {
                 "attention_dropout": "attention_dropout",
                 "residual_dropout": "hidden_dropout",
                 "initializer_range": "initializer_range",
+            },
+            aliases={
+                "n_embed": "hidden_size",
+                "num_hidden_layers": "n_layer",
+                "num_attention_heads": "n_head",
             },
             fixed={
                 **_BLOOM_LIKE,

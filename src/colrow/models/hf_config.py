@@ -71,7 +71,14 @@ def config_from_hf(values: Mapping[str, object]) -> ModelConfig:
         ValueError: unknown architecture, missing key, or an option that the decoder lacks.
     """
     family = family_named(str(values.get("model_type")))
-    values = {**_DEFAULTS, **_DEFAULTS_BY_FAMILY.get(family.name, {}), **_present(values)}
+    values = _present(values)
+    _rename_aliases(values, family)
+    values = {**_DEFAULTS, **_DEFAULTS_BY_FAMILY.get(family.name, {}), **values}
+    if "quantization_config" in values:
+        raise ValueError(
+            f"this {family.name} checkpoint is quantised ({values['quantization_config']}), which "
+            "the decoder cannot read: use the original checkpoint or a GGUF file"
+        )
     for key, supported in family.refused.items():
         if values.get(key, supported) != supported:
             raise ValueError(f"{family.name} with {key}={values[key]!r} is not supported")
@@ -106,6 +113,18 @@ def config_from_hf(values: Mapping[str, object]) -> ModelConfig:
 
 def _present(values: Mapping[str, object]) -> dict[str, object]:
     return {key: value for key, value in values.items() if value is not None}
+
+
+def _rename_aliases(values: dict[str, object], family: Family) -> None:
+    for alias, key in family.aliases.items():
+        if alias not in values:
+            continue
+        value = values.pop(alias)
+        if values.setdefault(key, value) != value:
+            raise ValueError(
+                f"the {family.name} configuration contradicts itself: {alias}={value!r} and "
+                f"{key}={values[key]!r} mean the same"
+            )
 
 
 def _required(fields: Mapping[str, object], name: str, family: Family) -> int:
