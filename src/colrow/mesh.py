@@ -103,10 +103,17 @@ def init_mesh(
         timeout: how long a collective waits for a rank before it gives up.
 
     Raises:
-        ValueError: when tp x pp x dp is not the number of ranks.
+        ValueError: when a size is below 1 or tp x pp x dp is not the number of ranks; for a device
+            that torch does not know or see, or more local ranks than GPUs; when the launcher's
+            environment contradicts itself or does not say where the ranks meet, or the port there
+            is taken.
+        torch.distributed.DistError: when ranks do not appear within ``timeout``.
+
+    Warns:
+        UserWarning: on rank 0 of the world, when a tp group spans hosts.
 
     Communicates: initialises the process group and one group for each dimension; all ranks must
-    call it.
+    call it. On several hosts the ranks also exchange the hosts' names.
     """
     for name, size in (("tp", tp), ("pp", pp), ("dp", dp)):
         if size is not None and size < 1:

@@ -64,7 +64,7 @@ def vocab_parallel_cross_entropy(
         raise ValueError(f"reduction={reduction!r}: must be 'mean', 'sum' or 'none'")
     exchanged = partition is None
     if partition is None:
-        partition = _exchange_sizes(logits, tp, layer)
+        partition = primitives.exchange_sizes(logits, tp, -1, layer=layer)
     primitives.check_split(partition, tp)
     if 0 in partition.sizes:
         raise ValueError(f"a rank has no logits: the sizes are {list(partition.sizes)}")
@@ -157,11 +157,6 @@ class _CrossEntropy(torch.autograd.Function):
         if ctx.label_smoothing:
             dlogits -= (ctx.label_smoothing / ctx.vocab_size) * grad.unsqueeze(-1)
         return dlogits.to(ctx.dtype), None, None, None, None, None, None, None, None
-
-
-def _exchange_sizes(logits: Tensor, tp: ParallelGroup, layer: str) -> Partition:
-    size = torch.tensor([logits.shape[-1]], device=logits.device)
-    return Partition.from_sizes(primitives.all_gather(size, tp, 0, layer=layer).tolist())
 
 
 def _checksum(exponentials: Tensor) -> Tensor:
