@@ -42,6 +42,7 @@ def column_linear(
     backward      all-reduce dx, hidden behind dW             reduce-scatter dx, hidden behind dW
     ============  ==========================================  ================================
     """
+    check_overlap(sequence is not None, keep_gathered_input, overlap)
     if tp.size == 1:
         return F.linear(x, weight, bias)
     # A gather that is repeated in backward has no plain form; the compiler captures the fused one.
@@ -57,6 +58,16 @@ def column_linear(
         _ColumnLinear, x, weight, bias, tp, sequence, keep_gathered_input, layer, _autocast(x)
     )
     return y
+
+
+def check_overlap(sequence_parallel: bool, keep_gathered_input: bool, overlap: bool) -> None:
+    """Raises ValueError for the one pair of options that has no form."""
+    if sequence_parallel and not keep_gathered_input and not overlap:
+        raise ValueError(
+            "overlap=False and keep_gathered_input=False exclude each other under sequence "
+            "parallelism: the plain form keeps its gathered input for backward; set one of the two "
+            "to True"
+        )
 
 
 def row_linear(

@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from colrow import rng
+from colrow.comm.agreement import common_seed
 from colrow.mesh import ParallelGroup
 from colrow.partition import Partition, ShardSpec
 
@@ -25,11 +26,16 @@ def reset_linear_(
     bias: Tensor | None,
     bias_spec: ShardSpec,
     tp: ParallelGroup,
+    layer: str,
 ) -> None:
-    """Uniform on +-1/sqrt(in_features), nn.Linear's default; the same values at any tp size."""
+    """Uniform on +-1/sqrt(in_features), nn.Linear's default; the same values at any tp size.
+
+    Compares the ranks' seeds (see :func:`colrow.comm.agreement.common_seed`); nothing on meta.
+    """
     if weight.is_meta:
         return
-    seed, bound = rng.draw_seed(), 1 / math.sqrt(weight_spec.shape[1])
+    seed = common_seed("initial weights", tp, layer=layer, device=weight.device)
+    bound = 1 / math.sqrt(weight_spec.shape[1])
     for name, tensor, spec in (("weight", weight, weight_spec), ("bias", bias, bias_spec)):
         if tensor is not None:
             draw = partial(rng.uniform_between, rng.stream_key(seed, name), bound=bound)

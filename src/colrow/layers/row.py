@@ -42,11 +42,17 @@ class RowParallelLinear(nn.Module):
             False, x is ``[..., in]`` on every rank and is split first (backward: all-gather).
         sequence_parallel: whether the result is a shard of the sequence.
         partition: how the input features are divided; as evenly as possible by default.
-        overlap: False for a form without a fused autograd node: ``F.linear`` and an explicit
-            collective. Both send the same.
+        overlap: matmul and collective as one node of the graph; without it the layer is
+            ``F.linear`` and an explicit collective. Both send the same, and neither hides it: the
+            collective comes last in forward and, under sequence parallelism, first in backward.
         layer: name for messages and the ledger.
 
-    Parameters: ``weight`` ``[out, in_local]``, ``bias`` ``[out]``.
+    Parameters: ``weight`` ``[out, in_local]``, ``bias`` ``[out]``, drawn as in
+    :class:`FusedColumnParallelLinear`, with the same comparison of seeds.
+
+    Raises:
+        ValueError: a partition of something else than ``in_features``, over another number of ranks
+            or with several holders of an index; ranks with different seeds.
     """
 
     def __init__(
@@ -82,13 +88,13 @@ class RowParallelLinear(nn.Module):
         self.bias = (
             nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         )
-        reset_linear_(self.weight, self.weight_spec, self.bias, self.bias_spec, tp)
+        reset_linear_(self.weight, self.weight_spec, self.bias, self.bias_spec, tp, layer)
 
     def shared_parameters(self) -> list[SharedParameter]:
         """The bias under sequence parallelism, where each rank adds it to its own positions."""
         if self.bias is None or not self.sequence_parallel:
             return []
-        return [SharedParameter(self.bias, SharedRows.whole(self.out_features))]
+        return [SharedParameter(self, "bias", SharedRows.whole(self.out_features))]
 
     def forward(
         self,
@@ -134,7 +140,7 @@ class RowParallelLinear(nn.Module):
         if self.bias is None:
             return y
         shared = shared or SharedWeights.of_layer(self)
-        return y + shared(self.bias).to(y.dtype)  # under autocast y is narrower
+        return y + shared(self, "bias").to(y.dtype)  # under autocast y is narrower
 
     def extra_repr(self) -> str:
         """Rank, global and local shape."""
