@@ -48,6 +48,45 @@ def with_different_batches(tp: ParallelGroup, kind: str) -> None:
     model.loss(ids, labels)
 
 
+def with_different_dropout(tp: ParallelGroup, how: str) -> None:
+    model = colrow.from_config({**LLAMA, "attention_dropout": 0.1}, tp).train()
+    ids = torch.arange(12).view(2, 6)
+    if how == "one in training":
+        model.train(tp.rank == 0)
+    torch.manual_seed(tp.rank if how == "generators" else 0)
+    key = 5 + tp.rank if how == "keys" else None
+    if how == "forward":
+        torch.manual_seed(tp.rank)
+        model(ids)
+    else:
+        model.loss(ids, ids, dropout_key=key)
+
+
+@pytest.mark.parametrize("how", ["generators", "keys", "forward", "one in training"])
+def test_ranks_with_different_dropout(ranks: RankPool, how: str) -> None:
+    said = "would draw different dropout masks: .*torch.manual_seed with the same number on all tp"
+    with pytest.raises(RankError, match=said) as caught:
+        ranks(2, with_different_dropout, how)
+    assert set(caught.value.errors) == {0, 1}
+
+
+def with_different_seeds(tp: ParallelGroup) -> None:
+    colrow.from_config(LLAMA, tp, seed=tp.rank)
+
+
+def test_ranks_with_different_seeds(ranks: RankPool) -> None:
+    with pytest.raises(RankError, match="were given different seeds") as caught:
+        ranks(2, with_different_seeds)
+    assert set(caught.value.errors) == {0, 1}
+
+
+def test_a_loss_needs_a_next_token() -> None:
+    model, ids = colrow.from_config(LLAMA), torch.zeros(2, 1, dtype=torch.long)
+    assert model(ids).shape == (2, 1, 97)
+    with pytest.raises(ValueError, match=r"sequences of one token .* give it at least two"):
+        model.loss(ids, ids)
+
+
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("bad", [97, -1])
 def test_token_outside_the_vocabulary(ranks: RankPool, size: int, bad: int) -> None:

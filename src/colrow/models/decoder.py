@@ -13,7 +13,7 @@ from colrow.layers.dropout import ParallelDropout
 from colrow.layers.fused import column_linear
 from colrow.layers.linear import divides_sequence
 from colrow.layers.loss import Reduction, vocab_parallel_cross_entropy
-from colrow.layers.shared import SharedWeights
+from colrow.layers.shared import SharedLayers, SharedWeights
 from colrow.mesh import ParallelGroup
 from colrow.models.config import Layout, ModelConfig, parameter_specs
 from colrow.models.decoder_parts import DecoderParts, allocate
@@ -31,8 +31,9 @@ class Decoder(nn.Module):
         sequence_parallel: norms, dropout and residuals work on a shard of the sequence.
         keep_gathered_input: with sequence parallelism, keep gathered inputs for backward.
         overlap: hide the collectives of backward behind weight gradients.
-        check_inputs: compare the batch over the ranks in every forward pass that is not decoding
-            (one all-reduce of 16 bytes), since different batches give wrong numbers silently.
+        check_inputs: compare the batch, and the dropout key if there is one, over the ranks in
+            every forward pass that is not decoding (one all-reduce of 16 bytes), since different
+            ones give wrong numbers silently.
         device, dtype: of the parameters, which hold arbitrary values until they are initialised
             or loaded; "meta" allocates nothing.
     """
@@ -75,6 +76,7 @@ class Decoder(nn.Module):
         self.norm = parts.norm("norm")
         self.head = parts.head()
         allocate(self, torch.device(device))
+        self._shared_layers = SharedLayers(self)
 
     def forward(
         self,
@@ -94,18 +96,20 @@ class Decoder(nn.Module):
             positions: ``[batch or 1, sequence]``; by default counted from the first valid token.
             cache: keys and values of earlier positions, to be extended.
             dropout_key: which dropout masks; by default drawn from torch's CPU generator, which
-                all ranks must have seeded alike.
+                all ranks must have seeded alike. Compared over the ranks together with the batch.
 
         Returns:
             ``[batch, sequence, vocab_local]``.
 
         Raises:
-            ValueError: ids outside the vocabulary, a mask of the wrong shape, a sequence that is
-                too long, ranks that were given different batches.
+            ValueError: ids outside the vocabulary, a mask or positions of the wrong shape, a
+                sequence that is too long, ranks that were given different batches or whose
+                generators differ where there is dropout.
         """
+        key = self._dropout_key(dropout_key)
         if self.check_inputs and cache is None:
-            check_same_on_all_ranks(self.tp, input_ids, attention_mask, positions)
-        hidden = self._hidden(input_ids, attention_mask, positions, cache, dropout_key)
+            check_same_on_all_ranks(self.tp, input_ids, attention_mask, positions, dropout_key=key)
+        hidden = self._hidden(input_ids, attention_mask, positions, cache, key)
         return self.logits(*hidden)
 
     def loss(
@@ -127,15 +131,26 @@ class Decoder(nn.Module):
             labels: ``[batch, sequence]``, usually ``input_ids``; shifted in here, so that logits
                 at position i are compared with the label at i + 1, as in transformers.
             The others as in :meth:`forward` and :func:`vocab_parallel_cross_entropy`.
+
+        Raises:
+            ValueError: as there, and for a sequence of one token, which has no next one.
         """
         if labels.shape != input_ids.shape:
             raise ValueError(
                 f"labels {tuple(labels.shape)} should have the shape of input_ids "
                 f"{tuple(input_ids.shape)}; they are shifted inside"
             )
+        key = self._dropout_key(dropout_key)
         if self.check_inputs:
-            check_same_on_all_ranks(self.tp, input_ids, attention_mask, positions, labels)
-        hidden = self._hidden(input_ids, attention_mask, positions, None, dropout_key)
+            check_same_on_all_ranks(
+                self.tp, input_ids, attention_mask, positions, labels, dropout_key=key
+            )
+        if input_ids.dim() == 2 and input_ids.shape[1] == 1:
+            raise ValueError(
+                f"the loss of sequences of one token (input_ids {tuple(input_ids.shape)}) is "
+                "undefined: it compares each token with the next one; give it at least two"
+            )
+        hidden = self._hidden(input_ids, attention_mask, positions, None, key)
         logits = self.logits(*hidden)
         return vocab_parallel_cross_entropy(
             logits[:, :-1],
@@ -152,7 +167,8 @@ class Decoder(nn.Module):
         self, input_ids: Tensor, *, attention_mask: Tensor | None, cache: KeyValueCache
     ) -> Tensor:
         """For generation: local logits ``[batch, vocab_local]`` of the last position alone."""
-        hidden, sequence, shared = self._hidden(input_ids, attention_mask, None, cache, None)
+        key = self._dropout_key(None)
+        hidden, sequence, shared = self._hidden(input_ids, attention_mask, None, cache, key)
         return self.logits(hidden[:, -1:], sequence, shared)[:, 0]
 
     def _hidden(
@@ -161,7 +177,7 @@ class Decoder(nn.Module):
         attention_mask: Tensor | None,
         positions: Tensor | None,
         cache: KeyValueCache | None,
-        dropout_key: int | Tensor | None,
+        key: int | Tensor | None,
     ) -> tuple[Tensor, Partition | None, SharedWeights]:
         """The normed hidden states before the head, and how their sequence is divided."""
         past = 0 if cache is None else cache.length
@@ -178,7 +194,7 @@ class Decoder(nn.Module):
         if self.sequence_parallel:
             divide = Partition.even if cache is None else Partition.replicated
             sequence = divide(length, self.tp.size)
-        shared = SharedWeights.of_model(self, self.tp, "shared")
+        shared = self._shared_layers.weights(self.tp, "shared")
         context = AttentionContext(
             length,
             past=past,
@@ -186,9 +202,6 @@ class Decoder(nn.Module):
             positions=positions,
             device=input_ids.device,
         )
-        key = dropout_key
-        if key is None and self.training and self._drops():
-            key = rng.draw_seed()
         x = self.embedding(input_ids, sequence=sequence)
         if self.positions is not None:
             x = x + self.positions(context.positions, sequence=sequence, shared=shared)
@@ -238,9 +251,13 @@ class Decoder(nn.Module):
             for rank in range(self.tp.size)
         ]
 
-    def _drops(self) -> bool:
+    def _dropout_key(self, given: int | Tensor | None) -> int | Tensor | None:
+        """The key of this forward pass; None where nothing is dropped."""
         config = self.config
-        return max(config.embedding_dropout, config.attention_dropout, config.residual_dropout) > 0
+        p = max(config.embedding_dropout, config.attention_dropout, config.residual_dropout)
+        if given is None and self.training and p > 0:
+            return rng.draw_seed()
+        return given
 
     def extra_repr(self) -> str:
         """Family, rank and what is held."""
