@@ -14,6 +14,8 @@ from colrow.launch import launch, rank_environment
 if TYPE_CHECKING:
     import torch
 
+    from colrow.mesh import Mesh
+
 T = TypeVar("T")
 
 DTYPES = {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16"}
@@ -64,6 +66,29 @@ def add_device(parser: argparse.ArgumentParser) -> None:
         help="where the ranks compute: cpu, cuda (rank i of a host on its GPU i), or auto, CUDA "
         "where each rank of the host has a GPU and else the CPU (default auto)",
     )
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """``--engine``."""
+    parser.add_argument(
+        "--engine",
+        choices=("auto", "mpi", "gloo", "nccl"),
+        default="auto",
+        help="what carries the bytes between ranks: nccl for GPUs; for CPU ranks mpi, through the "
+        "shared memory of one host, or gloo, through sockets; auto takes mpi where the cpu extra "
+        "is installed and each rank has a core (default auto)",
+    )
+
+
+def say(text: str) -> None:
+    """One line of progress, on standard error."""
+    print(f"... {text}", file=sys.stderr, flush=True)
+
+
+def announce(mesh: Mesh) -> None:
+    """The start-up line, on rank 0: how many ranks, where, and what carries their bytes."""
+    if mesh.world.rank == 0 and mesh.world_size > 1:
+        say(f"{mesh.world_size} ranks on {mesh.device.type}, engine {mesh.engine}")
 
 
 def add_dtype(parser: argparse.ArgumentParser, *, default: str = "fp32") -> None:

@@ -10,9 +10,11 @@ from colrow.cli.common import (
     DTYPES,
     add_device,
     add_dtype,
+    add_engine,
     add_json,
     add_sequence_parallel,
     add_tp,
+    announce,
     positive_int,
     run_on_ranks,
     torch_dtype,
@@ -69,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="one row for each layer of the model")
     add_dtype(parser)
     add_device(parser)
+    add_engine(parser)
     add_json(parser)
 
 
@@ -132,9 +135,11 @@ def _record(args: argparse.Namespace) -> Traffic:
     from colrow.mesh import init_mesh
     from colrow.traffic import record_step
 
+    mesh = init_mesh(tp=args.tp, device=args.device, engine=args.engine)
+    announce(mesh)
     model = from_pretrained(
         args.model,
-        init_mesh(tp=args.tp, device=args.device),
+        mesh,
         dtype=torch_dtype(args.dtype),
         sequence_parallel=args.sequence_parallel,
         keep_gathered_input=not args.recompute_gather,

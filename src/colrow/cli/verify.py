@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import TYPE_CHECKING
 
 from colrow.cli.common import (
     add_device,
     add_dtype,
+    add_engine,
     add_json,
     add_sequence_parallel,
     add_tp,
+    announce,
     positive_int,
     run_on_ranks,
+    say,
     torch_dtype,
     write_json,
 )
@@ -45,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sequence_parallel(parser)
     add_dtype(parser)
     add_device(parser)
+    add_engine(parser)
     parser.add_argument(
         "--batch", type=positive_int, default=2, metavar="N", help="rows compared (default 2)"
     )
@@ -83,17 +86,16 @@ def _verify(args: argparse.Namespace) -> Report | None:
     from colrow.mesh import init_mesh
     from colrow.verify import verify
 
-    def progress(text: str) -> None:
-        print(f"... {text}", file=sys.stderr, flush=True)
-
+    mesh = init_mesh(tp=args.tp, device=args.device, engine=args.engine)
+    announce(mesh)
     return verify(
         args.model,
-        init_mesh(tp=args.tp, device=args.device),
+        mesh,
         dtype=torch_dtype(args.dtype),
         sequence_parallel=args.sequence_parallel,
         batch=args.batch,
         sequence=args.sequence,
-        progress=progress,
+        progress=say,
     )
 
 

@@ -29,6 +29,7 @@ class Request:
         tp: number of ranks.
         dtype: None for bf16 on CUDA and fp32 elsewhere.
         device: None for the mesh's choice.
+        engine: see :func:`colrow.init_mesh`.
         stream: whether rank 0 writes the text to standard output as it comes.
     """
 
@@ -41,13 +42,14 @@ class Request:
     tp: int
     dtype: torch.dtype | None
     device: str | None
+    engine: str
     stream: bool
 
 
 def answer(request: Request) -> dict[str, object]:
     """The result as it goes into JSON; ``text`` is empty on other ranks than 0."""
     started = time.perf_counter()
-    mesh = init_mesh(tp=request.tp, device=request.device)
+    mesh = init_mesh(tp=request.tp, device=request.device, engine=request.engine)
     dtype = request.dtype or (torch.bfloat16 if mesh.device.type == "cuda" else torch.float32)
     model = from_pretrained(request.model, mesh, dtype=dtype)
     load_seconds = time.perf_counter() - started
@@ -66,6 +68,7 @@ def answer(request: Request) -> dict[str, object]:
         "tp": request.tp,
         "dtype": str(dtype).removeprefix("torch."),
         "device": mesh.device.type,
+        "engine": mesh.engine.name,
         "sampling": asdict(request.sampling),
         "prompt_tokens": len(request.prompt_ids),
         "text": writer.finish() if writer else "",
