@@ -263,7 +263,7 @@ def late(engine: str) -> None:
 
 @pytest.mark.parametrize("engine", ["gloo", "mpi"])
 def test_a_collective_that_nobody_joins_ends_in_time(engine: str) -> None:
-    with pytest.raises(RankFailure, match="(?i)rank 0 failed.*timed out"):
+    with pytest.raises(RankFailure, match=r"(?i)rank 0 failed.*timed out"):
         launch(late, (engine,), ranks=2, timeout_seconds=100)
 
 

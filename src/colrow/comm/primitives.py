@@ -80,7 +80,7 @@ def all_reduce_async(
         return Pending(lambda: reduced)
     buffer = x if in_place and x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
     clock = Clock.start("all_reduce", buffer, tp, layer, phase)
-    work = dist.all_reduce(buffer, _OPS[op], group=tp.group, async_op=True)
+    work = compat.issue_all_reduce(buffer, _OPS[op], tp.group)
     return Pending(lambda: buffer, work, clock)
 
 
@@ -131,7 +131,7 @@ def all_gather_async(
         return Pending(lambda: assemble(gathered))
     buffer = shard.new_empty(tp.size * shard.numel())
     clock = Clock.start("all_gather", buffer, tp, layer, phase)
-    work = compat.all_gather_single(buffer, shard.flatten(), group=tp.group, async_op=True)
+    work = compat.issue_all_gather(buffer, shard.flatten(), tp.group)
     return Pending(lambda: assemble(buffer), work, clock)
 
 
@@ -182,7 +182,7 @@ def reduce_scatter_async(
         return Pending(lambda: trim(reduced))
     buffer = stacked.new_empty(stacked.numel() // tp.size)
     clock = Clock.start("reduce_scatter", stacked, tp, layer, phase)
-    work = compat.reduce_scatter_single(buffer, stacked, group=tp.group, async_op=True)
+    work = compat.issue_reduce_scatter(buffer, stacked, tp.group)
     return Pending(lambda: trim(buffer), work, clock)
 
 

@@ -20,6 +20,9 @@ _TYPES = {
     torch.bool: MPI.C_BOOL,
 }
 _REDUCED_AS = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
+RedOpType = dist.ReduceOp.RedOpType
+SUM: RedOpType = dist.ReduceOp.SUM
+AVERAGE: RedOpType = dist.ReduceOp.AVG
 _OPS = {
     dist.ReduceOp.SUM: MPI.SUM,
     dist.ReduceOp.AVG: MPI.SUM,
@@ -65,19 +68,13 @@ def reduced_in(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-def operation(op: dist.ReduceOp, dtype: torch.dtype) -> MPI.Op:
+def operation(op: RedOpType, dtype: torch.dtype) -> MPI.Op:
     """MPI's name of a reduction; an average is a sum first.
 
     Raises:
         ValueError: for one that MPI does not have.
     """
-    table = _OPS_OF_BOOL if dtype == torch.bool else _OPS
-    for known, theirs in table.items():
-        if op == known:  # type: ignore[comparison-overlap]
-            return theirs
-    raise ValueError(f"the MPI engine does not know the reduction {op} of {dtype}")
-
-
-def is_average(op: dist.ReduceOp) -> bool:
-    """Whether the sum is divided by the number of ranks."""
-    return bool(op == dist.ReduceOp.AVG)  # type: ignore[comparison-overlap]
+    found = (_OPS_OF_BOOL if dtype == torch.bool else _OPS).get(op)
+    if found is None:
+        raise ValueError(f"the MPI engine does not know the reduction {op} of {dtype}")
+    return found

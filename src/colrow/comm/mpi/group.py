@@ -20,7 +20,7 @@ import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor
 
-from colrow.comm.mpi.buffers import is_average, operation, raw, reduced_in, typed
+from colrow.comm.mpi.buffers import AVERAGE, SUM, RedOpType, operation, raw, reduced_in, typed
 from colrow.comm.mpi.start import BACKEND
 from colrow.comm.mpi.work import MpiWork
 
@@ -32,10 +32,14 @@ class MpiGroup(dist.ProcessGroup):
         self, rank: int, size: int, communicator: MPI.Intracomm, timeout: timedelta
     ) -> None:
         super().__init__(rank, size)  # type: ignore[call-arg]
-        self._comm, self._timeout = communicator, timeout
-        self._ranks = size
+        self._comm, self.timeout = communicator, timeout
+        self._rank, self._ranks = rank, size
         self._name = self._description = "undefined"
-        self._pending: list[MpiWork] = []  # MPI uses their memory, whoever still holds the work
+        self.pending: set[MpiWork] = set()  # MPI uses their memory, whoever still holds the work
+
+    def describe(self, what: str) -> str:
+        """For the message of a time limit."""
+        return f"{what} in a group of {self._ranks} ranks (rank {self._rank})"
 
     def getBackendName(self) -> str:
         """As registered."""
@@ -67,7 +71,14 @@ class MpiGroup(dist.ProcessGroup):
     def allreduce(self, tensors: Sequence[Tensor], opts: Any = None) -> MpiWork:
         """Sum (or another reduction) over the ranks, in place."""
         op = _op(opts)
+        if len(tensors) == 1:
+            return self.reduce_in_place(tensors[0], op)
         return self._each(tensors, lambda x: self._reduce_one(x, op), "all_reduce")
+
+    def reduce_in_place(self, x: Tensor, op: RedOpType = SUM) -> MpiWork:
+        """:meth:`allreduce` of one tensor, without torch's options: the shortest way."""
+        request, finish, keep = self._reduce_one(x, op)
+        return self._work((request,), [x], "all_reduce", finish, keep)
 
     def allreduce_coalesced(self, tensors: Sequence[Tensor], opts: Any = None) -> MpiWork:
         """As :meth:`allreduce`."""
@@ -77,7 +88,7 @@ class MpiGroup(dist.ProcessGroup):
         """As :meth:`allreduce`, for the root alone."""
         x, op = tensors[0], _op(opts)
         buffer, finish = self._reducible(x, op)
-        mine = opts.rootRank == self.rank()
+        mine = opts.rootRank == self._rank
         send = MPI.IN_PLACE if mine else typed(buffer)
         receive = typed(buffer) if mine else None
         request = self._comm.Ireduce(send, receive, operation(op, buffer.dtype), opts.rootRank)
@@ -130,7 +141,7 @@ class MpiGroup(dist.ProcessGroup):
         each = size // self._ranks
         send: Any = raw(shard)
         if _same_memory(shard, target):
-            in_place = shard.data_ptr() == target.data_ptr() + self.rank() * each
+            in_place = shard.data_ptr() == target.data_ptr() + self._rank * each
             shard = shard if in_place else shard.clone()
             send = MPI.IN_PLACE if in_place else raw(shard)
         request = self._comm.Iallgather(send, [memory, each, MPI.BYTE])
@@ -162,7 +173,7 @@ class MpiGroup(dist.ProcessGroup):
     ) -> MpiWork:
         """As :meth:`allgather`, for the root alone."""
         shard = inputs[0].contiguous()
-        if opts.rootRank != self.rank():
+        if opts.rootRank != self._rank:
             request = self._comm.Igatherv(raw(shard), None, opts.rootRank)
             return self._work([request], [], "gather", None, shard)
         parts = outputs[0]
@@ -180,7 +191,7 @@ class MpiGroup(dist.ProcessGroup):
         output = outputs[0]
         target = output if output.is_contiguous() else torch.empty_like(output).contiguous()
         send, flat = None, None
-        if opts.rootRank == self.rank():
+        if opts.rootRank == self._rank:
             flat = torch.cat([x.reshape(-1) for x in inputs[0]])
             counts = [x.numel() * x.element_size() for x in inputs[0]]
             send = [raw(flat)[0], counts, MPI.BYTE]
@@ -264,13 +275,12 @@ class MpiGroup(dist.ProcessGroup):
 
     def shutdown(self) -> None:
         """Completes what is under way; communicators end with the process."""
-        for work in self._pending:
+        for work in list(self.pending):
             work.wait()
-        self._pending.clear()
 
     def abort(self) -> None:
         """Forgets what is under way: the process is about to end."""
-        self._pending.clear()
+        self.pending.clear()
 
     def _receive(self, tensors: Sequence[Tensor], source: int, tag: int, what: str) -> MpiWork:
         x = tensors[0]
@@ -280,10 +290,10 @@ class MpiGroup(dist.ProcessGroup):
         status = MPI.Status() if source == MPI.ANY_SOURCE else None
         return self._work([request], list(tensors), what, finish, target, status)
 
-    def _reducible(self, x: Tensor, op: dist.ReduceOp) -> tuple[Tensor, Callable[[], None] | None]:
+    def _reducible(self, x: Tensor, op: RedOpType) -> tuple[Tensor, Callable[[], None] | None]:
         """A contiguous buffer that MPI can reduce, ``x`` itself if it is one, and the way back."""
         wide = reduced_in(x.dtype)
-        average = is_average(op)
+        average = op == AVERAGE
         buffer = x if x.is_contiguous() and wide == x.dtype else x.contiguous().to(wide)
         if buffer is x and not average:
             return x, None
@@ -293,22 +303,22 @@ class MpiGroup(dist.ProcessGroup):
 
         return buffer, finish
 
-    def _reduce_one(self, x: Tensor, op: dist.ReduceOp) -> tuple[Any, Any, Any]:
+    def _reduce_one(self, x: Tensor, op: RedOpType) -> tuple[Any, Any, Any]:
         buffer, finish = self._reducible(x, op)
         kind = operation(op, buffer.dtype)
         return self._comm.Iallreduce(MPI.IN_PLACE, typed(buffer), kind), finish, buffer
 
     def _reduce_scatter(
-        self, output: Tensor, flat: Tensor, counts: list[int], op: dist.ReduceOp
+        self, output: Tensor, flat: Tensor, counts: list[int], op: RedOpType
     ) -> MpiWork:
-        direct = output.is_contiguous() and output.dtype == flat.dtype and not is_average(op)
+        direct = output.is_contiguous() and output.dtype == flat.dtype and op != AVERAGE
         direct = direct and not _same_memory(output, flat)
         target = output if direct else flat.new_empty(output.numel())
         kind = operation(op, flat.dtype)
         request = self._comm.Ireduce_scatter(typed(flat), typed(target), counts, kind)
 
         def finish() -> None:
-            result = target / self._ranks if is_average(op) else target
+            result = target / self._ranks if op == AVERAGE else target
             _copy(output, result.view(output.shape))
 
         keep = (flat, target)
@@ -320,9 +330,6 @@ class MpiGroup(dist.ProcessGroup):
         issue: Callable[[Tensor], tuple[Any, Any, Any]],
         what: str,
     ) -> MpiWork:
-        if len(tensors) == 1:
-            request, finish, keep = issue(tensors[0])
-            return self._work([request], list(tensors), what, finish, keep)
         issued = [issue(x) for x in tensors]
 
         def finish_all() -> None:
@@ -342,30 +349,18 @@ class MpiGroup(dist.ProcessGroup):
 
     def _work(
         self,
-        requests: list[Any],
+        requests: Sequence[Any],
         results: list[Tensor],
         what: str,
         finish: Callable[[], None] | None = None,
         keep: object = None,
         status: MPI.Status | None = None,
     ) -> MpiWork:
-        name = f"{what} in a group of {self._ranks} ranks (rank {self.rank()})"
-        work = MpiWork(
-            requests,
-            results,
-            what=name,
-            timeout=self._timeout,
-            finish=finish,
-            keep=keep,
-            status=status,
-        )
-        self._pending = [other for other in self._pending if not other.done]
-        self._pending.append(work)
-        return work
+        return MpiWork(self, requests, results, what, finish, keep, status)
 
 
-def _op(opts: Any) -> dist.ReduceOp:
-    op: dist.ReduceOp = dist.ReduceOp.SUM if opts is None else opts.reduceOp
+def _op(opts: Any) -> RedOpType:
+    op: RedOpType = SUM if opts is None else opts.reduceOp.op
     return op
 
 

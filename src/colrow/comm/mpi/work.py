@@ -15,7 +15,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-_SPINS = 2000  # about a millisecond: most collectives are over by then
+    from colrow.comm.mpi.group import MpiGroup
+
+_SPINS = 100  # about 30 microseconds: then the other rank may need this very core
 _YIELD_SECONDS = 0.05
 _NAP_SECONDS = 0.0002
 
@@ -24,31 +26,31 @@ class MpiWork(dist.Work):
     """Requests of MPI, and what is left to do when they are complete.
 
     Args:
+        group: issued it; has the time limit, and keeps the work until it is complete.
         requests: to be waited for.
         results: the tensors that the caller gets.
+        what: for the message of the time limit.
         finish: called once all are complete, such as copying out of a buffer.
         keep: buffers that MPI reads or writes until then.
-        what: for the message of a time limit.
         status: filled in by MPI, when the source of a message is asked for.
     """
 
     def __init__(
         self,
+        group: MpiGroup,
         requests: Sequence[MPI.Request],
         results: list[Tensor],
-        *,
         what: str,
-        timeout: timedelta,
-        finish: Callable[[], None] | None = None,
-        keep: object = None,
-        status: MPI.Status | None = None,
+        finish: Callable[[], None] | None,
+        keep: object,
+        status: MPI.Status | None,
     ) -> None:
         super().__init__()
-        self._requests = requests
-        self._results, self._finish, self._keep = results, finish, keep
-        self._what, self._timeout = what, timeout
+        self._group, self._requests, self._results = group, requests, results
+        self._what, self._finish, self._keep = what, finish, keep
         self._status = status
         self.done = False
+        group.pending.add(self)
 
     def wait(self, timeout: timedelta | None = None) -> bool:
         """Blocks until the results are there.
@@ -57,9 +59,8 @@ class MpiWork(dist.Work):
             RuntimeError: when the time limit passed, naming what was waited for.
         """
         if not self.done:
-            limit = timeout if timeout is not None and timeout.total_seconds() > 0 else None
             for request in self._requests:
-                self._complete(request, (limit or self._timeout).total_seconds())
+                self._complete(request, timeout)
             self._end()
         return True
 
@@ -83,28 +84,26 @@ class MpiWork(dist.Work):
     def _source_rank(self) -> int:
         return -1 if self._status is None else self._status.Get_source()
 
-    def _complete(self, request: MPI.Request, limit: float) -> None:
-        status = self._status
-
-        def test() -> bool:
-            return request.Test(status)
-
+    def _complete(self, request: MPI.Request, timeout: timedelta | None) -> None:
+        test, status = request.Test, self._status
         for _ in range(_SPINS):
-            if test():
+            if test(status):
                 return
+        limit = timeout if timeout is not None and timeout.total_seconds() > 0 else None
+        seconds = (limit or self._group.timeout).total_seconds()
         started = time.monotonic()
-        while not test():
+        while not test(status):
             # The other rank is late: leave the core to whoever has work.
             waited = time.monotonic() - started
             if waited < _YIELD_SECONDS:
                 os.sched_yield()
             else:
                 time.sleep(_NAP_SECONDS)
-            if waited > limit:
+            if waited > seconds:
                 raise RuntimeError(
-                    f"{self._what} timed out after {waited:.0f} s: another rank is stuck, has "
-                    "ended, or does not take part (all ranks of a group must issue the same "
-                    "collectives in the same order)"
+                    f"{self._group.describe(self._what)} timed out after {waited:.0f} s: another "
+                    "rank is stuck, has ended, or does not take part (all ranks of a group must "
+                    "issue the same collectives in the same order)"
                 )
 
     def _end(self) -> None:
@@ -112,3 +111,4 @@ class MpiWork(dist.Work):
         if self._finish is not None:
             self._finish()
         self._finish = self._keep = None
+        self._group.pending.discard(self)
