@@ -179,6 +179,58 @@ def test_published_spellings_mean_what_transformers_reads(name: str) -> None:
     assert config_from_hf(published) == config_from_hf(theirs)
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_keys_left_out_mean_what_transformers_assumes(name: str) -> None:
+    """Or the reader says which key it needs."""
+    published = PUBLISHED[name]
+    for key in published.keys() - {"model_type", "bos_token_id", "eos_token_id"}:
+        rest = {other: value for other, value in published.items() if other != key}
+        try:
+            read = config_from_hf(rest)
+        except ValueError as error:
+            assert "has no integer" in str(error) or "is not a multiple" in str(error)
+            continue
+        assert read == config_from_hf(AutoConfig.for_model(**rest).to_dict()), key
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("Mistral-7B-v0.1", {"sliding_window": None}),
+        ("Mistral-7B-v0.1", {"use_sliding_window": False}),
+        ("Qwen2-0.5B", {"use_sliding_window": True, "max_window_layers": 5}),
+        ("Qwen2-0.5B", {"use_sliding_window": True, "max_window_layers": 99}),
+        ("Qwen3-0.6B", {"sliding_window": 7}),
+        ("Llama-3.1-8B", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+        ("Llama-3.1-8B", {"num_key_value_heads": None, "head_dim": None}),
+        ("pythia-70m", {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}),
+    ],
+)
+def test_settings_mean_what_transformers_reads(name: str, change: dict[str, Any]) -> None:
+    values = {**PUBLISHED[name], **change}
+    assert config_from_hf(values) == config_from_hf(AutoConfig.for_model(**values).to_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logits_scaling": 8.0}, r"llama with logits_scaling=8\.0 is not supported"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ({"sliding_window": 4096}, "llama with sliding_window=4096"),
+        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "'linear' needs factor"),
+        ({"rope_scaling": {"type": "default", "mrope_section": [1]}}, "mrope_section"),
+        ({"intermediate_size": None}, "no integer 'intermediate_size'"),
+    ],
+)
+def test_llama_with_what_it_does_not_know(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_from_hf({**PUBLISHED["Llama-3.1-8B"], **change})
+    neutral = {"logits_scaling": 1.0, "clip_qkv": None, "alibi": False, "sliding_window": None}
+    published = PUBLISHED["Llama-3.1-8B"]
+    assert config_from_hf({**published, **neutral}) == config_from_hf(published)
+
+
 def test_what_changes_numbers_and_is_not_understood_is_refused() -> None:
     gpt2 = PUBLISHED["gpt2"]
     with pytest.raises(ValueError, match="hidden_size=60 and n_embd=768 mean the same"):
@@ -190,6 +242,9 @@ def test_what_changes_numbers_and_is_not_understood_is_refused() -> None:
     bloom = PUBLISHED["bloom-560m"]
     with pytest.raises(ValueError, match="apply_residual_connection_post_layernorm=True"):
         config_from_hf({**bloom, "apply_residual_connection_post_layernorm": True})
+    qwen = {**PUBLISHED["Qwen2-0.5B"], "use_sliding_window": True}
+    with pytest.raises(ValueError, match="chunked_attention"):
+        config_from_hf({**qwen, "layer_types": ["chunked_attention"] * 24})
     llama = PUBLISHED["Llama-3.1-8B"]
     with pytest.raises(ValueError, match="rope type 'yarn'"):
         config_from_hf({**llama, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
