@@ -10,18 +10,25 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from colrow import rng
 from colrow.cli import main
-from colrow.differences import first_difference, relative_error, worst_gradients
+from colrow.differences import (
+    Result,
+    first_difference,
+    relative_error,
+    why_not_finite,
+    worst_gradients,
+)
 from colrow.mesh import Mesh, ParallelGroup
 from colrow.models.decoder import Decoder
 from colrow.models.hf_config import config_from_hf
-from colrow.verify import Report, accepted, verify
+from colrow.verify import Report, accepted, as_likely, verify
 from tests.models import tiny
 from tests.ranks import RankPool, child_ranks
 
@@ -125,6 +132,61 @@ def test_what_differs_is_named_to_the_end() -> None:
 def test_an_overflow_of_the_unsplit_model_accepts_nothing() -> None:
     assert accepted(1e-5, 1e-4) == 2e-4 and accepted(1e-5, 1e-7) == 1e-5
     assert accepted(2e-2, math.inf) == accepted(2e-2, math.nan) == 2e-2
+
+
+def test_numbers_that_are_not_finite_are_blamed_on_somebody() -> None:
+    weights = {"w": torch.ones(2)}
+
+    def result(value: float) -> Result:
+        return Result(torch.ones(2), torch.tensor(value), {"w": torch.tensor([1.0, value])})
+
+    good, bad, half = result(1.0), result(math.nan), torch.float16
+    assert why_not_finite(good, good, good, weights, half) is None
+    for split, rounded, exact, message in (
+        (bad, bad, bad, "loss, gradients not finite in the unsplit model, even in fp64"),
+        (bad, bad, good, "in float16, split or not: the model overflows it; use bf16 or fp32"),
+        (bad, good, good, "in the split model, unlike the unsplit one"),
+        (bad, None, good, "in the split model, unlike the unsplit one"),
+        (good, bad, good, "what rounding costs is unknown"),
+    ):
+        assert message in str(why_not_finite(split, rounded, exact, weights, half))
+    weights["w"][1] = math.inf
+    assert "NaN or Inf is in w" in str(why_not_finite(bad, good, good, weights, half))
+
+
+def test_a_weight_that_is_not_a_number_fails(ranks: RankPool, tiny_models: Path) -> None:
+    report = ranks(2, run_nan, tiny_models / "llama")[0]
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert not report.passed and not report.greedy_tokens
+    assert report.first_difference == f"model.layers.1 (its weights differ: {name})"
+    assert report.not_finite.endswith(f"unlike the unsplit one: NaN or Inf is in {name}")
+
+
+def run_nan(tp: ParallelGroup, path: Path) -> Report | None:
+    def perturb(model: Decoder) -> None:
+        if tp.rank == 1:
+            with torch.no_grad():
+                dict(model.named_parameters())["blocks.1.mlp.down.weight"].view(-1)[0] = math.nan
+
+    return verify(path, one_tp(tp), prepare=perturb)
+
+
+class Successor(nn.Module):
+    """After token t the best is t + 1, and t + 2 is worse by a tenth."""
+
+    def forward(self, input_ids: Tensor) -> SimpleNamespace:
+        better, worse = (nn.functional.one_hot((input_ids + i) % 9, 9) for i in (1, 2))
+        return SimpleNamespace(logits=better + 0.9 * worse)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "right"),
+    [([3, 4, 5], True), ([4, 5, 7], True), ([4, 5, 8], False), ([4, 4, 5], False)],
+)
+def test_every_token_after_a_tie_is_checked(tokens: list[int], right: bool) -> None:
+    prompt = torch.tensor([[1, 2]])
+    assert as_likely(Successor(), prompt, tokens, 0.2) == right
+    assert as_likely(Successor(), prompt, tokens, 0.01) == (tokens == [3, 4, 5])
 
 
 def test_sixteen_bits_pass_within_their_rounding(ranks: RankPool, tiny_models: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,59 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
     norm = b.norm().item()
     error = (a - b).norm().item() / (norm or 1.0)
     return error if error == error else float("inf")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run of a model over a batch gave: whole tensors, gradients by checkpoint name."""
+
+    logits: Tensor
+    loss: Tensor
+    grads: Mapping[str, Tensor]
+
+    def not_finite(self) -> str:
+        """Which of them hold NaN or Inf, as the beginning of a phrase; empty when none does."""
+        parts = {
+            "logits": [self.logits],
+            "loss": [self.loss],
+            "gradients": list(self.grads.values()),
+        }
+        bad = [name for name, tensors in parts.items() if not all(_is_finite(t) for t in tensors)]
+        return f"{', '.join(bad)} not finite" if bad else ""
+
+
+def why_not_finite(
+    split: Result,
+    rounded: Result | None,
+    exact: Result,
+    weights: Mapping[str, Tensor],
+    dtype: torch.dtype,
+) -> str | None:
+    """Whose numbers are NaN or Inf, and why as far as that can be said; None when all are finite.
+
+    Args:
+        split, rounded, exact: of the split model, of the unsplit one in the same precision (None
+            when that is fp64) and in fp64.
+        weights: the split model's, whole.
+        dtype: that precision.
+    """
+    precision = str(dtype).removeprefix("torch.")
+    bad = [name for name, weight in weights.items() if not _is_finite(weight)]
+    held = f": NaN or Inf is in {', '.join(bad[:3])}" if bad else ""
+    if lost := exact.not_finite():
+        return f"{lost} in the unsplit model, even in fp64: nothing can be compared{held}"
+    if lost := split.not_finite():
+        if rounded is not None and rounded.not_finite():
+            wider = "bf16 or fp32" if dtype == torch.float16 else "a wider precision"
+            return f"{lost} in {precision}, split or not: the model overflows it; use {wider}"
+        return f"{lost} in the split model, unlike the unsplit one{held}"
+    if rounded is not None and (lost := rounded.not_finite()):
+        return f"{lost} in the unsplit model in {precision}: what rounding costs is unknown"
+    return None
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
 
 
 @contextmanager
@@ -127,7 +181,7 @@ def worst_gradients(worse: Mapping[str, float]) -> str | None:
 
 
 def _same(weight: Tensor, theirs: Tensor) -> bool:
-    return torch.equal(weight, theirs.to(weight.dtype))
+    return torch.allclose(weight, theirs.to(weight.dtype), rtol=0, atol=0, equal_nan=True)
 
 
 def _layers(config: ModelConfig, naming: Naming) -> dict[str, str]:

@@ -9,7 +9,7 @@ where its own error is above the tolerance, twice that error is accepted, tensor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,12 @@ from colrow.checkpoint.naming import Naming, hf_naming
 from colrow.checkpoint.pretrained import from_pretrained
 from colrow.comm.collectives import gather_from_tp
 from colrow.differences import (
+    Result,
     captured,
     captured_reference,
     first_difference,
     relative_error,
+    why_not_finite,
     worst_gradients,
 )
 from colrow.generate.engine import generate
@@ -75,7 +77,8 @@ class Report:
         greedy_tokens, reference_tokens: those tokens.
         first_difference: None when it passed; else the first layer whose output differs, and in
             brackets the weights of it that do; else weights or gradients that differ.
-        overflow: None, or what of the unsplit model itself is not finite in ``dtype``.
+        not_finite: None, or whose numbers are NaN or Inf, and why. Decoding is left out when it is
+            the split model's logits.
         rounding: errors of the unsplit model itself when it runs in ``dtype``; zeros for fp64.
         tolerances: what was accepted of logits and loss, and at least of gradients.
         gradient_tolerances: what was accepted of each gradient.
@@ -94,7 +97,7 @@ class Report:
     greedy_tokens: list[int] = field(repr=False)
     reference_tokens: list[int] = field(repr=False)
     first_difference: str | None
-    overflow: str | None
+    not_finite: str | None
     rounding: Errors
     tolerances: Errors
     gradient_tolerances: dict[str, float]
@@ -149,9 +152,11 @@ def verify(
     logits = gather_from_tp(local_logits.detach(), tp, partition=model.layout.vocab, layer="verify")
     loss = model.loss(ids, ids)
     loss.backward()
-    grads, weights = full_grads(model), full_state_dict(model)
-    say("decoding greedily")
-    tokens = generate(model, prompt, max_new_tokens=new_tokens).token_ids[0]
+    split, weights = Result(logits, loss, full_grads(model)), full_state_dict(model)
+    tokens: list[int] = []
+    if bool(logits.isfinite().all()):  # whole on every rank: all decide alike
+        say("decoding greedily")
+        tokens = generate(model, prompt, max_new_tokens=new_tokens).token_ids[0]
     if tp.rank > 0:
         return None
     say("loading the reference (transformers, unsplit)")
@@ -167,7 +172,7 @@ def verify(
         exact = _run_reference(reference, ids, naming)
     with precision(torch.float64):
         expected_tokens = _reference_tokens(reference, prompt, new_tokens)
-    gradient_errors = _gradient_errors(grads, exact.grads)
+    gradient_errors = _gradient_errors(split.grads, exact.grads)
     errors = Errors(
         relative_error(logits, exact.logits),
         relative_error(loss, exact.loss),
@@ -191,10 +196,10 @@ def verify(
         name: accepted(tolerance.gradients, gradient_rounding[name]) for name in gradient_errors
     }
     greedy_equal = tokens == expected_tokens
-    if not greedy_equal and rounded is not None and dtype.itemsize == 2:
+    if tokens and not greedy_equal and rounded is not None and dtype.itemsize == 2:
         # Each of two logits may be off by this much.
         gap = 2 * (rounded.logits.double() - exact.logits).abs().max().item()
-        greedy_equal = _as_likely(reference, prompt, tokens, gap)
+        greedy_equal = math.isfinite(gap) and as_likely(reference, prompt, tokens, gap)
     worse = {
         name: error for name, error in gradient_errors.items() if not error <= gradient_limits[name]
     }
@@ -220,7 +225,7 @@ def verify(
         greedy_tokens=tokens,
         reference_tokens=expected_tokens,
         first_difference=difference,
-        overflow=_overflow(rounding, dtype),
+        not_finite=why_not_finite(split, rounded, exact, weights, dtype),
         rounding=rounding,
         tolerances=limits,
         gradient_tolerances=gradient_limits,
@@ -229,24 +234,17 @@ def verify(
     )
 
 
-@dataclass(frozen=True)
-class _Result:
-    logits: Tensor
-    loss: Tensor
-    grads: dict[str, Tensor]
-
-
-def _run_reference(reference: nn.Module, ids: Tensor, naming: Naming) -> _Result:
+def _run_reference(reference: nn.Module, ids: Tensor, naming: Naming) -> Result:
     dtype = next(reference.parameters()).dtype
     with precision(dtype):
         result = reference(input_ids=ids, labels=ids)
         result.loss.backward()
     grads = reference_grads(reference, naming)
     reference.zero_grad(set_to_none=True)
-    return _Result(result.logits.detach(), result.loss.detach(), grads)
+    return Result(result.logits.detach(), result.loss.detach(), grads)
 
 
-def _gradient_errors(grads: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+def _gradient_errors(grads: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
     """Relative error of every gradient of the reference; infinity where there is none."""
     return {
         name: relative_error(grads[name], grad) if name in grads else math.inf
@@ -267,22 +265,10 @@ def _reference_tokens(reference: nn.Module, prompt: Tensor, new_tokens: int) -> 
 
 
 @torch.no_grad()
-def _as_likely(reference: nn.Module, prompt: Tensor, tokens: list[int], gap: float) -> bool:
+def as_likely(reference: nn.Module, prompt: Tensor, tokens: list[int], gap: float) -> bool:
     """Whether each token's logit is within ``gap`` of the best one's, given those before it."""
     text = torch.cat([prompt, torch.tensor([tokens], dtype=torch.long)], dim=1)
     with precision(torch.float64):
         logits = reference(input_ids=text).logits[0, prompt.shape[1] - 1 : -1]
     chosen = logits.gather(1, text[0, prompt.shape[1] :, None]).squeeze(1)
     return bool((logits.amax(1) - chosen <= gap).all())
-
-
-def _overflow(rounding: Errors, dtype: torch.dtype) -> str | None:
-    """What of the unsplit model is not finite in this dtype, and so cannot be verified in it."""
-    lost = [name for name, error in asdict(rounding).items() if not math.isfinite(error)]
-    if not lost:
-        return None
-    narrow = str(dtype).removeprefix("torch.")
-    return (
-        f"the unsplit model's own {' and '.join(lost)} are not finite in {narrow}: it overflows "
-        "there, split or not; use bf16 or fp32"
-    )

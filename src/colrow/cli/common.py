@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +53,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
         type=_destination,
         metavar="FILE",
         help='also write the result as JSON, for a program; "-" writes it to standard output '
-        "instead of the text",
+        "instead of the text; NaN and Inf are null",
     )
 
 
@@ -153,9 +154,20 @@ def _destination(text: str) -> str:
 
 
 def write_json(data: object, destination: str) -> None:
-    """Writes ``data`` to the file, or to standard output for "-"."""
-    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    """Writes ``data`` to the file, or to standard output for "-"; NaN and Inf become null."""
+    text = json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     if destination == "-":
         sys.stdout.write(text)
     else:
         Path(destination).write_text(text, encoding="utf-8")
+
+
+def _finite(data: object) -> object:
+    """The same with None for the numbers that JSON does not have."""
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return data

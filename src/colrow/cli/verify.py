@@ -143,15 +143,17 @@ def show(report: Report, *, every: bool = False) -> None:
     console.print(table)
     right = sum(error <= accepted[name] for name, error in report.gradient_errors.items())
     console.print(f"Gradients within tolerance: {right} of {len(worst)} parameters.")
-    if report.overflow:
-        console.print(f"[red]Overflow[/]: {report.overflow}")
+    if report.not_finite:
+        console.print(f"[red]Not finite[/]: {report.not_finite}")
     elif report.rounding.gradients:
         console.print(
             f"The unsplit model in {report.dtype} itself is off by up to "
             f"{report.rounding.gradients:.1e} (gradients), {report.rounding.logits:.1e} (logits)."
         )
     count = len(report.greedy_tokens)
-    if report.greedy_equal:
+    if not count:
+        console.print("[red]Greedy decoding[/]: left out, the logits are not finite")
+    elif report.greedy_equal:
         console.print(f"Greedy decoding: all {count} tokens as the reference's.")
     else:
         console.print(f"[red]Greedy decoding differs[/]: {report.greedy_tokens}")

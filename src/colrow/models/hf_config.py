@@ -114,8 +114,8 @@ def config_from_hf(values: Mapping[str, object]) -> ModelConfig:
     for key, supported in {**_FOREIGN_KEYS, **family.refused}.items():
         if key not in family.keys.values() and values.get(key, supported) != supported:
             raise ValueError(
-                f"{family.name} with {key}={values[key]!r} is not supported: it changes the numbers "
-                "in a way that this decoder does not know"
+                f"{family.name} with {key}={values[key]!r} is not supported: it changes the "
+                "numbers in a way that this decoder does not know"
             )
     fields: dict[str, object] = dict(family.fixed)
     for name, key in family.keys.items():
