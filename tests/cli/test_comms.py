@@ -58,6 +58,16 @@ def test_a_cached_hub_id_comes_before_a_public_name(
     assert [row["bytes"] for row in rows if row["layer"] == "embedding"] == [9 * 40 * 4]
 
 
+def test_an_unknown_name_says_where_it_was_looked_for(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert main(["comms", "gpt3-175c"]) == 2
+    message = capsys.readouterr().err
+    assert "did you mean gpt3-175b" in message and "There is no such file" in message
+    assert f"no snapshot of 'gpt3-175c' in the cache '{tmp_path}'" in message
+
+
 def test_one_rank_of_a_launcher_reports_a_dry_run(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

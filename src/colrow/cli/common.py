@@ -30,8 +30,9 @@ def add_tp(parser: argparse.ArgumentParser, *, default: int = 1) -> None:
         default=default,
         metavar="N",
         help="tensor-parallel size: over how many ranks every layer's weights are split; each "
-        "rank holds about 1/N of them. Any N up to the number of query heads works, whether heads, "
-        f"vocabulary and MLP divide by it or not (default {default})",
+        "rank holds about 1/N of them. Any N works, whether heads, vocabulary and MLP divide by it "
+        "or not, up to the number of query heads (and of MLP features and vocabulary, which are "
+        f"more in real models) (default {default})",
     )
 
 

@@ -119,8 +119,14 @@ def _configuration(name: str) -> tuple[ModelConfig, bool]:
         from colrow.checkpoint.locate import cached_snapshot
         from colrow.planner.catalog import find_model
 
-        if cached_snapshot(name)[0] is None:
-            return find_model(name).config, False
+        cached, tried = cached_snapshot(name)
+        if cached is None:
+            try:
+                return find_model(name).config, False
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}. There is no such file or directory, and {tried}"
+                ) from None
     from colrow.checkpoint.pretrained import pretrained_config
 
     return pretrained_config(name), True

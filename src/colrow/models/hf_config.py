@@ -87,7 +87,7 @@ def config_from_file(path: str | Path) -> ModelConfig:
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
-        raise FileNotFoundError(f"no config.json at {path}")
+        raise FileNotFoundError(f"no config.json at {path}, which a Hugging Face model has")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:
