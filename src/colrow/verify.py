@@ -164,7 +164,8 @@ def verify(
     naming, ids, prompt = hf_naming(model.config), ids.cpu(), prompt.cpu()
     rounded = None
     if dtype != torch.float64:
-        say(f"running the reference in {dtype}, to see what rounding costs")
+        narrow = str(dtype).removeprefix("torch.")
+        say(f"running the reference in {narrow}, to see what rounding costs")
         rounded = _run_reference(reference, ids, naming)
         reference = reference.double()
     say("running the reference in fp64")

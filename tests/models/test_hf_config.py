@@ -212,6 +212,25 @@ def test_settings_mean_what_transformers_reads(name: str, change: dict[str, Any]
 
 
 @pytest.mark.parametrize(
+    ("name", "change", "windows"),
+    [
+        ("Mistral-7B-v0.1", {"sliding_window": None}, ()),
+        ("Mistral-7B-v0.1", {"sliding_window": 9}, (9,) * 32),
+        ("Qwen2-0.5B", {}, ()),
+        (
+            "Qwen2-0.5B",
+            {"use_sliding_window": True, "max_window_layers": 5},
+            (None,) * 5 + (131072,) * 19,
+        ),
+    ],
+)
+def test_sliding_windows(
+    name: str, change: dict[str, Any], windows: tuple[int | None, ...]
+) -> None:
+    assert config_from_hf({**PUBLISHED[name], **change}).windows == windows
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"logits_scaling": 8.0}, r"llama with logits_scaling=8\.0 is not supported"),
