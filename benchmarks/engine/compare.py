@@ -1,5 +1,6 @@
-"""Gloo against the MPI engine, between two ranks of this machine: ``python -m benchmarks.engine.compare``.
+"""Gloo against the MPI engine, between two ranks of this machine.
 
+``python -m benchmarks.engine.compare [FILE]`` prints a table, and writes all samples to FILE.
 Three ways in: torch.distributed over Gloo, torch.distributed over the engine, and colrow's own
 primitives over it; and, as the limit, mpi4py's all-reduce on the same communicator. Each message
 size is measured in turns, and the median of all calls is reported with its spread.

@@ -51,7 +51,7 @@ def answer(request: Request) -> dict[str, object]:
     started = time.perf_counter()
     mesh = init_mesh(tp=request.tp, device=request.device, engine=request.engine)
     dtype = request.dtype or (torch.bfloat16 if mesh.device.type == "cuda" else torch.float32)
-    model = from_pretrained(request.model, mesh, dtype=dtype)
+    model = from_pretrained(request.model, mesh, dtype=dtype).for_decoding()
     load_seconds = time.perf_counter() - started
     writer = _Writer(request) if mesh.tp.rank == 0 else None
     result = generate(

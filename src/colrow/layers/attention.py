@@ -187,14 +187,16 @@ class ParallelAttention(nn.Module):
         if context is None:
             past = 0 if cache is None else cache.length
             context = AttentionContext(queries, past=past, device=x.device)
-        q, k, v = fused.view(batch, queries, -1, self.head_dim).split(
-            [self.q_heads, self.kv_heads, self.kv_heads], dim=2
+        qk, v = fused.view(batch, queries, -1, self.head_dim).split(
+            [self.q_heads + self.kv_heads, self.kv_heads], dim=2
         )  # each [batch, queries, heads_local, head_dim]
         if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q, shared=shared), self.key_norm(k, shared=shared)
+            q, k = qk.split([self.q_heads, self.kv_heads], dim=2)
+            normed = self.query_norm(q, shared=shared), self.key_norm(k, shared=shared)
+            qk = torch.cat(normed, dim=2)
         if self.rope is not None and self.frequencies is not None:
-            tables = context.rope(self.frequencies, self.rope, q.dtype)
-            q, k = apply_rope(q, tables), apply_rope(k, tables)
+            qk = apply_rope(qk, context.rope(self.frequencies, self.rope, qk.dtype))
+        q, k = qk.split([self.q_heads, self.kv_heads], dim=2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(self.layer_index, k, v)

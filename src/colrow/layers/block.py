@@ -104,6 +104,8 @@ class ParallelBlock(nn.Module):
         return residual + self._drop(expanded, sequence, _derived(dropout_key, "mlp"))
 
     def _drop(self, x: Tensor, sequence: Partition | None, key: int | Tensor | None) -> Tensor:
+        if not self.training or self.dropout.p == 0:
+            return x
         if not divides_sequence(self.attention, sequence):
             whole: Tensor = self.dropout(x, key=key)
             return whole

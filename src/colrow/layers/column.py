@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from colrow.comm import collectives, primitives
+from colrow.layers.decoding import Kernel
 from colrow.layers.fused import check_overlap, column_linear
 from colrow.layers.linear import (
     check_features,
@@ -68,6 +69,10 @@ class FusedColumnParallelLinear(nn.Module):
             split backward need; under sequence parallelism that form keeps the gathered input.
         layer: name for messages and the ledger.
 
+    Attributes:
+        kernel: what to multiply with where no gradient is asked for, see
+            :mod:`colrow.layers.decoding`; None for the weight itself.
+
     Parameters: ``weight`` ``[out_local, in]``, ``bias`` ``[out_local]``; drawn as nn.Linear's are,
     with values that depend on torch's CPU seed alone and not on the number of ranks. All ranks must
     construct the layer, after the same seed: they compare it with an all-reduce of 16 bytes
@@ -102,6 +107,7 @@ class FusedColumnParallelLinear(nn.Module):
         self.sequence_parallel = sequence_parallel
         self.keep_gathered_input = keep_gathered_input
         self.overlap = overlap
+        self.kernel: Kernel | None = None
         self.weight_spec = ShardSpec((self.out_features, in_features), 0, tuple(blocks))
         self.bias_spec = ShardSpec((self.out_features,), 0, tuple(blocks))
         self._shared_rows = SharedRows.of(self.weight_spec, tp.rank)
@@ -144,6 +150,8 @@ class FusedColumnParallelLinear(nn.Module):
             sequence = None
         elif sequence is None:
             sequence = primitives.exchange_sizes(x, self.tp, -2, layer=self.layer)
+        if self.kernel is not None and sequence is None and not torch.is_grad_enabled():
+            return self.kernel(x, self.bias)
         shared = shared or SharedWeights.of_layer(self)
         bias = None if self.bias is None else shared(self, "bias")
         return column_linear(

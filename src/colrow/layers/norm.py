@@ -69,9 +69,12 @@ class RMSNorm(_Norm):
     def forward(self, x: Tensor, *, shared: SharedWeights | None = None) -> Tensor:
         """``[..., size]`` to the same shape."""
         shared = shared or SharedWeights.of_layer(self)
+        weight = shared(self, "weight")
+        if x.dtype == weight.dtype:
+            return F.rms_norm(x, (self.size,), weight, self.eps)
         wide = x if x.dtype == torch.float64 else x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (normed.to(x.dtype) * shared(self, "weight")).to(x.dtype)
+        return (normed.to(x.dtype) * weight).to(x.dtype)
 
 
 class LayerNorm(_Norm):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from colrow.comm import collectives, primitives
+from colrow.layers.decoding import Kernel
 from colrow.layers.fused import row_linear
 from colrow.layers.linear import (
     check_features,
@@ -47,6 +48,9 @@ class RowParallelLinear(nn.Module):
             collective comes last in forward and, under sequence parallelism, first in backward.
         layer: name for messages and the ledger.
 
+    Attributes:
+        kernel: as in :class:`FusedColumnParallelLinear`.
+
     Parameters: ``weight`` ``[out, in_local]``, ``bias`` ``[out]``, drawn as in
     :class:`FusedColumnParallelLinear`, with the same comparison of seeds.
 
@@ -80,6 +84,7 @@ class RowParallelLinear(nn.Module):
         self.input_is_parallel = input_is_parallel
         self.sequence_parallel = sequence_parallel
         self.overlap = overlap
+        self.kernel: Kernel | None = None
         self.weight_spec = ShardSpec((out_features, in_features), 1, (partition,))
         self.bias_spec = ShardSpec.replicated(out_features)
         self.weight = nn.Parameter(
@@ -134,9 +139,13 @@ class RowParallelLinear(nn.Module):
             sequence = None
         elif sequence is None:
             sequence = Partition.even(x.shape[-2], self.tp.size)
-        y = row_linear(
-            x, self.weight, self.tp, sequence=sequence, overlap=self.overlap, layer=self.layer
-        )
+        if self.kernel is not None and sequence is None and not torch.is_grad_enabled():
+            partial = self.kernel(x, None)
+            y = primitives.all_reduce(partial, self.tp, layer=self.layer, in_place=True)
+        else:
+            y = row_linear(
+                x, self.weight, self.tp, sequence=sequence, overlap=self.overlap, layer=self.layer
+            )
         if self.bias is None:
             return y
         shared = shared or SharedWeights.of_layer(self)

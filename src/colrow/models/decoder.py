@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from colrow import rng
+from colrow.layers.column import FusedColumnParallelLinear
 from colrow.layers.context import AttentionContext, KeyValueCache
+from colrow.layers.decoding import Kernel, lay_out_
 from colrow.layers.dropout import ParallelDropout
 from colrow.layers.fused import column_linear
 from colrow.layers.linear import divides_sequence
 from colrow.layers.loss import Reduction, vocab_parallel_cross_entropy
+from colrow.layers.row import RowParallelLinear
 from colrow.layers.shared import SharedLayers, SharedWeights
 from colrow.mesh import ParallelGroup
 from colrow.models.config import Layout, ModelConfig, parameter_specs
@@ -75,6 +78,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(parts.block(index) for index in range(config.num_layers))
         self.norm = parts.norm("norm")
         self.head = parts.head()
+        self.tied_kernel: Kernel | None = None
         allocate(self, torch.device(device))
         self._shared_layers = SharedLayers(self)
 
@@ -232,16 +236,32 @@ class Decoder(nn.Module):
         if self.head is not None:
             logits: Tensor = self.head(hidden, sequence=sequence, shared=shared)
             return logits
+        whole = not divides_sequence(self, sequence)
+        if self.tied_kernel is not None and whole and not torch.is_grad_enabled():
+            return self.tied_kernel(hidden, None)
         return column_linear(
             hidden,
             self.embedding.weight,
             None,
             self.tp,
-            sequence=sequence if divides_sequence(self, sequence) else None,
+            sequence=None if whole else sequence,
             keep_gathered_input=self.keep_gathered_input,
             overlap=self.overlap,
             layer="head",
         )
+
+    def for_decoding(self) -> Decoder:
+        """Lays the weights out for generating on a CPU, see :mod:`colrow.layers.decoding`.
+
+        Shapes, values and names stay, so everything still works, training more slowly. On GPUs it
+        does nothing. Call it again after the weights have changed. Returns the model itself.
+        """
+        for module in self.modules():
+            if isinstance(module, FusedColumnParallelLinear | RowParallelLinear):
+                module.kernel = lay_out_(module.weight)
+        if self.head is None:
+            self.tied_kernel = lay_out_(self.embedding.weight)
+        return self
 
     def weight_bytes_per_rank(self) -> list[int]:
         """Bytes of parameters on each rank of the tp group; nothing is sent."""
