@@ -156,3 +156,38 @@ def differ(tp: ParallelGroup, path: str, what: str) -> None:
     if what == "prompt":
         ids = ids + tp.rank
     run(tp, path, ids, max_new_tokens=2, sampling=Sampling(temperature=1.0, seed=seed))
+
+
+def test_weights_laid_out_for_decoding(cases: dict[str, Case], ranks: RankPool) -> None:
+    for results in ranks(2, laid_out, [cases["qwen2"].path, cases["bloom"].path]):
+        for same_weights, shift, packed, tokens in results:
+            assert same_weights
+            assert shift[torch.float64] < 1e-12 and shift[torch.bfloat16] < 2e-2
+            assert not packed[torch.float64]
+            assert packed[torch.bfloat16] == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            assert tokens
+
+
+def laid_out(tp: ParallelGroup, paths: list[str]) -> list[tuple[bool, Any, Any, bool]]:
+    return [laid_out_one(tp, path) for path in paths]
+
+
+def laid_out_one(tp: ParallelGroup, path: str) -> tuple[bool, Any, Any, bool]:
+    """Weights and logits against those of the plain layout; kernels only without gradients."""
+    ids, mask = models.prompts()
+    shift, packed, same, tokens = {}, {}, True, []
+    for dtype in (torch.float64, torch.bfloat16):
+        model = from_pretrained(path, tp, dtype=dtype)
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        with torch.no_grad():
+            plain = model(ids)
+            laid = model.for_decoding()(ids)
+        shift[dtype] = ((laid - plain).norm() / plain.norm()).item()
+        kernels = [module.kernel for module in model.modules() if hasattr(module, "kernel")]
+        packed[dtype] = all(kernel is not None for kernel in kernels)
+        same &= all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+        tokens.append(generate(model, ids, attention_mask=mask, max_new_tokens=8).token_ids)
+        model.loss(ids, ids).backward()
+        same &= all(p.grad is not None for p in model.parameters())
+    expected = run(tp, path, ids, attention_mask=mask, max_new_tokens=8).token_ids
+    return same, shift, packed, tokens[0] == expected
