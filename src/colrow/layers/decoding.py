@@ -28,7 +28,8 @@ def lay_out_(weight: nn.Parameter) -> Kernel | None:
     if weight.device.type != "cpu":
         return None
     if weight.dtype in (torch.float32, torch.float64):
-        weight.data = weight.data.t().contiguous().t()
+        if weight.shape[0] >= weight.shape[1]:  # short rows; long ones stream as well as columns
+            weight.data = weight.data.t().contiguous().t()
         return None
     if weight.dtype != torch.bfloat16 or not _has_packed_kernels():
         return None

@@ -43,8 +43,8 @@ def column_linear(
     ============  ==========================================  ================================
     """
     check_overlap(sequence is not None, keep_gathered_input, overlap)
-    if tp.size == 1:
-        return F.linear(x, weight, bias)
+    if tp.size == 1 or (sequence is None and not torch.is_grad_enabled()):
+        return F.linear(x, weight, bias)  # nothing to send, and nothing to differentiate
     # A gather that is repeated in backward has no plain form; the compiler captures the fused one.
     plain = not overlap or (torch.compiler.is_compiling() and keep_gathered_input)
     if plain:
@@ -93,6 +93,8 @@ def row_linear(
     """
     if tp.size == 1:
         return F.linear(x, weight)
+    if sequence is None and not torch.is_grad_enabled():
+        return primitives.all_reduce(F.linear(x, weight), tp, layer=layer, in_place=True)
     if torch.compiler.is_compiling() or not overlap:
         partial = F.linear(x, weight)
         if sequence is None:

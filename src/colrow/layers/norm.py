@@ -70,8 +70,9 @@ class RMSNorm(_Norm):
         """``[..., size]`` to the same shape."""
         shared = shared or SharedWeights.of_layer(self)
         weight = shared(self, "weight")
-        if x.dtype == weight.dtype:
+        if x.dtype == weight.dtype and x.dtype.itemsize >= 4:
             return F.rms_norm(x, (self.size,), weight, self.eps)
+        # Rounded before the weight is applied, as the models were trained, and nothing wide is kept.
         wide = x if x.dtype == torch.float64 else x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (normed.to(x.dtype) * weight).to(x.dtype)

@@ -155,10 +155,11 @@ class Decoder(nn.Module):
                 "undefined: it compares each token with the next one; give it at least two"
             )
         hidden = self._hidden(input_ids, attention_mask, positions, None, key)
-        logits = self.logits(*hidden)
-        return vocab_parallel_cross_entropy(
-            logits[:, :-1],
-            labels[:, 1:],
+        # Labels move rather than logits: a slice of the logits would be copied back in backward.
+        nothing = labels.new_full((labels.shape[0], 1), ignore_index)
+        losses = vocab_parallel_cross_entropy(
+            self.logits(*hidden),
+            torch.cat([labels[:, 1:], nothing], dim=1),
             self.tp,
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
@@ -166,6 +167,7 @@ class Decoder(nn.Module):
             reduction=reduction,
             partition=self.layout.vocab,
         )
+        return losses[:, :-1] if reduction == "none" else losses
 
     def last_logits(
         self, input_ids: Tensor, *, attention_mask: Tensor | None, cache: KeyValueCache
