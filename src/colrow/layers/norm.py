@@ -72,7 +72,7 @@ class RMSNorm(_Norm):
         weight = shared(self, "weight")
         if x.dtype == weight.dtype and x.dtype.itemsize >= 4:
             return F.rms_norm(x, (self.size,), weight, self.eps)
-        # Rounded before the weight is applied, as the models were trained, and nothing wide is kept.
+        # Rounded before the weight is applied, as models are trained, and nothing wide is kept.
         wide = x if x.dtype == torch.float64 else x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (normed.to(x.dtype) * weight).to(x.dtype)
