@@ -49,7 +49,8 @@ class Processes:
         self._files = ExitStack()
         self._logs = []
         for _ in range(contestant.ranks):
-            self._logs.append(self._files.enter_context(tempfile.TemporaryFile()))
+            log = self._files.enter_context(tempfile.TemporaryFile())  # noqa: SIM115
+            self._logs.append(log)
         self._answers: list[queue.Queue[str]] = []
         self._ranks: list[subprocess.Popen[str]] = []
         arguments = [workload.name, contestant.name, str(directory), engine]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -22,8 +23,20 @@ _PROFILED_RUNS = 5
 Progress = Callable[[str], None]
 
 
-def measure(settings: BenchSettings, tp: int, progress: Progress) -> list[Measurement] | None:
-    """Measures at one tensor-parallel size; the ranks of this size call it, each for itself.
+def start(settings: BenchSettings, tp: int) -> Mesh:
+    """The mesh of one tensor-parallel size, on the engine and with the threads that are asked for.
+
+    Communicates: see :func:`colrow.init_mesh`.
+    """
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    if settings.engine is not None and tp > 1 and not dist.is_initialized():
+        dist.init_process_group(settings.engine, **rendezvous_arguments())
+    return init_mesh(tp=tp, device=settings.device)
+
+
+def measure(settings: BenchSettings, mesh: Mesh, progress: Progress) -> list[Measurement] | None:
+    """Measures on the ranks of ``mesh.tp``, all of which call it.
 
     Three runs each time: as it is, for the totals; with the ledger, for communication; with torch's
     profiler, for matmuls and attention. So no part of the totals is time spent on measuring, and
@@ -34,12 +47,10 @@ def measure(settings: BenchSettings, tp: int, progress: Progress) -> list[Measur
 
     Returns:
         On rank 0 one measurement for each subject, None on the others.
+
+    Communicates: what is measured, a barrier before each run, and the results.
     """
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    if settings.engine is not None and tp > 1 and not dist.is_initialized():
-        dist.init_process_group(settings.engine, **rendezvous_arguments())
-    mesh = init_mesh(tp=tp, device=settings.device)
+    tp = mesh.tp.size
     say: Progress = progress if mesh.tp.rank == 0 else _nothing
     say(f"tp={tp}: building")
     measured = []
@@ -135,7 +146,8 @@ def _run(
 
 
 def _profiler(cuda: bool) -> profile:
-    """torch's profiler. Kineto, which CUDA needs, writes to standard error when it starts."""
+    """torch's profiler, whose library announces every start on standard error below level 6."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     return profile(use_kineto=cuda, use_device="cuda" if cuda else None)
 
 

@@ -167,12 +167,12 @@ def _configuration(args: argparse.Namespace) -> ModelConfig:
 
 
 def _measure(settings: BenchSettings, size: int) -> list[Measurement] | None:
-    from colrow.bench.measure import measure
+    from colrow.bench.measure import measure, start
 
     def progress(text: str) -> None:
         print(f"... {text}", file=sys.stderr, flush=True)
 
-    return measure(settings, size, progress)
+    return measure(settings, start(settings, size), progress)
 
 
 def _as_dict(settings: BenchSettings, found: list[Measurement]) -> dict[str, object]:
