@@ -18,7 +18,6 @@ from benchmarks.peers.weights import shifted_labels, training_batch
 from benchmarks.peers.workloads import Training
 
 LEARNING_RATE = 1e-3
-CHECKED_STEPS = 3
 
 
 class Trainer(ABC):
@@ -66,7 +65,7 @@ class Trainer(ABC):
 
     def check(self) -> dict[str, list[float]]:
         """The losses of the first steps, which all contestants must share."""
-        return {"losses": [float(_whole(self.step())) for _ in range(CHECKED_STEPS)]}
+        return {"losses": [float(_whole(self.step())) for _ in range(self.workload.checked)]}
 
     def measure(self) -> dict[str, list[float]]:
         """Seconds of each step of a turn."""

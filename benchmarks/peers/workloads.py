@@ -13,6 +13,7 @@ class Training:
         name: key on the command line and in the results.
         hidden, layers, heads, ffn, vocab: sizes; as many KV heads as query heads.
         batch, sequence: of every step; the same tokens each time.
+        checked: first steps whose losses are compared with everybody's.
         warmup: steps before each turn that are not timed.
         repeats: steps of each turn that are timed.
     """
@@ -25,6 +26,7 @@ class Training:
     vocab: int
     batch: int
     sequence: int
+    checked: int
     warmup: int
     repeats: int
 
@@ -70,9 +72,31 @@ Workload = Training | Decoding
 WORKLOADS: dict[str, Workload] = {
     workload.name: workload
     for workload in (
-        Training("train-256", 256, 4, 8, 704, 4096, batch=2, sequence=128, warmup=2, repeats=10),
         Training(
-            "train-1024", 1024, 4, 16, 2816, 32000, batch=4, sequence=512, warmup=0, repeats=1
+            "train-256",
+            256,
+            4,
+            8,
+            704,
+            4096,
+            batch=2,
+            sequence=128,
+            checked=3,
+            warmup=2,
+            repeats=10,
+        ),
+        Training(
+            "train-1024",
+            1024,
+            4,
+            16,
+            2816,
+            32000,
+            batch=4,
+            sequence=512,
+            checked=2,
+            warmup=0,
+            repeats=1,
         ),
         Decoding("decode-fp32", "float32", prompt=512, tokens=24, repeats=1),
         Decoding("decode-bf16", "bfloat16", prompt=512, tokens=24, repeats=1),
