@@ -63,9 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--engines",
         nargs="+",
-        default=["gloo"],
-        metavar="NAME",
-        help="torch.distributed backends; contestants with several ranks run on each (gloo)",
+        choices=("gloo", "mpi"),
+        default=["gloo", "mpi"],
+        help="contestants with several ranks take part once on each (default gloo mpi)",
     )
     parser.add_argument("--turns", type=int, default=3, help="of each contestant (default 3)")
     parser.add_argument("--model", type=Path, default=MODEL, help="SmolLM2's GGUF file")
@@ -79,7 +79,8 @@ def _chosen(workload: Workload, names: list[str] | None) -> tuple[Contestant, ..
     """Those asked for; the reference always takes part."""
     everybody = contestants(workload)
     if names is None:
-        return everybody
+        long = isinstance(workload, Training) and workload.long
+        return tuple(c for c in everybody if not (long and c.variant))
     return tuple(c for c in everybody if c is everybody[0] or c.name in names)
 
 

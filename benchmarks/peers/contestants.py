@@ -34,6 +34,7 @@ class Contestant:
         factory: "module:class" of this package; imported on the ranks alone.
         ranks: processes; each has one thread, but a single process has all cores' threads.
         package: what must be installed beside colrow and its extras, in :data:`PACKAGES`.
+        variant: takes part in long workloads only when it is named.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Contestant:
     factory: str
     ranks: int
     package: str = ""
+    variant: bool = False
 
     @property
     def split(self) -> bool:
@@ -58,14 +60,22 @@ class Contestant:
 
 TRAINING = (
     Contestant("unsplit", "PyTorch, unsplit", "training:Unsplit", 1),
-    Contestant("colrow-1", "colrow, unsplit", "training:Colrow", 1),
+    Contestant("colrow-1", "colrow, unsplit", "training:Colrow", 1, variant=True),
     Contestant("colrow", "colrow, tp=2", "training:Colrow", 2),
     Contestant(
-        "colrow-sp", "colrow, tp=2, sequence parallel", "training:ColrowSequenceParallel", 2
+        "colrow-sp",
+        "colrow, tp=2, sequence parallel",
+        "training:ColrowSequenceParallel",
+        2,
+        variant=True,
     ),
     Contestant("dtensor", "DTensor, tp=2", "dtensor:DTensor", 2),
     Contestant(
-        "dtensor-sp", "DTensor, tp=2, sequence parallel", "dtensor:DTensorSequenceParallel", 2
+        "dtensor-sp",
+        "DTensor, tp=2, sequence parallel",
+        "dtensor:DTensorSequenceParallel",
+        2,
+        variant=True,
     ),
     Contestant(
         "megatron", "Megatron-Core layers, tp=2", "megatron:Megatron", 2, package="megatron-core"

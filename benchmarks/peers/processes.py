@@ -31,7 +31,7 @@ class Processes:
     Args:
         threads: of each rank.
         directory: the weights.
-        engine: the torch.distributed backend of contestants with several ranks.
+        engine: what carries the bytes of contestants with several ranks: "gloo" or "mpi".
 
     Raises:
         ContestantError: a rank failed.

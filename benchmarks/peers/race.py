@@ -65,6 +65,7 @@ def run(
         Entry(contestant, engine)
         for contestant in chosen
         for engine in (engines if contestant.split else ("",))
+        if engine != "mpi" or contestant.ranks <= cores  # its ranks wait by polling
     ]
     with ExitStack() as stack:
         running: list[tuple[Entry, Processes]] = []

@@ -35,13 +35,15 @@ def main() -> None:
 
 def _serve(answers: TextIO, workload_name: str, name: str, directory: str, engine: str) -> None:
     import torch
-    import torch.distributed as dist
+
+    import colrow
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     workload = WORKLOADS[workload_name]
     contestant = next(c for c in contestants(workload) if c.name == name)
     if contestant.split:
-        dist.init_process_group(engine, timeout=timedelta(minutes=5))
+        world = int(os.environ["WORLD_SIZE"])
+        colrow.init_mesh(tp=world, device="cpu", engine=engine, timeout=timedelta(minutes=5))
     running = contestant.load()(workload, Path(directory))  # type: ignore[call-arg]
     _answer(answers, {"ready": True})
     for line in sys.stdin:

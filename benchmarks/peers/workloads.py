@@ -16,6 +16,7 @@ class Training:
         checked: first steps whose losses are compared with everybody's.
         warmup: steps before each turn that are not timed.
         repeats: steps of each turn that are timed.
+        long: steps take so much time and memory that variants stay out unless they are named.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Training:
     checked: int
     warmup: int
     repeats: int
+    long: bool = False
 
     @property
     def describe(self) -> str:
@@ -97,6 +99,7 @@ WORKLOADS: dict[str, Workload] = {
             checked=2,
             warmup=0,
             repeats=1,
+            long=True,
         ),
         Decoding("decode-fp32", "float32", prompt=512, tokens=24, repeats=1),
         Decoding("decode-bf16", "bfloat16", prompt=512, tokens=24, repeats=1),

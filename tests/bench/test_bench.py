@@ -17,6 +17,7 @@ from colrow.bench.measure import measure
 from colrow.bench.plot import plot
 from colrow.bench.result import BenchSettings, Measurement, PhaseTime, speedups
 from colrow.cli import main
+from colrow.comm.engine import Engine
 from colrow.comm.ledger import record
 from colrow.comm.primitives import all_reduce_async
 from colrow.mesh import Mesh, ParallelGroup
@@ -31,7 +32,8 @@ SETTINGS = BenchSettings(CONFIG, "block", batch=2, sequence=8, runs=2, warmup=1)
 
 def measured(tp: ParallelGroup, settings: BenchSettings) -> list[Measurement] | None:
     alone = ParallelGroup.single
-    mesh = Mesh(tp, alone("dp"), alone("pp"), None, torch.device("cpu"))
+    engine = Engine("gloo", "the pool's")
+    mesh = Mesh(tp, alone("dp"), alone("pp"), None, torch.device("cpu"), engine)
     return measure(settings, mesh, lambda _: None)
 
 

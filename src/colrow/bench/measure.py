@@ -15,7 +15,6 @@ from colrow.bench.attribution import PREFIX, Kernels, attribute
 from colrow.bench.result import BenchSettings, Measurement, PhaseTime, median
 from colrow.bench.subjects import Subject, subjects
 from colrow.comm.ledger import Ledger, record
-from colrow.launch import rendezvous_arguments
 from colrow.mesh import Mesh, init_mesh
 
 # The kernels' times hardly vary, and a profile takes long to read.
@@ -30,9 +29,7 @@ def start(settings: BenchSettings, tp: int) -> Mesh:
     """
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    if settings.engine is not None and tp > 1 and not dist.is_initialized():
-        dist.init_process_group(settings.engine, **rendezvous_arguments())
-    return init_mesh(tp=tp, device=settings.device)
+    return init_mesh(tp=tp, device=settings.device, engine=settings.engine if tp > 1 else None)
 
 
 def measure(settings: BenchSettings, mesh: Mesh, progress: Progress) -> list[Measurement] | None:
@@ -66,7 +63,7 @@ def measure(settings: BenchSettings, mesh: Mesh, progress: Progress) -> list[Mea
                 subject.name,
                 tp,
                 torch.get_num_threads(),
-                dist.get_backend(mesh.tp.group) if tp > 1 else None,
+                mesh.engine.name if tp > 1 else None,
                 _device_name(mesh.device),
                 subject.tokens,
                 by_rank,

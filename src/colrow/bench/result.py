@@ -26,7 +26,7 @@ class BenchSettings:
         warmup: runs before these.
         threads: of each rank; None leaves what the launcher set, the cores divided by the ranks.
         device: as :func:`colrow.init_mesh` takes it.
-        engine: torch.distributed backend; None leaves the choice to :func:`colrow.init_mesh`.
+        engine: as :func:`colrow.init_mesh` takes it.
     """
 
     config: ModelConfig

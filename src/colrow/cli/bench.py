@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -12,12 +11,15 @@ from colrow.cli.common import (
     DTYPES,
     add_device,
     add_dtype,
+    add_engine,
     add_json,
     add_sequence_parallel,
+    announce,
     destination,
     model_configuration,
     positive_int,
     run_on_ranks,
+    say,
     write_json,
 )
 
@@ -90,9 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=positive_int, metavar="N", help="of each rank (default cores / ranks)"
     )
-    parser.add_argument(
-        "--engine", metavar="NAME", help="torch.distributed backend (default: colrow's choice)"
-    )
+    add_engine(parser)
     for name in _SIZES:
         parser.add_argument(f"--{name}", type=positive_int, metavar="N", help=argparse.SUPPRESS)
     add_dtype(parser)
@@ -169,10 +169,9 @@ def _configuration(args: argparse.Namespace) -> ModelConfig:
 def _measure(settings: BenchSettings, size: int) -> list[Measurement] | None:
     from colrow.bench.measure import measure, start
 
-    def progress(text: str) -> None:
-        print(f"... {text}", file=sys.stderr, flush=True)
-
-    return measure(settings, start(settings, size), progress)
+    mesh = start(settings, size)
+    announce(mesh)
+    return measure(settings, mesh, say)
 
 
 def _as_dict(settings: BenchSettings, found: list[Measurement]) -> dict[str, object]:
