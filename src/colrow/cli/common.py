@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from colrow.mesh import Mesh
+    from colrow.models.config import ModelConfig
 
 T = TypeVar("T")
 
@@ -51,7 +52,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     """``--json FILE``."""
     parser.add_argument(
         "--json",
-        type=_destination,
+        type=destination,
         metavar="FILE",
         help='also write the result as JSON, for a program; "-" writes it to standard output '
         "instead of the text; NaN and Inf are null",
@@ -124,6 +125,42 @@ def torch_dtype(name: str) -> torch.dtype:
     return dtype
 
 
+def model_configuration(name: str) -> tuple[ModelConfig, bool]:
+    """A model's configuration, and whether there are weights to run it with.
+
+    Args:
+        name: Hugging Face directory, cached hub id, .gguf file, config.json, or a public model's
+            name.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    path = Path(name)
+    if path.suffix == ".json" or (path.is_dir() and not _weights(path)):
+        from colrow.models.hf_config import config_from_file
+
+        return config_from_file(path), False
+    if not path.exists() and "/" not in name and path.suffix != ".gguf":
+        from colrow.checkpoint.locate import cached_snapshot
+        from colrow.planner.catalog import find_model
+
+        cached, tried = cached_snapshot(name)
+        if cached is None:
+            try:
+                return find_model(name).config, False
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}. There is no such file or directory, and {tried}"
+                ) from None
+    from colrow.checkpoint.pretrained import pretrained_config
+
+    return pretrained_config(name), True
+
+
+def _weights(directory: Path) -> bool:
+    return any(directory.glob("*.safetensors*")) or any(directory.glob("*.bin"))
+
+
 def run_on_ranks(function: Callable[..., T], *args: object, ranks: int) -> T | None:
     """Runs ``function(*args)`` on every rank, started here unless somebody started them already.
 
@@ -147,7 +184,7 @@ def run_on_ranks(function: Callable[..., T], *args: object, ranks: int) -> T | N
     return result if environment.rank == 0 else None
 
 
-def _destination(text: str) -> str:
+def destination(text: str) -> str:
     """An argparse type: a file that can be written, said before the work and not after it."""
     if text != "-" and not Path(text).absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no directory for {text}")

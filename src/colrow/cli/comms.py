@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from colrow.cli.common import (
@@ -15,6 +14,7 @@ from colrow.cli.common import (
     add_sequence_parallel,
     add_tp,
     announce,
+    model_configuration,
     positive_int,
     run_on_ranks,
     torch_dtype,
@@ -23,7 +23,6 @@ from colrow.cli.common import (
 from colrow.launch import rank_environment
 
 if TYPE_CHECKING:
-    from colrow.models.config import ModelConfig
     from colrow.traffic import Traffic
 
 HELP = "list every collective of a training step, predicted and recorded"
@@ -81,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--sequence must be at least 2: the loss compares a token with the next")
     from colrow.models.config import Layout
 
-    config, has_weights = _configuration(args.model)
+    config, has_weights = model_configuration(args.model)
     Layout.create(config, args.tp)
     if has_weights and not args.dry_run:
         traffic = run_on_ranks(_record, args, ranks=args.tp)
@@ -106,34 +105,6 @@ def run(args: argparse.Namespace) -> int:
     if args.json != "-":
         show(traffic, args)
     return 0 if traffic.equal else 1
-
-
-def _configuration(name: str) -> tuple[ModelConfig, bool]:
-    """The model's configuration, and whether there are weights to run it with."""
-    path = Path(name)
-    if path.suffix == ".json" or (path.is_dir() and not _weights(path)):
-        from colrow.models.hf_config import config_from_file
-
-        return config_from_file(path), False
-    if not path.exists() and "/" not in name and path.suffix != ".gguf":
-        from colrow.checkpoint.locate import cached_snapshot
-        from colrow.planner.catalog import find_model
-
-        cached, tried = cached_snapshot(name)
-        if cached is None:
-            try:
-                return find_model(name).config, False
-            except ValueError as error:
-                raise ValueError(
-                    f"{error}. There is no such file or directory, and {tried}"
-                ) from None
-    from colrow.checkpoint.pretrained import pretrained_config
-
-    return pretrained_config(name), True
-
-
-def _weights(directory: Path) -> bool:
-    return any(directory.glob("*.safetensors*")) or any(directory.glob("*.bin"))
 
 
 def _record(args: argparse.Namespace) -> Traffic:

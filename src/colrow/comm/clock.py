@@ -20,6 +20,7 @@ class Clock:
     def __init__(self, tp: ParallelGroup, call: Call, device: torch.device) -> None:
         self._tp, self._call, self._device = tp, call, device
         self._started = self._waited = self._now()
+        self._issuing_seconds = 0.0
 
     @staticmethod
     def start(
@@ -32,6 +33,11 @@ class Clock:
         dtype = str(buffer.dtype).removeprefix("torch.")
         return Clock(tp, Call(op, phase, layer, size, dtype, tp.name), buffer.device)
 
+    def issued(self) -> None:
+        """The call that starts the collective is over; an engine may have done the work in it."""
+        if isinstance(self._started, float):
+            self._issuing_seconds = time.perf_counter() - self._started
+
     def blocked(self) -> None:
         """The rank has nothing else to do from here on."""
         self._waited = self._now()
@@ -39,9 +45,10 @@ class Clock:
     def done(self) -> None:
         """The rank goes on; writes the entry."""
         started, waited, ended = self._started, self._waited, self._now()
+        issuing = self._issuing_seconds
         if self._tp.ledger is not None:
             self._tp.ledger.add(
-                self._call, lambda: (_seconds(started, ended), _seconds(waited, ended))
+                self._call, lambda: (_seconds(started, ended), issuing + _seconds(waited, ended))
             )
 
     def _now(self) -> float | torch.cuda.Event:

@@ -38,6 +38,8 @@ class Pending:
         clock: Clock | None = None,
     ) -> None:
         self._finish, self._work, self._clock = finish, work, clock
+        if clock is not None:
+            clock.issued()
 
     def wait(self) -> Tensor:
         """Blocks until the result is there (on CUDA: makes the current stream wait for it)."""

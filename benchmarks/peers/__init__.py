@@ -1,0 +1,1 @@
+"""colrow and its peers, timed alternately on the same weights, shapes, threads and cores."""

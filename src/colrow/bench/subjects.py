@@ -1,0 +1,192 @@
+"""What can be measured: a model, or parts of one of its blocks, with random weights and inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from colrow.bench.result import BenchSettings
+from colrow.generate.cache import KeyValueCache
+from colrow.generate.sampling import next_tokens
+from colrow.layers.block import ParallelBlock
+from colrow.layers.row import RowParallelLinear
+from colrow.mesh import Mesh
+from colrow.models.build import from_config
+from colrow.models.decoder import Decoder
+from colrow.partition import Partition
+from colrow.train.optimizer import adamw
+
+TOKENS_PER_RUN = 16
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run: ``function`` is called ``count`` times, and seconds are per call."""
+
+    name: str
+    function: Callable[[], object]
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something to measure; its phases run in order, once each per run.
+
+    Attributes:
+        tokens: that one call of the decisive phases works on.
+    """
+
+    name: str
+    phases: tuple[Phase, ...]
+    tokens: int
+
+
+def subjects(settings: BenchSettings, mesh: Mesh) -> list[Subject]:
+    """Builds what the settings ask for; all ranks call it."""
+    dtype: torch.dtype = getattr(torch, settings.dtype)
+    config = settings.config
+    if settings.what != "model":
+        # A block's shape does not depend on the rest of the model, which would only take memory.
+        config = replace(
+            config,
+            num_layers=1,
+            windows=config.windows[:1],
+            vocab_size=max(2, mesh.tp.size),
+            pad_token_id=None,
+            freeze_padding=False,
+        )
+    model = from_config(config, mesh, dtype=dtype, sequence_parallel=settings.sequence_parallel)
+    model.train(not settings.decode)
+    if settings.what == "model":
+        return [_generation(model, settings) if settings.decode else _training(model, settings)]
+    block = model.blocks[0]
+    assert isinstance(block, ParallelBlock)
+    parts: dict[str, nn.Module] = {
+        "attention": block.attention,
+        "mlp": block.mlp,
+        "block": block,
+    }
+    if settings.what == "layer":
+        parts = {
+            "attention.qkv": block.attention.qkv,
+            "attention.output": block.attention.output,
+            "mlp.up": block.mlp.up,
+            "mlp.down": block.mlp.down,
+        }
+    else:
+        parts = {settings.what: parts[settings.what]}
+    build = _part_decoding if settings.decode else _part_training
+    return [build(name, part, model, settings) for name, part in parts.items()]
+
+
+def _training(model: Decoder, settings: BenchSettings) -> Subject:
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    shape = (settings.batch, settings.sequence)
+    ids = torch.randint(model.config.vocab_size, shape, generator=generator).to(device)
+    optimizer = adamw(model)
+    losses: list[Tensor] = []
+
+    def forward() -> None:
+        losses.append(model.loss(ids, ids))
+
+    def step() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    phases = (
+        Phase("forward", forward),
+        Phase("backward", lambda: losses.pop().backward()),
+        Phase("optimizer", step),
+    )
+    return Subject("model", phases, ids.numel())
+
+
+def _generation(model: Decoder, settings: BenchSettings) -> Subject:
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    shape = (settings.batch, settings.sequence)
+    ids = torch.randint(model.config.vocab_size, shape, generator=generator).to(device)
+    caches: list[KeyValueCache] = []
+    tokens: list[Tensor] = []
+
+    @torch.inference_mode()
+    def step(new: Tensor) -> None:
+        logits = model.last_logits(new, attention_mask=None, cache=caches[0])
+        tokens[:] = [next_tokens(logits, model.tp, model.layout.vocab)]
+
+    def prompt() -> None:
+        caches[:] = [
+            KeyValueCache.for_model(model, settings.batch, settings.sequence + TOKENS_PER_RUN)
+        ]
+        step(ids)
+
+    phases = (
+        Phase("prompt", prompt),
+        Phase("token", lambda: step(tokens[0].unsqueeze(1)), TOKENS_PER_RUN),
+    )
+    return Subject("model", phases, settings.batch)
+
+
+def _part_training(name: str, part: nn.Module, model: Decoder, settings: BenchSettings) -> Subject:
+    sequence = Partition.even(settings.sequence, model.tp.size) if model.sequence_parallel else None
+    # A row-parallel layer's input is whole along the sequence and divided along the features.
+    length = settings.sequence
+    if sequence is not None and not isinstance(part, RowParallelLinear):
+        length = sequence.size(model.tp.rank)
+    x = _input(part, model, settings.batch, length).requires_grad_()
+    outputs: list[Tensor] = []
+
+    def forward() -> None:
+        outputs.append(part(x, sequence=sequence))
+
+    forward()
+    gradient = torch.ones_like(outputs.pop())
+
+    def backward() -> None:
+        x.grad = None
+        part.zero_grad()
+        torch.autograd.backward([outputs.pop()], [gradient])
+
+    phases = (Phase("forward", forward), Phase("backward", backward))
+    return Subject(name, phases, settings.batch * settings.sequence)
+
+
+def _part_decoding(name: str, part: nn.Module, model: Decoder, settings: BenchSettings) -> Subject:
+    x = _input(part, model, settings.batch, 1)
+    cached = name in ("attention", "block")
+    caches: list[KeyValueCache] = []
+
+    def refill() -> None:
+        cache = KeyValueCache.for_model(model, settings.batch, settings.sequence + TOKENS_PER_RUN)
+        heads = model.layout.heads.key_value.size(model.tp.rank)
+        past = x.new_zeros(settings.batch, heads, settings.sequence, model.config.head_dim)
+        cache.update(0, past, past)
+        caches[:] = [cache]
+
+    @torch.inference_mode()
+    def token() -> None:
+        if not cached:
+            part(x)
+            return
+        if caches[0].length == settings.sequence + TOKENS_PER_RUN:
+            refill()
+        part(x, cache=caches[0])
+
+    if cached:
+        refill()
+    return Subject(name, (Phase("token", token, TOKENS_PER_RUN),), settings.batch)
+
+
+def _input(part: nn.Module, model: Decoder, batch: int, length: int) -> Tensor:
+    """Random activations of unit size, ``[batch, length, features]``."""
+    parameter = next(part.parameters())
+    features = model.config.hidden_size
+    if isinstance(part, RowParallelLinear):
+        features = part.weight.shape[1]
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(batch, length, features, generator=generator)
+    return x.to(parameter.device, parameter.dtype)

@@ -1,0 +1,195 @@
+"""``colrow bench``: where the time of a layer, a block or a model goes."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from colrow.bench.result import WHAT
+from colrow.cli.common import (
+    DTYPES,
+    add_device,
+    add_dtype,
+    add_engine,
+    add_json,
+    add_sequence_parallel,
+    announce,
+    destination,
+    model_configuration,
+    positive_int,
+    run_on_ranks,
+    say,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from colrow.bench.result import BenchSettings, Measurement
+    from colrow.models.config import ModelConfig
+
+HELP = "measure where the time of a layer, a block or a model goes"
+DESCRIPTION = """\
+Runs forward and backward (with --decode: one new token at a time) with random weights on each of
+the --tp sizes, and splits each rank's time into matmuls, attention, waiting for communication and
+everything else: element-wise work, norms, the optimiser, Python. Communication that ran behind
+computing is listed beside them. Totals are medians over --runs with nothing attached that measures.
+
+  colrow bench SmolLM2-135M-Instruct.Q4_1.gguf --what model --tp 1,2 --decode
+  colrow bench llama-3-8b --what block --tp 1,2 --batch 1 --sequence 128 --plot block.png
+  colrow bench --hidden 1024 --layers 4 --heads 16 --vocab 32000 --what model --sequence 512
+
+With one size for each rank count that you want to compare, the machine's cores are divided by the
+ranks (--threads fixes the number), so that sizes are compared on equal hardware.
+"""
+_SIZES = ("hidden", "layers", "heads", "kv-heads", "ffn", "vocab")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments."""
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="whose shape to take: Hugging Face directory, cached hub id, .gguf file, config.json, "
+        "or a public model's name such as llama-3-8b; or describe one with --hidden, --layers, "
+        "--heads and --vocab",
+    )
+    parser.add_argument(
+        "--what",
+        choices=WHAT,
+        default="block",
+        help="the whole model, one block, its attention or MLP, or each of its linear layers "
+        "(layer) (default block)",
+    )
+    parser.add_argument(
+        "--tp",
+        type=_sizes,
+        default=(1, 2),
+        metavar="N,N",
+        help="tensor-parallel sizes, one after the other (default 1,2)",
+    )
+    add_sequence_parallel(parser)
+    parser.add_argument(
+        "--batch", type=positive_int, default=1, metavar="N", help="rows (default 1)"
+    )
+    parser.add_argument(
+        "--sequence",
+        type=positive_int,
+        default=128,
+        metavar="N",
+        help="tokens per row; with --decode those before the new one (default 128)",
+    )
+    work = parser.add_mutually_exclusive_group()
+    work.add_argument(
+        "--train",
+        action="store_true",
+        help="forward, backward and, for a model, AdamW (the default)",
+    )
+    work.add_argument("--decode", action="store_true", help="one new token at a time")
+    parser.add_argument(
+        "--runs", type=positive_int, default=10, metavar="N", help="timed runs (default 10)"
+    )
+    parser.add_argument(
+        "--threads", type=positive_int, metavar="N", help="of each rank (default cores / ranks)"
+    )
+    add_engine(parser)
+    for name in _SIZES:
+        parser.add_argument(f"--{name}", type=positive_int, metavar="N", help=argparse.SUPPRESS)
+    add_dtype(parser)
+    add_device(parser)
+    add_json(parser)
+    parser.add_argument(
+        "--plot", type=destination, metavar="FILE", help="draw it (.png, .svg; needs matplotlib)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures each size and prints."""
+    from colrow.bench.result import BenchSettings
+    from colrow.models.config import Layout
+
+    settings = BenchSettings(
+        config=_configuration(args),
+        what=args.what,
+        batch=args.batch,
+        sequence=args.sequence,
+        decode=args.decode,
+        sequence_parallel=args.sequence_parallel,
+        dtype=DTYPES[args.dtype],
+        runs=args.runs,
+        threads=args.threads,
+        device=args.device,
+        engine=args.engine,
+    )
+    for size in args.tp:
+        Layout.create(settings.config, size)
+    if args.plot:
+        from colrow.bench.plot import check_matplotlib
+
+        check_matplotlib()
+    found: list[Measurement] = []
+    for size in args.tp:
+        measured = run_on_ranks(_measure, settings, size, ranks=size)
+        if measured is None:
+            return 0
+        found += measured
+    if args.json:
+        write_json(_as_dict(settings, found), args.json)
+    if args.json != "-":
+        from rich.console import Console
+
+        from colrow.bench.show import show
+
+        show(Console(highlight=False), settings, found)
+    if args.plot:
+        from colrow.bench.plot import plot
+
+        plot(found, args.plot)
+    return 0
+
+
+def _configuration(args: argparse.Namespace) -> ModelConfig:
+    """The named model's, or that of the sizes given."""
+    sizes = {name: getattr(args, name.replace("-", "_")) for name in _SIZES}
+    given = [f"--{name}" for name, value in sizes.items() if value is not None]
+    if args.model is not None:
+        if given:
+            raise ValueError(f"{', '.join(given)} describe a model, and {args.model} is one too")
+        config, _ = model_configuration(args.model)
+        return config
+    missing = [f"--{name}" for name in ("hidden", "layers", "heads", "vocab") if not sizes[name]]
+    if missing:
+        raise ValueError(f"name a model, or describe one; missing {', '.join(missing)}")
+    from colrow.planner.catalog import decoder
+
+    values = {name.replace("-", "_"): value for name, value in sizes.items()}
+    return decoder("model", "llama", positions=max(2048, args.sequence), **values).config
+
+
+def _measure(settings: BenchSettings, size: int) -> list[Measurement] | None:
+    from colrow.bench.measure import measure, start
+
+    mesh = start(settings, size)
+    announce(mesh)
+    return measure(settings, mesh, say)
+
+
+def _as_dict(settings: BenchSettings, found: list[Measurement]) -> dict[str, object]:
+    from colrow.bench.result import speedups
+
+    faster = speedups(found)
+    return {
+        "settings": asdict(settings),
+        "measurements": [
+            {**m.as_dict(), "speedup_over_one_process": faster.get((m.subject, m.tp))}
+            for m in found
+        ],
+    }
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    """An argparse type: "1,2,4"."""
+    sizes = tuple(positive_int(part) for part in text.split(","))
+    if len(set(sizes)) < len(sizes):
+        raise argparse.ArgumentTypeError(f"{text!r} names a size twice")
+    return sizes
