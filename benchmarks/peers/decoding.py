@@ -62,7 +62,7 @@ class Colrow(Decoder):
 
         size = dist.get_world_size() if dist.is_initialized() else 1
         mesh = colrow.init_mesh(tp=size, device="cpu")
-        self.model = colrow.from_pretrained(directory, mesh, dtype=self.dtype)
+        self.model = colrow.from_pretrained(directory, mesh, dtype=self.dtype).for_decoding()
 
     @torch.inference_mode()
     def loss(self) -> float:

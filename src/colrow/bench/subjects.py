@@ -60,6 +60,8 @@ def subjects(settings: BenchSettings, mesh: Mesh) -> list[Subject]:
         )
     model = from_config(config, mesh, dtype=dtype, sequence_parallel=settings.sequence_parallel)
     model.train(not settings.decode)
+    if settings.decode:
+        model.for_decoding()
     if settings.what == "model":
         return [_generation(model, settings) if settings.decode else _training(model, settings)]
     block = model.blocks[0]
