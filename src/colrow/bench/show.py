@@ -63,7 +63,8 @@ def show(console: Console, settings: BenchSettings, measurements: list[Measureme
         threads = f"{m.threads} thread{'s' if m.threads > 1 else ''} a rank"
         console.print(
             f"{m.subject}, tp={m.tp} ({threads}{engine}): {1e3 * m.seconds:.2f} ms per {unit}, "
-            f"{m.tokens_per_second:,.0f} tokens/s{speed}"
+            f"{m.tokens_per_second:,.0f} tokens/s{speed}",
+            soft_wrap=True,
         )
     if any(
         phase.profiled_seconds > _DISTURBED * phase.seconds
