@@ -47,7 +47,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     """``--json FILE``."""
     parser.add_argument(
         "--json",
-        type=_destination,
+        type=destination,
         metavar="FILE",
         help='also write the result as JSON, for a program; "-" writes it to standard output '
         "instead of the text",
@@ -120,17 +120,17 @@ def run_on_ranks(function: Callable[..., T], *args: object, ranks: int) -> T | N
     return result if environment.rank == 0 else None
 
 
-def _destination(text: str) -> str:
+def destination(text: str) -> str:
     """An argparse type: a file that can be written, said before the work and not after it."""
     if text != "-" and not Path(text).absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no directory for {text}")
     return text
 
 
-def write_json(data: object, destination: str) -> None:
+def write_json(data: object, file: str) -> None:
     """Writes ``data`` to the file, or to standard output for "-"."""
     text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
-    if destination == "-":
+    if file == "-":
         sys.stdout.write(text)
     else:
-        Path(destination).write_text(text, encoding="utf-8")
+        Path(file).write_text(text, encoding="utf-8")
