@@ -7,6 +7,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -16,7 +17,6 @@ from colrow.zoo.compare import Outcome, compare
 from colrow.zoo.pool import TaskFailure, Workers
 
 SECONDS_PER_MODEL = 60.0
-_BY_EXCEPTION = {"CannotRun": "not run", "Refused": "refused"}
 
 
 def run_zoo(
@@ -62,21 +62,24 @@ def _one(
     directory = tempfile.mkdtemp(prefix="colrow-zoo-model-")
     try:
         outcome: Outcome = workers.run(
-            compare, architecture, system, directory, tamper, timeout_seconds=seconds
+            partial(compare, tamper=tamper),
+            architecture,
+            tp,
+            system,
+            directory,
+            timeout_seconds=seconds,
         )
         return outcome
     except TaskFailure as failure:
         raised = failure.raised
-        verdict = _BY_EXCEPTION.get(raised.type_name, "failed") if raised else "failed"
-        known = raised is not None and raised.type_name in _BY_EXCEPTION
         return Outcome(
             architecture.name,
             architecture.task,
             system,
             architecture.even,
             tp,
-            verdict,
-            reason=" ".join((raised.message if raised and known else str(failure)).split()),
+            "failed",
+            reason=" ".join(str(failure).split()),
             traceback=raised.traceback if raised else "",
         )
     finally:

@@ -76,26 +76,47 @@ class Refused(RuntimeError):
 
 def compare(
     architecture: Architecture,
-    system: str,
-    directory: str,
+    tp: int,
+    system: str = "colrow",
+    directory: str = "",
+    *,
     tamper: Callable[[nn.Module, int], None] | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Outcome | None:
-    """Runs on every rank; all ranks of the world are the tp group.
+    """Splits the architecture's model and compares it with the whole one.
+
+    Runs on every rank of a world of ``tp``. Rank 0 also holds the whole model, in fp64.
 
     Args:
+        tp: at least 2.
+        system: a key of ``SYSTEMS``.
         directory: an empty one, the same for all ranks, for a system that starts from files.
         tamper: applied to the split model on each rank, with the rank; for testing this very check.
-        dtype: of the split model: fp64, or fp32 where 1e-5 is accepted, or twice what the whole
-            model itself loses to rounding. The whole model is always compared with in fp64.
+        dtype: of the split model: fp64, where 1e-10 is accepted, or fp32, where it is 1e-5, or
+            twice what the whole model itself loses to rounding.
 
     Returns:
         The outcome on rank 0, None elsewhere.
 
-    Raises:
-        CannotRun, Refused: on all ranks alike.
+    Communicates: besides what the split model sends, short messages and the gradients.
     """
-    mesh = _mesh(dist.get_world_size())
+    mesh = _mesh(tp)
+    try:
+        return _compare(architecture, mesh, system, directory, tamper, dtype)
+    except (CannotRun, Refused) as error:  # on all ranks alike
+        verdict = "refused" if isinstance(error, Refused) else "not run"
+        about = (architecture.name, architecture.task, system, architecture.even, tp)
+        return Outcome(*about, verdict, reason=str(error)) if mesh.tp.rank == 0 else None
+
+
+def _compare(
+    architecture: Architecture,
+    mesh: Mesh,
+    system: str,
+    directory: str,
+    tamper: Callable[[nn.Module, int], None] | None,
+    dtype: torch.dtype,
+) -> Outcome | None:
     splitter = SYSTEMS[system]
     saved = directory if splitter.needs_directory else ""
     model, whole, limit = _whole_model(architecture, mesh, saved, dtype)
