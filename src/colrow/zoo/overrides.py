@@ -36,8 +36,8 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         # The sliding layers have attention of their own sizes.
         "per_layer_config": {
             2: {
-                "num_attention_heads": 4,
-                "num_key_value_heads": 4,
+                "num_attention_heads": 6,
+                "num_key_value_heads": 6,
                 "q_lora_rank": 13,
                 "kv_lora_rank": 11,
                 "qk_nope_head_dim": 8,

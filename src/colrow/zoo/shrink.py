@@ -83,6 +83,8 @@ def _tiny_fields(
             continue
         if value is None:
             fields.pop(key, None)
+        elif even and key in sizes.KV_HEADS:
+            fields[key] = sizes.EVEN_HEADS
         else:
             fields[key] = value
     return fields
