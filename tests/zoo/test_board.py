@@ -47,11 +47,13 @@ def test_a_new_scoreboard_replaces_the_old_one_and_nothing_else(tmp_path: Path) 
 
 
 def test_gradients_that_are_missing_extra_or_wrong_are_seen() -> None:
-    whole = {"a": torch.ones(4), "b": torch.ones(2), "zero": torch.full((2,), 1e-30)}
+    whole = {"a": torch.ones(4), "b": torch.ones(2), "zero": torch.full((2,), 1e-30).double()}
     assert max(gradient_errors(dict(whole), whole).values()) == 0
     assert gradient_errors({**whole, "a": torch.ones(4) * 1.1}, whole)["a"] > 0.09
     assert gradient_errors({"a": whole["a"], "zero": whole["zero"]}, whole)["b"] == float("inf")
     assert gradient_errors({**whole, "c": torch.ones(1)}, whole)["c"] == float("inf")
     assert gradient_errors({"a": whole["a"], "b": whole["b"]}, whole)["zero"] == 0
     # Rounding of what is 0 in exact arithmetic is no error.
-    assert gradient_errors({**whole, "zero": torch.full((2,), 1e-17)}, whole)["zero"] < 1e-10
+    assert (
+        gradient_errors({**whole, "zero": torch.full((2,), 1e-17).double()}, whole)["zero"] < 1e-10
+    )
