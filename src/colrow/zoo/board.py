@@ -7,7 +7,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -62,12 +61,7 @@ def _one(
     directory = tempfile.mkdtemp(prefix="colrow-zoo-model-")
     try:
         outcome: Outcome = workers.run(
-            partial(compare, tamper=tamper),
-            architecture,
-            tp,
-            system,
-            directory,
-            timeout_seconds=seconds,
+            compare, architecture, tp, system, directory, tamper, timeout_seconds=seconds
         )
         return outcome
     except TaskFailure as failure:

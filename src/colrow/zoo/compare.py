@@ -79,16 +79,28 @@ def compare(
     tp: int,
     system: str = "colrow",
     directory: str = "",
+    tamper: Callable[[nn.Module, int], None] | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Outcome | None:
+    """:func:`compare_on`, for all ranks of a world of ``tp``."""
+    return compare_on(_mesh(tp), architecture, system, directory, tamper=tamper, dtype=dtype)
+
+
+def compare_on(
+    mesh: Mesh,
+    architecture: Architecture,
+    system: str = "colrow",
+    directory: str = "",
     *,
     tamper: Callable[[nn.Module, int], None] | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Outcome | None:
-    """Splits the architecture's model and compares it with the whole one.
+    """Splits the architecture's model over ``mesh.tp`` and compares it with the whole one.
 
-    Runs on every rank of a world of ``tp``. Rank 0 also holds the whole model, in fp64.
+    Every rank of the group must call it. Rank 0 also holds the whole model, in fp64.
 
     Args:
-        tp: at least 2.
+        mesh: with a tp size of at least 2.
         system: a key of ``SYSTEMS``.
         directory: an empty one, the same for all ranks, for a system that starts from files.
         tamper: applied to the split model on each rank, with the rank; for testing this very check.
@@ -100,18 +112,17 @@ def compare(
 
     Communicates: besides what the split model sends, short messages and the gradients.
     """
-    mesh = _mesh(tp)
     try:
-        return _compare(architecture, mesh, system, directory, tamper, dtype)
+        return _compare(mesh, architecture, system, directory, tamper, dtype)
     except (CannotRun, Refused) as error:  # on all ranks alike
         verdict = "refused" if isinstance(error, Refused) else "not run"
-        about = (architecture.name, architecture.task, system, architecture.even, tp)
+        about = (architecture.name, architecture.task, system, architecture.even, mesh.tp.size)
         return Outcome(*about, verdict, reason=str(error)) if mesh.tp.rank == 0 else None
 
 
 def _compare(
-    architecture: Architecture,
     mesh: Mesh,
+    architecture: Architecture,
     system: str,
     directory: str,
     tamper: Callable[[nn.Module, int], None] | None,
@@ -131,7 +142,7 @@ def _compare(
         tamper(split, mesh.tp.rank)
     share = share_split(split, counted, mesh)
     generates = [whole is not None and whole.tokens is not None]
-    dist.broadcast_object_list(generates)
+    dist.broadcast_object_list(generates, group=mesh.tp.group, group_src=0)
     ours = run(architecture, split, generates=generates[0])
     grads = splitter.full_grads(split)
     if whole is None:
@@ -192,7 +203,7 @@ def _whole_model(
     except Exception as error:
         problem = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     problems: list[str] = [""] * mesh.tp.size
-    dist.all_gather_object(problems, problem)
+    dist.all_gather_object(problems, problem, group=mesh.tp.group)
     if any(problems):
         raise CannotRun(next(problem for problem in problems if problem))
     assert model is not None

@@ -19,6 +19,8 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 _SECONDS_TO_START = 120.0
+# Process groups that a task makes (transformers' meshes) leave Gloo's threads behind, several each.
+_TASKS_PER_LIFE = 8
 # How long the other ranks may go on after one raised, before they count as waiting for it.
 _SECONDS_TO_FOLLOW = 2.0
 _PRELOADED = [
@@ -59,7 +61,7 @@ class Workers:
         self.ranks = ranks
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
-        self._directory = ""
+        self._directory, self._tasks = "", 0
 
     def __enter__(self) -> Workers:
         return self
@@ -74,7 +76,10 @@ class Workers:
             TaskFailure: when a rank raised, died or did not end in time.
         """
         task = pickle.dumps((function, args))
+        if self._tasks == _TASKS_PER_LIFE:
+            self.stop()
         self._start()
+        self._tasks += 1
         for connection in self._connections:
             connection.send_bytes(task)
         return self._collect(timeout_seconds)
@@ -145,6 +150,7 @@ class Workers:
         if self._directory:
             shutil.rmtree(self._directory, ignore_errors=True)
         self._processes, self._connections, self._directory = [], [], ""
+        self._tasks = 0
 
 
 def _lost_peer(raised: Raised) -> bool:

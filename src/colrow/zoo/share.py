@@ -49,7 +49,7 @@ def share_split(model: nn.Module, counted: dict[str, int], mesh: Mesh) -> float:
     """
     mine = {name: local(parameter).numel() for name, parameter in model.named_parameters()}
     everyone: list[dict[str, int]] = [{}] * mesh.tp.size
-    dist.all_gather_object(everyone, mine)
+    dist.all_gather_object(everyone, mine, group=mesh.tp.group)
     tp, split = mesh.tp.size, 0.0
     for name, elements in counted.items():
         held = sum(theirs.get(name, elements) for theirs in everyone)
