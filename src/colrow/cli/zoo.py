@@ -93,18 +93,18 @@ def _compare(args: argparse.Namespace) -> list[Outcome]:
     jobs = [("colrow", False, tp) for tp in args.tp]
     if args.against:
         jobs += [(args.against, even, tp) for even in (False, True) for tp in args.tp]
+    chosen = {even: architectures(args.only, even=even) for even in (False, True)}
     outcomes: list[Outcome] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     console = Console(stderr=True)
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
         for system, even, tp in jobs:
-            chosen = architectures(args.only, even=even)
-            task = bar.add_task(f"{system}, tp={tp}", total=len(chosen))
+            task = bar.add_task(f"{system}, tp={tp}", total=len(chosen[even]))
 
             def advance(_: Outcome, task: TaskID = task) -> None:
                 bar.advance(task)
 
-            outcomes += run_zoo(chosen, tp, system, progress=advance)
+            outcomes += run_zoo(chosen[even], tp, system, progress=advance)
     return outcomes
 
 
