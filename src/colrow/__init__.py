@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from colrow.models.build import from_config
     from colrow.models.config import ModelConfig
     from colrow.models.decoder import Decoder
+    from colrow.inplace.api import parallelize
     from colrow.partition import HeadPartition, Partition, ShardSpec
     from colrow.train.clip import clip_grad_norm_
 
@@ -77,6 +78,7 @@ _EXPORTS = {
     "colrow.models.build": ["from_config"],
     "colrow.models.config": ["ModelConfig"],
     "colrow.models.decoder": ["Decoder"],
+    "colrow.inplace.api": ["parallelize"],
     "colrow.partition": ["HeadPartition", "Partition", "ShardSpec"],
     "colrow.train.clip": ["clip_grad_norm_"],
 }
@@ -114,6 +116,7 @@ __all__ = [
     "gather_from_sequence",
     "gather_from_tp",
     "init_mesh",
+    "parallelize",
     "record",
     "reduce_from_tp",
     "reduce_scatter_to_sequence",

@@ -1,0 +1,155 @@
+"""A module taken out of the model to be looked at: a private copy, its call, its linear layers."""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from colrow.inplace.calls import Key, ModuleCall, argument_names, as_double, private
+from colrow.inplace.capture import exact_arithmetic
+
+Forward = Callable[..., Any]
+
+
+def linear_kind(module: nn.Module) -> str | None:
+    """How the weight of a layer that multiplies features lies, or None for any other module.
+
+    ``"linear"`` is ``[out, in]`` (nn.Linear), ``"conv1d"`` ``[in, out]`` (GPT-2's Conv1D),
+    ``"embedding"`` ``[tokens, out]``.
+    """
+    weight: Any = module._parameters.get("weight")
+    if weight is None or weight.dim() != 2:
+        return None
+    cls = type(module)
+    if isinstance(module, nn.Embedding):
+        plain = cls.forward is nn.Embedding.forward or _behaves(module, "embedding")
+        return "embedding" if plain else None
+    if isinstance(module, nn.Linear):
+        plain = cls.forward is nn.Linear.forward or _behaves(module, "linear")
+        return "linear" if plain else None
+    return "conv1d" if cls.__name__ == "Conv1D" and _behaves(module, "conv1d") else None
+
+
+def _behaves(module: nn.Module, kind: str) -> bool:
+    """Whether this class computes what its kind should, tried on a small example."""
+    known = _BEHAVIOUR.get((type(module), kind))
+    if known is None:
+        known = _BEHAVIOUR[type(module), kind] = _try(module, kind)
+    return known
+
+
+_BEHAVIOUR: dict[tuple[type, str], bool] = {}
+
+
+def _try(module: nn.Module, kind: str) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    twin = copy.copy(module)
+    shape = (3, 5) if kind == "conv1d" else (5, 3)
+    has_bias = module._parameters.get("bias") is not None
+    twin.__dict__["_parameters"] = {
+        "weight": nn.Parameter(torch.randn(shape, generator=generator)),
+        "bias": nn.Parameter(torch.randn(5, generator=generator)) if has_bias else None,
+    }
+    sizes = {"in_features": 3, "out_features": 5, "nx": 3, "nf": 5}
+    sizes |= {"num_embeddings": 5, "embedding_dim": 3, "padding_idx": None}
+    twin.__dict__.update({n: value for n, value in sizes.items() if n in twin.__dict__})
+    x = torch.randn(2, 4, 3, generator=generator)
+    if kind == "embedding":
+        x = torch.tensor([[0, 1], [4, 2]])
+    try:
+        with torch.no_grad():
+            return torch.allclose(type(module).forward(twin, x), multiply(kind, twin, x))
+    except Exception:  # noqa: BLE001  (its forward takes something else: not such a layer)
+        return False
+
+
+def output_dim(kind: str) -> int:
+    """The dimension of the weight that is the layer's output features."""
+    return 0 if kind == "linear" else 1
+
+
+def multiply(kind: str, module: nn.Module, x: Tensor, *, bias: bool = True) -> Tensor:
+    """What such a layer computes."""
+    weight: Any = module.weight
+    added: Any = getattr(module, "bias", None) if bias else None
+    if kind == "embedding":
+        return F.embedding(x, weight)
+    return F.linear(x, weight if kind == "linear" else weight.t(), added)
+
+
+@dataclass
+class Unit:
+    """A copy of one module in fp64 on the CPU, with weights that are random enough to tell apart.
+
+    Attributes:
+        name: where it is in the model.
+        module: the copy.
+        call: what it was called with.
+        linears: its layers that multiply features, by name inside it.
+    """
+
+    name: str
+    module: nn.Module
+    call: ModuleCall
+    linears: dict[str, nn.Module]
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module, call: ModuleCall) -> Unit:
+        """A private copy of ``module``."""
+        twin = copy.deepcopy(module)
+        if any(p.is_meta for p in twin.parameters()) or any(b.is_meta for b in twin.buffers()):
+            twin = twin.to_empty(device="cpu")
+            for buffer in twin.buffers():
+                buffer.fill_(1)
+            for parameter in twin.parameters():
+                parameter.data.fill_(1 if parameter.dim() < 2 else 0)
+        twin = twin.to("cpu", torch.float64).eval()
+        _randomise(twin)
+        names = argument_names(module)
+        call = call.mapped(names, lambda _, leaf: as_double(leaf))
+        linears = {n: m for n, m in twin.named_modules() if linear_kind(m)}
+        return cls(name, twin, call, linears)
+
+    def run(
+        self,
+        change: Callable[[Key, Any], Any] | None = None,
+        replaced: Mapping[str, Forward] | None = None,
+    ) -> Any:
+        """The module's result, with arguments changed and forwards of inner modules replaced."""
+        names = argument_names(self.module)
+        call = self.call.mapped(
+            names, lambda key, leaf: private(change(key, leaf) if change else leaf)
+        )
+        with exact_arithmetic(), _replaced(self.module, replaced or {}):
+            return self.module(*call.args, **call.kwargs)
+
+
+def _randomise(module: nn.Module) -> None:
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.requires_grad_(True)
+            generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+            scale = float(parameter.std()) if parameter.numel() > 1 else 0.0
+            scale = max(scale, 0.05) if scale == scale else 0.05
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(noise.to(parameter.dtype), alpha=scale)
+
+
+@contextmanager
+def _replaced(module: nn.Module, forwards: Mapping[str, Forward]) -> Iterator[None]:
+    targets = [(module.get_submodule(name), forward) for name, forward in forwards.items()]
+    for target, forward in targets:
+        target.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        for target, _ in targets:
+            target.__dict__.pop("forward", None)

@@ -1,0 +1,195 @@
+"""Embedding, head and loss of a model, divided over the vocabulary."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from colrow.layers.loss import vocab_parallel_cross_entropy
+from colrow.inplace.apply import Applier
+from colrow.inplace.modules import EmbeddingMixin, HeadMixin, Vocabulary
+from colrow.partition import Partition
+
+_LOSSES = {"ForCausalLMLoss": 1, "ForMaskedLMLoss": 0}
+
+
+@dataclass
+class VocabularyLayers:
+    """The layers of a model that have one row for each token.
+
+    Attributes:
+        embeddings, heads: by name.
+    """
+
+    embeddings: dict[str, nn.Embedding]
+    heads: dict[str, nn.Linear]
+
+    @property
+    def names(self) -> set[str]:
+        """All of them."""
+        return {*self.embeddings, *self.heads}
+
+
+def vocabulary_layers(model: nn.Module, called: set[str]) -> VocabularyLayers:
+    """The token embedding and the head, with everything that is tied to them."""
+    modules = {n: m for n, m in model.named_modules() if n in called}
+    tables = [m for m in modules.values() if isinstance(m, nn.Embedding)]
+    embedding = _asked(model, "get_input_embeddings")
+    if embedding is None and not hasattr(model, "get_input_embeddings"):
+        embedding = max(tables, key=lambda m: m.weight.numel(), default=None)
+    head = _asked(model, "get_output_embeddings")
+    weights = {id(m.weight) for m in (embedding, head) if isinstance(m, nn.Embedding | nn.Linear)}
+    embeddings = {
+        n: m
+        for n, m in modules.items()
+        if isinstance(m, nn.Embedding) and id(m.weight) in weights and _plain_table(m)
+    }
+    rows = {m.num_embeddings: m.embedding_dim for m in embeddings.values()}
+    heads = {
+        n: m
+        for n, m in modules.items()
+        if isinstance(m, nn.Linear)
+        and type(m).forward is nn.Linear.forward
+        and (id(m.weight) in weights or (head is None and rows.get(m.out_features) == m.in_features))
+    }
+    return VocabularyLayers(embeddings, heads)
+
+
+def _asked(model: nn.Module, method: str) -> nn.Module | None:
+    try:
+        found = getattr(model, method)()
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def _plain_table(module: nn.Embedding) -> bool:
+    return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
+
+
+def split_vocabulary(applier: Applier, layers: VocabularyLayers) -> None:
+    """Divides these layers over the ranks, each as evenly as possible."""
+    tp = applier.tp
+    for name, table in layers.embeddings.items():
+        partition = Partition.even(table.num_embeddings, tp.size)
+        start, stop = partition.bounds[tp.rank]
+        padding = table.padding_idx
+        held = padding is not None and start <= padding < stop
+        applier.split(table, "weight", 0, _rows(partition))
+        how = Vocabulary(tp, name, partition, padding - start if padding is not None and held else None)
+        applier.attach(table, "colrow", how)
+        own = type(table).forward is not nn.Embedding.forward
+        applier.change_class(table, EmbeddingMixin, first=not own)
+    for name, head in layers.heads.items():
+        partition = Partition.even(head.out_features, tp.size)
+        applier.split(head, "weight", 0, _rows(partition))
+        if head.bias is not None:
+            applier.split(head, "bias", 0, _rows(partition))
+        applier.attach(head, "colrow", Vocabulary(tp, name, partition))
+        applier.change_class(head, HeadMixin)
+
+
+def _rows(partition: Partition) -> list[list[int]]:
+    return [list(range(start, stop)) for start, stop in partition.bounds]
+
+
+def split_loss(applier: Applier, layers: VocabularyLayers) -> bool:
+    """Lets the model compute its loss from each rank's logits, if it is a loss that is known.
+
+    Then, while gradients are recorded, a forward with ``labels`` gathers no logits, and has none
+    in its result.
+    """
+    model: Any = applier.model
+    forward = inspect.unwrap(type(model).forward)
+    names = getattr(forward, "__code__", None)
+    loss = getattr(model, "loss_function", None) if names is not None else None
+    kind = getattr(loss, "__name__", "")
+    if not layers.heads or len(layers.heads) > 1 or kind not in _LOSSES:
+        return False
+    if names is None or "loss_function" not in names.co_names:
+        return False
+    (head,) = layers.heads.values()
+    before = model.__dict__.get("_loss_function")
+    how: Vocabulary = head.colrow  # type: ignore[assignment]
+    model.loss_function = _LocalLoss(how, loss, shifts=kind == "ForCausalLMLoss")
+    applier.record.undo.append(lambda: _put_back(model, before))
+    applier.hook(model.register_forward_pre_hook(_open, with_kwargs=True))
+    applier.hook(model.register_forward_hook(_close, always_call=True))
+    return True
+
+
+def _put_back(model: Any, loss: Any) -> None:
+    if loss is None:
+        model.__dict__.pop("_loss_function", None)
+    else:
+        model.__dict__["_loss_function"] = loss
+
+
+def _open(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    how: Vocabulary = module.loss_function.how
+    dictionary = kwargs.get("return_dict")
+    if dictionary is None:
+        dictionary = getattr(module.config, "return_dict", True)
+    labels = kwargs.get("labels")
+    how.local = bool(labels is not None and torch.is_grad_enabled() and dictionary)
+
+
+def _close(module: Any, args: tuple[Any, ...], output: Any) -> Any:
+    how: Vocabulary = module.loss_function.how
+    was_local, how.local = how.local, False
+    if was_local and hasattr(output, "items"):
+        return type(output)(**{k: v for k, v in output.items() if k != "logits"})
+    return output
+
+
+class _LocalLoss:
+    """The loss of transformers' models, from this rank's logits."""
+
+    def __init__(self, how: Vocabulary, whole: Callable[..., Tensor], *, shifts: bool) -> None:
+        self.how, self.whole, self.shifts = how, whole, shifts
+        self.__name__ = getattr(whole, "__name__", "loss")
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        vocab_size: int,
+        num_items_in_batch: Any = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **others: Any,
+    ) -> Tensor:
+        """The mean over the labels that count, or the sum divided by ``num_items_in_batch``."""
+        how = self.how
+        if not how.local:
+            options = {"shift_labels": shift_labels} if self.shifts else {}
+            return self.whole(
+                logits, labels, vocab_size, num_items_in_batch, ignore_index, **options, **others
+            )
+        if self.shifts:
+            if shift_labels is None:
+                padded = nn.functional.pad(labels, (0, 1), value=ignore_index)
+                shift_labels = padded[..., 1:]
+            labels = shift_labels
+        labels = labels.to(logits.device).reshape(-1)
+        logits = logits.float() if logits.dtype != torch.float64 else logits
+        mean = num_items_in_batch is None
+        loss = vocab_parallel_cross_entropy(
+            logits.reshape(-1, logits.shape[-1]),
+            labels,
+            how.tp,
+            ignore_index=ignore_index,
+            reduction="mean" if mean else "sum",
+            partition=how.partition,
+            layer=how.layer,
+        )
+        if mean:
+            return loss
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(loss.device)
+        return loss / num_items_in_batch
