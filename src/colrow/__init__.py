@@ -40,7 +40,8 @@ if TYPE_CHECKING:
     from colrow.models.build import from_config
     from colrow.models.config import ModelConfig
     from colrow.models.decoder import Decoder
-    from colrow.inplace.api import parallelize
+    from colrow.inplace.api import parallelize, plan_for
+    from colrow.inplace.save import save_pretrained
     from colrow.partition import HeadPartition, Partition, ShardSpec
     from colrow.train.clip import clip_grad_norm_
 
@@ -78,7 +79,8 @@ _EXPORTS = {
     "colrow.models.build": ["from_config"],
     "colrow.models.config": ["ModelConfig"],
     "colrow.models.decoder": ["Decoder"],
-    "colrow.inplace.api": ["parallelize"],
+    "colrow.inplace.api": ["parallelize", "plan_for"],
+    "colrow.inplace.save": ["save_pretrained"],
     "colrow.partition": ["HeadPartition", "Partition", "ShardSpec"],
     "colrow.train.clip": ["clip_grad_norm_"],
 }
@@ -117,9 +119,11 @@ __all__ = [
     "gather_from_tp",
     "init_mesh",
     "parallelize",
+    "plan_for",
     "record",
     "reduce_from_tp",
     "reduce_scatter_to_sequence",
+    "save_pretrained",
     "scatter_to_sequence",
     "scatter_to_tp",
     "vocab_parallel_cross_entropy",

@@ -18,7 +18,9 @@ from colrow.inplace.modules import (
     OutputCut,
     Row,
     RowMixin,
+    Shared,
     SharedMixin,
+    Sum,
     become,
 )
 from colrow.inplace.prove import Proof
@@ -109,11 +111,12 @@ class Applier:
             entry = Entry(self.tp, f"{name}.{layer}")
             self.hook(module.get_submodule(layer).register_forward_hook(OutputCut(entry)))
         for path in sorted(proof.shared):
-            self._share(name, module, path)
+            self._share(name, module, path, once=path in proof.once)
+        if proof.summed:
+            self.hook(module.register_forward_hook(Sum(self.tp, name)))
         partial = frozenset(proof.partial_arguments)
         taken = {
-            key: (dim, period, rows[rank])
-            for key, (dim, period, rows) in group.arguments.items()
+            key: (dim, period, rows[rank]) for key, (dim, period, rows) in group.arguments.items()
         }
         if partial or taken:
             how_called = Arguments(self.tp, name, names, partial, taken)
@@ -154,7 +157,7 @@ class Applier:
         )
         self.change_class(target, ColumnMixin)
 
-    def _share(self, name: str, module: nn.Module, path: str) -> None:
+    def _share(self, name: str, module: nn.Module, path: str, *, once: bool) -> None:
         owner, _, last = path.rpartition(".")
         target = module.get_submodule(owner)
         shared = target.__dict__.get("colrow_shared")
@@ -162,4 +165,4 @@ class Applier:
             self.attach(target, "colrow_shared", {})
             self.change_class(target, SharedMixin)
             shared = target.__dict__["colrow_shared"]
-        shared[last] = (self.tp, f"{name}.{path}")
+        shared[last] = Shared(self.tp, f"{name}.{path}", once)

@@ -62,9 +62,7 @@ def distribute(atoms: Sequence[int], ranks: int, *, strided: bool = False) -> li
 
 def holders(masks: Sequence[int], shares: Sequence[int]) -> list[list[int]]:
     """By rank, the rows that reach something in its share; rows that reach nothing go to all."""
-    return [
-        [row for row, mask in enumerate(masks) if not mask or mask & share] for share in shares
-    ]
+    return [[row for row, mask in enumerate(masks) if not mask or mask & share] for share in shares]
 
 
 def spec_of_rows(shape: Sequence[int], dim: int, rows: Sequence[Sequence[int]]) -> ShardSpec:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -52,15 +52,17 @@ def run_example(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         return model(**inputs)
 
 
-def capture_calls(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, ModuleCall]:
-    """The first call of every module inside ``model`` during one forward pass, by name."""
+def capture_calls(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> dict[str, ModuleCall]:
+    """The first call of every module inside ``model`` during forward passes, by name.
+
+    Batches after the first may be ones that the model does not take.
+    """
     calls: dict[str, ModuleCall] = {}
 
     def hook(name: str) -> Any:
         def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if name not in calls:
-                call = ModuleCall(args, kwargs).mapped((), lambda _, leaf: _copied(leaf))
-                calls[name] = call
+                calls[name] = ModuleCall(args, kwargs).mapped((), lambda _, leaf: _copied(leaf))
 
         return keep
 
@@ -71,7 +73,12 @@ def capture_calls(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Modu
     ]
     try:
         with torch.no_grad():
-            run_example(model, inputs)
+            for number, batch in enumerate(batches):
+                try:
+                    run_example(model, batch)
+                except Exception:  # whatever the model's code raises
+                    if number == 0:
+                        raise
     finally:
         for handle in handles:
             handle.remove()

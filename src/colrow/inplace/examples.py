@@ -13,6 +13,23 @@ from colrow import rng
 BATCH, SEQUENCE = 2, 8
 
 
+def example_batches(model: nn.Module) -> list[dict[str, Any]]:
+    """Batches that together call every layer: with an encoder's states where they are optional."""
+    batch = example_batch(model)
+    accepted = inspect.signature(model.forward).parameters
+    config: Any = getattr(model, "config", None)
+    if "encoder_hidden_states" not in accepted or getattr(config, "is_encoder_decoder", False):
+        return [batch]
+    first = next(model.parameters())
+    width = getattr(config, "cross_attention_hidden_size", None) or getattr(
+        config, "hidden_size", None
+    )
+    if width is None:
+        return [batch]
+    states = _normal((BATCH, SEQUENCE, width), first).to(first.device)
+    return [batch, batch | {"encoder_hidden_states": states}]
+
+
 def example_batch(model: nn.Module) -> dict[str, Any]:
     """Keyword arguments of ``model.forward``: token ids ``[2, 8]``, images or sound.
 
@@ -31,11 +48,16 @@ def example_batch(model: nn.Module) -> dict[str, Any]:
     batch: dict[str, Any] = {}
     if main == "input_ids" or "input_ids" in accepted:
         batch["input_ids"] = _tokens(0, config)
-    if main == "pixel_values" or (
-        "pixel_values" in accepted and getattr(config, "vision_config", None) is not None
-        and "text_config" in getattr(type(config), "sub_configs", {})
-        and main != "input_ids"
-    ) or _two_towers(model):
+    if (
+        main == "pixel_values"
+        or (
+            "pixel_values" in accepted
+            and getattr(config, "vision_config", None) is not None
+            and "text_config" in getattr(type(config), "sub_configs", {})
+            and main != "input_ids"
+        )
+        or _two_towers(model)
+    ):
         batch["pixel_values"] = _images(config, first)
     if main == "input_features":
         shape = (BATCH, config.num_mel_bins, 2 * config.max_source_positions)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from colrow.inplace.experts import find_experts
 from colrow.inplace.probe import Reach, probe
 from colrow.inplace.prove import NotProvenError, Proof, prove
 from colrow.inplace.search import Group, find_groups
-from colrow.inplace.unit import Unit, linear_kind
+from colrow.inplace.unit import Unit, UnitError, linear_kind
 
 # Numbers of a layer that say where it is and not what it does.
 _PLACES = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx", "idx"})
@@ -35,13 +35,18 @@ class Inference:
 
 
 def infer(
-    model: nn.Module, calls: Mapping[str, ModuleCall], ranks: int, reserved: set[str]
+    model: nn.Module,
+    calls: Mapping[str, ModuleCall],
+    ranks: int,
+    reserved: set[str],
+    allowed: Callable[[str], bool] | None = None,
 ) -> Inference:
     """Finds what can be split over ``ranks`` ranks, and proves it.
 
     Args:
         calls: what the modules were called with in one forward pass.
         reserved: layers that are split otherwise.
+        allowed: whether a layer, or a module that owns experts, may be split; all by default.
     """
     result = Inference()
     modules = dict(model.named_modules())
@@ -51,6 +56,8 @@ def infer(
         if name in calls:
             loose.setdefault(kind_of(modules[name], None), name)
     free = {name for name, module in modules.items() if linear_kind(module)} - reserved
+    if allowed is not None:
+        free = {name for name in free if allowed(name)}
     known: dict[Any, tuple[list[Proof], dict[str, str]]] = {}
     for name in reversed(list(kinds)):
         module = modules[name]
@@ -59,9 +66,10 @@ def infer(
         call_of = name if name in calls else loose.get(kind_of(module, None))
         if call_of is None or _is_stack(module):
             continue
-        kind = (kinds[call_of], frozenset(inside))
+        whole = allowed is None or allowed(name)
+        kind = (kinds[call_of], frozenset(inside), whole)
         if kind not in known:
-            known[kind] = _look_at(name, module, calls[call_of], inside, ranks)
+            known[kind] = _look_at(name, module, calls[call_of], inside, ranks, whole)
         proofs, reasons = known[kind]
         for layer, reason in reasons.items():
             result.reasons[prefix + layer] = reason
@@ -76,13 +84,13 @@ def infer(
 
 
 def _look_at(
-    name: str, module: nn.Module, call: ModuleCall, free: set[str], ranks: int
+    name: str, module: nn.Module, call: ModuleCall, free: set[str], ranks: int, whole: bool
 ) -> tuple[list[Proof], dict[str, str]]:
     inside = dict(module.named_modules())
     multiplying = [n for n in free if linear_kind(inside[n]) != "embedding"]
     reasons: dict[str, str] = {}
     proofs: list[Proof] = []
-    expert = find_experts(name, module, call, ranks, reasons)
+    expert = find_experts(name, module, call, ranks, reasons) if whole else None
     if expert is not None:
         proofs.append(expert)
     if len(multiplying) < 2:
@@ -90,9 +98,8 @@ def _look_at(
     try:
         unit = Unit.of(name, module, call)
         reaches = _probe(unit, set(unit.linears))
-    except Exception as error:  # noqa: BLE001  (the module's own code, on a copy of it)
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return proofs, dict.fromkeys(multiplying, f"could not be run alone: {line[:160]}")
+    except UnitError as error:
+        return proofs, dict.fromkeys(multiplying, f"could not be run alone: {error}")
     found = find_groups(reaches, free, ranks)
     reasons |= found.reasons
     for group in found.groups:
@@ -178,9 +185,7 @@ def _is_stack(module: nn.Module) -> bool:
 
 def kind_of(module: nn.Module, call: ModuleCall | None) -> Any:
     """Equal for modules that compute the same from arguments of the same shapes."""
-    inner = tuple(
-        (name, type(m), m.training, _plain(m)) for name, m in module.named_modules()
-    )
+    inner = tuple((name, type(m), m.training, _plain(m)) for name, m in module.named_modules())
     tensors = tuple((n, tuple(p.shape), p.dtype) for n, p in module.named_parameters())
     if call is None:
         return inner, tensors

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from colrow.comm import collectives
 from colrow.layers.embedding import check_range
@@ -28,7 +29,9 @@ from colrow.partition import Partition
 @lru_cache(maxsize=None)
 def _derived(mixin: type, cls: type, first: bool) -> type:
     bases = (mixin, cls) if first else (cls, mixin)
-    return type(cls.__name__, bases, {"__module__": cls.__module__, "__qualname__": cls.__qualname__})
+    return type(
+        cls.__name__, bases, {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    )
 
 
 def become(module: nn.Module, mixin: type, *, first: bool = True) -> None:
@@ -111,7 +114,9 @@ class ColumnMixin(nn.Module):
     def extra_repr(self) -> str:
         """Rank and local shape."""
         how = self.colrow
-        return f"column-parallel, local={list(self.weight.shape)}, tp_rank={how.tp.rank}/{how.tp.size}"
+        return (
+            f"column-parallel, local={list(self.weight.shape)}, tp_rank={how.tp.rank}/{how.tp.size}"
+        )
 
 
 @dataclass
@@ -210,16 +215,47 @@ class OutputCut:
         return self.entry(output)
 
 
+@dataclass
+class Shared:
+    """How a parameter that every rank holds whole is used.
+
+    Attributes:
+        once: whether every rank adds it to a sum over ranks, so that it counts 1/tp on each.
+    """
+
+    tp: ParallelGroup
+    layer: str
+    once: bool
+
+
 class SharedMixin(nn.Module):
     """A module with parameters of whose gradient every rank sees a part. Backward: all-reduce."""
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
-        shared: dict[str, tuple[ParallelGroup, str]] | None = self.__dict__.get("colrow_shared")
+        shared: dict[str, Shared] | None = self.__dict__.get("colrow_shared")
         if shared and name in shared and value is not None:
-            tp, layer = shared[name]
-            return sum_rows(value, tp, SharedRows.whole(value.shape[0]), 0, layer)
+            how = shared[name]
+            value = sum_rows(value, how.tp, SharedRows.whole(value.shape[0]), 0, how.layer)
+            return value / how.tp.size if how.once else value
         return value
+
+
+class Sum:
+    """A forward hook: the ranks' results are parts of a sum. Forward: all-reduce."""
+
+    def __init__(self, tp: ParallelGroup, layer: str) -> None:
+        self.tp, self.layer = tp, layer
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """The sum."""
+
+        def change(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                return collectives.reduce_from_tp(leaf, self.tp, layer=self.layer)
+            return leaf
+
+        return pytree.tree_map(change, output)
 
 
 @dataclass
@@ -261,4 +297,3 @@ class Arguments:
         wanted = {name for name, _ in (*self.partial, *self.taken)}
         call = ModuleCall(args, kwargs).mapped(self.names, change, only=wanted)
         return call.args, call.kwargs
-

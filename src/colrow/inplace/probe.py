@@ -85,18 +85,18 @@ def probe(unit: Unit, wanted: set[str]) -> dict[str, Reach]:
         if len(widths) > 1 or not any(x.requires_grad for x in inputs[name]):
             continue
         reach = Reach(widths.pop())
-        patterns = _patterns(inputs[name], leaves)
+        reached = patterns(inputs[name], leaves)
         position = 0
         for other, ys in outputs.items():
-            reach.outputs[other] = _union([patterns[position + i][-1] for i in range(len(ys))])
+            reach.outputs[other] = _union([reached[position + i][-1] for i in range(len(ys))])
             position += len(ys)
         for other, parameter in parameters.items():
             for dim in range(parameter.dim()):
-                reach.parameters[other, dim] = patterns[position][dim]
+                reach.parameters[other, dim] = reached[position][dim]
             position += 1
         for key, value in arguments.items():
             for dim in range(value.dim()):
-                reach.arguments[key, dim] = patterns[position][dim]
+                reach.arguments[key, dim] = reached[position][dim]
             position += 1
         found[name] = reach
     return found
@@ -109,16 +109,14 @@ def _union(patterns: list[list[int]]) -> list[int]:
     return first
 
 
-def _patterns(targets: list[Tensor], leaves: list[Tensor]) -> list[dict[int, list[int]]]:
+def patterns(targets: list[Tensor], leaves: list[Tensor]) -> list[dict[int, list[int]]]:
     """For each leaf and dim, for each index, the set of features j of the targets it reaches."""
     width = targets[0].shape[-1]
     total = sum(leaf.numel() for leaf in leaves)
     chunk = max(1, min(width, _CHUNK_ELEMENTS // max(1, total)))
     rows: list[dict[int, list[Tensor]]] = [{} for _ in leaves]
     generator = torch.Generator().manual_seed(0)
-    weights = [
-        torch.randn(x.shape[:-1], generator=generator, dtype=torch.float64) for x in targets
-    ]
+    weights = [torch.randn(x.shape[:-1], generator=generator, dtype=torch.float64) for x in targets]
     for start in range(0, width, chunk):
         features = range(start, min(width, start + chunk))
         grads = _derivatives(targets, weights, features, leaves)
@@ -132,8 +130,8 @@ def _patterns(targets: list[Tensor], leaves: list[Tensor]) -> list[dict[int, lis
             if not leaves[place].dim():
                 rows[place] = {}
     return [
-        {dim: _masks(torch.cat(parts)) for dim, parts in by_dim.items()} | {-1: _masks(
-            torch.cat(by_dim[max(by_dim)])) if by_dim else []}
+        {dim: _masks(torch.cat(parts)) for dim, parts in by_dim.items()}
+        | {-1: _masks(torch.cat(by_dim[max(by_dim)])) if by_dim else []}
         for by_dim in rows
     ]
 

@@ -13,7 +13,7 @@ from colrow.inplace.calls import Key
 from colrow.inplace.locals import Number, Setting, settings, watching
 from colrow.inplace.search import Group
 from colrow.inplace.simulate import Cuts, Observed, Simulation, take, take_periodic
-from colrow.inplace.unit import Unit, linear_kind, output_dim
+from colrow.inplace.unit import Unit, UnitError, linear_kind, output_dim
 
 _LIMIT = 1e-9
 
@@ -32,8 +32,9 @@ class Proof:
         settings: each rank's numbers.
         shared: parameters that every rank holds whole and of whose gradient it sees a part.
         partial_arguments: tensors given to the module of whose gradient a rank sees a part.
-        local_results: for results of which a rank has a part, by number: dimension, period, and
-            the indices of each rank.
+        local_results: results of which a rank has a part, by number, and the dimension.
+        summed: whether the module's results are to be summed over the ranks.
+        once: parameters of ``shared`` that every rank adds: they count 1/ranks on each.
     """
 
     group: Group
@@ -42,6 +43,8 @@ class Proof:
     shared: set[str] = field(default_factory=set)
     partial_arguments: set[Key] = field(default_factory=set)
     local_results: dict[int, int] = field(default_factory=dict)
+    summed: bool = False
+    once: set[str] = field(default_factory=set)
 
 
 def prove(unit: Unit, group: Group, ranks: int) -> Proof:
@@ -91,8 +94,8 @@ def _settings(
                 with torch.no_grad():
                     part = simulation.rank(rank, setting, whole)
                 _compare_values(simulation.group, part, whole, rank)
-            except Exception as error:  # noqa: BLE001  (the module's own code, with odd sizes)
-                last = _first_line(error) or last
+            except (UnitError, NotProvenError) as error:
+                last = str(error)
                 continue
             known[sizes] = setting
             found.append(setting)
@@ -100,11 +103,6 @@ def _settings(
         else:
             raise NotProvenError(f"no local sizes found with which it computes its part: {last}")
     return found
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:160] if lines else type(error).__name__
 
 
 def _sizes(simulation: Simulation, rank: int) -> frozenset[tuple[int, int]]:
@@ -168,9 +166,7 @@ def close(a: Tensor, b: Tensor) -> bool:
     return not a.numel() or float((a - b).abs().max()) <= _LIMIT * max(scale, 1e-3)
 
 
-def _gradients(
-    simulation: Simulation, whole: Observed, found: list[Setting], ranks: int
-) -> Proof:
+def _gradients(simulation: Simulation, whole: Observed, found: list[Setting], ranks: int) -> Proof:
     group = simulation.group
     generator = torch.Generator().manual_seed(3)
     cotangents = [
@@ -206,7 +202,7 @@ def _gradients(
                 raise NotProvenError(f"the gradient into {name[1]} is not the sum over the ranks")
         elif kind == "parameter" and name[1] in group.parameters:
             dim, rows = group.parameters[name[1]]
-            if not near(_placed(mine, dim, rows, grad), grad, scale):
+            if not near(placed(mine, dim, rows, grad), grad, scale):
                 raise NotProvenError(f"the gradient of {name[1]} is not that of the whole")
         elif all(near(g, grad, scale) for g in mine):
             continue
@@ -270,7 +266,7 @@ def near(a: Tensor, b: Tensor, scale: float) -> bool:
     return float((a - b).abs().max()) <= _LIMIT * max(own, 1e-4 * scale)
 
 
-def _placed(mine: list[Tensor], dim: int, rows: list[list[int]], like: Tensor) -> Tensor:
+def placed(mine: list[Tensor], dim: int, rows: list[list[int]], like: Tensor) -> Tensor:
     """The ranks' parts added where they belong."""
     total = torch.zeros_like(like)
     for part, indices in zip(mine, rows, strict=True):
@@ -286,10 +282,10 @@ def _check_layer(
     assert kind is not None
     if layer in group.columns:
         dim = output_dim(kind) if what == "weight" else 0
-        right = near(_placed(mine, dim, group.columns[layer], grad), grad, scale)
+        right = near(placed(mine, dim, group.columns[layer], grad), grad, scale)
     elif what == "weight":
         dim = 1 - output_dim(kind)
-        right = near(_placed(mine, dim, group.rows[layer], grad), grad, scale)
+        right = near(placed(mine, dim, group.rows[layer], grad), grad, scale)
     else:
         right = all(near(g, grad, scale) for g in mine)
     if not right:

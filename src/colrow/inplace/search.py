@@ -149,9 +149,7 @@ def _group(
         atoms = _finer(domain, kept, ranks) or atoms
     if len(atoms) < max(2, ranks):
         for name in (*sources, *targets):
-            found.reasons[name] = (
-                f"cannot be torn into {max(2, ranks)} pieces: it has {len(atoms)}"
-            )
+            found.reasons[name] = f"cannot be torn into {max(2, ranks)} pieces: it has {len(atoms)}"
         return
     shares = distribute(atoms, ranks, strided=strided)
     group = Group({}, {}, atoms=len(atoms))
@@ -195,9 +193,7 @@ def _finer(domain: _Domain, ties: list[int], ranks: int) -> list[int] | None:
     return best[1] if best else None
 
 
-def _along(
-    domain: _Domain, by_target: dict[str, list[int]], atoms: list[int]
-) -> list[int] | None:
+def _along(domain: _Domain, by_target: dict[str, list[int]], atoms: list[int]) -> list[int] | None:
     """What each index reaches, if no index reaches two atoms and some reach one; else None."""
     length = len(next(iter(by_target.values())))
     joined = [domain.joined(by_target, i) for i in range(length)]

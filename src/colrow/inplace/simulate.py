@@ -41,9 +41,7 @@ class Observed:
 
     def gradients(self, cotangents: list[Tensor]) -> dict[Any, Tensor]:
         """Of the sum of the results times these cotangents, by leaf."""
-        pairs = [
-            (y, c) for y, c in zip(self.results, cotangents, strict=True) if y.requires_grad
-        ]
+        pairs = [(y, c) for y, c in zip(self.results, cotangents, strict=True) if y.requires_grad]
         names = list(self.leaves)
         grads = torch.autograd.grad(
             [y for y, _ in pairs],

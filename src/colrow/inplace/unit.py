@@ -85,6 +85,10 @@ def multiply(kind: str, module: nn.Module, x: Tensor, *, bias: bool = True) -> T
     return F.linear(x, weight if kind == "linear" else weight.t(), added)
 
 
+class UnitError(Exception):
+    """A module's own code failed when it was run alone or with smaller sizes."""
+
+
 @dataclass
 class Unit:
     """A copy of one module in fp64 on the CPU, with weights that are random enough to tell apart.
@@ -104,7 +108,10 @@ class Unit:
     @classmethod
     def of(cls, name: str, module: nn.Module, call: ModuleCall) -> Unit:
         """A private copy of ``module``."""
-        twin = copy.deepcopy(module)
+        try:
+            twin = copy.deepcopy(module)
+        except (RuntimeError, TypeError) as error:
+            raise UnitError(f"cannot be copied: {error}") from error
         if any(p.is_meta for p in twin.parameters()) or any(b.is_meta for b in twin.buffers()):
             twin = twin.to_empty(device="cpu")
             for buffer in twin.buffers():
@@ -129,7 +136,13 @@ class Unit:
             names, lambda key, leaf: private(change(key, leaf) if change else leaf)
         )
         with exact_arithmetic(), _replaced(self.module, replaced or {}):
-            return self.module(*call.args, **call.kwargs)
+            try:
+                return self.module(*call.args, **call.kwargs)
+            except (
+                Exception
+            ) as error:  # whatever the model's code raises for sizes it did not expect
+                lines = str(error).strip().splitlines()
+                raise UnitError(lines[0][:160] if lines else type(error).__name__) from error
 
 
 def _randomise(module: nn.Module) -> None:

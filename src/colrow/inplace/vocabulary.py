@@ -15,7 +15,7 @@ from colrow.inplace.apply import Applier
 from colrow.inplace.modules import EmbeddingMixin, HeadMixin, Vocabulary
 from colrow.partition import Partition
 
-_LOSSES = {"ForCausalLMLoss": 1, "ForMaskedLMLoss": 0}
+_LOSSES = ("ForCausalLMLoss", "ForMaskedLMLoss")
 
 
 @dataclass
@@ -34,8 +34,21 @@ class VocabularyLayers:
         """All of them."""
         return {*self.embeddings, *self.heads}
 
+    def only(self, allowed: Callable[[str], bool]) -> VocabularyLayers:
+        """Those that may be split; what is tied may be only together."""
+        tied = {id(m.weight) for n, m in self._all.items() if not allowed(n)}
+        kept = {n for n, m in self._all.items() if id(m.weight) not in tied}
+        return VocabularyLayers(
+            {n: m for n, m in self.embeddings.items() if n in kept},
+            {n: m for n, m in self.heads.items() if n in kept},
+        )
 
-def vocabulary_layers(model: nn.Module, called: set[str]) -> VocabularyLayers:
+    @property
+    def _all(self) -> dict[str, nn.Embedding | nn.Linear]:
+        return {**self.embeddings, **self.heads}
+
+
+def vocabulary_layers(model: nn.Module, called: set[str], ranks: int) -> VocabularyLayers:
     """The token embedding and the head, with everything that is tied to them."""
     modules = {n: m for n, m in model.named_modules() if n in called}
     tables = [m for m in modules.values() if isinstance(m, nn.Embedding)]
@@ -47,7 +60,10 @@ def vocabulary_layers(model: nn.Module, called: set[str]) -> VocabularyLayers:
     embeddings = {
         n: m
         for n, m in modules.items()
-        if isinstance(m, nn.Embedding) and id(m.weight) in weights and _plain_table(m)
+        if isinstance(m, nn.Embedding)
+        and id(m.weight) in weights
+        and m.num_embeddings >= ranks
+        and _plain_table(m)
     }
     rows = {m.num_embeddings: m.embedding_dim for m in embeddings.values()}
     heads = {
@@ -55,7 +71,10 @@ def vocabulary_layers(model: nn.Module, called: set[str]) -> VocabularyLayers:
         for n, m in modules.items()
         if isinstance(m, nn.Linear)
         and type(m).forward is nn.Linear.forward
-        and (id(m.weight) in weights or (head is None and rows.get(m.out_features) == m.in_features))
+        and m.out_features >= ranks
+        and (
+            id(m.weight) in weights or (head is None and rows.get(m.out_features) == m.in_features)
+        )
     }
     return VocabularyLayers(embeddings, heads)
 
@@ -81,7 +100,9 @@ def split_vocabulary(applier: Applier, layers: VocabularyLayers) -> None:
         padding = table.padding_idx
         held = padding is not None and start <= padding < stop
         applier.split(table, "weight", 0, _rows(partition))
-        how = Vocabulary(tp, name, partition, padding - start if padding is not None and held else None)
+        how = Vocabulary(
+            tp, name, partition, padding - start if padding is not None and held else None
+        )
         applier.attach(table, "colrow", how)
         own = type(table).forward is not nn.Embedding.forward
         applier.change_class(table, EmbeddingMixin, first=not own)
@@ -98,29 +119,31 @@ def _rows(partition: Partition) -> list[list[int]]:
     return [list(range(start, stop)) for start, stop in partition.bounds]
 
 
-def split_loss(applier: Applier, layers: VocabularyLayers) -> bool:
+def knows_loss(model: nn.Module, layers: VocabularyLayers) -> bool:
+    """Whether the model computes a loss that can be computed from each rank's logits."""
+    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
+    if len(layers.heads) != 1 or code is None or "loss_function" not in code.co_names:
+        return False
+    return getattr(getattr(model, "loss_function", None), "__name__", "") in _LOSSES
+
+
+def split_loss(applier: Applier, layers: VocabularyLayers) -> None:
     """Lets the model compute its loss from each rank's logits, if it is a loss that is known.
 
     Then, while gradients are recorded, a forward with ``labels`` gathers no logits, and has none
     in its result.
     """
     model: Any = applier.model
-    forward = inspect.unwrap(type(model).forward)
-    names = getattr(forward, "__code__", None)
-    loss = getattr(model, "loss_function", None) if names is not None else None
-    kind = getattr(loss, "__name__", "")
-    if not layers.heads or len(layers.heads) > 1 or kind not in _LOSSES:
-        return False
-    if names is None or "loss_function" not in names.co_names:
-        return False
+    if not knows_loss(model, layers):
+        return
+    loss = model.loss_function
     (head,) = layers.heads.values()
     before = model.__dict__.get("_loss_function")
-    how: Vocabulary = head.colrow  # type: ignore[assignment]
-    model.loss_function = _LocalLoss(how, loss, shifts=kind == "ForCausalLMLoss")
+    how: Any = head.colrow
+    model.loss_function = _LocalLoss(how, loss, shifts=loss.__name__ == "ForCausalLMLoss")
     applier.record.undo.append(lambda: _put_back(model, before))
     applier.hook(model.register_forward_pre_hook(_open, with_kwargs=True))
     applier.hook(model.register_forward_hook(_close, always_call=True))
-    return True
 
 
 def _put_back(model: Any, loss: Any) -> None:
