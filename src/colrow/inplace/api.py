@@ -20,6 +20,7 @@ from colrow.inplace.check import (
     observe,
 )
 from colrow.inplace.examples import example_batches
+from colrow.inplace.gathered import GatheredLayers, gathered_layers, split_gathered
 from colrow.inplace.infer import Inference, infer
 from colrow.inplace.plan import (
     Plan,
@@ -77,20 +78,20 @@ def parallelize(
         return model
     check_equal_weights(model, tp)
     look = _look(model, tp.size, plan, example_inputs)
-    inference, vocabulary, batch = look.inference, look.vocabulary, look.batches[0]
+    vocabulary, batch = look.vocabulary, look.batches[0]
     if not check:
-        _apply(model, tp, inference, vocabulary)
+        _apply(model, tp, look, vocabulary)
         return model
     labels = "input_ids" in batch and knows_loss(model, vocabulary)
     whole = observe(model, batch, with_labels=labels)
     failures = []
     for layers in (vocabulary, VocabularyLayers({}, {})):
-        record = _apply(model, tp, inference, layers)
+        record = _apply(model, tp, look, layers)
         error, where = math.inf, ""
         try:
             split = observe(model, batch, with_labels=labels)
             error, where = difference(split, whole, record)
-        except Exception as problem:  # noqa: BLE001  (the model's own code)
+        except Exception as problem:
             where = f"{type(problem).__name__}: {problem}"
         worst = agreed_error(error, tp, next(model.parameters()).device)
         if worst <= limit_of(model):
@@ -126,6 +127,7 @@ class _Look:
     batches: list[Mapping[str, Any]]
     inference: Inference
     vocabulary: VocabularyLayers
+    gathered: GatheredLayers
     plan: Plan
 
 
@@ -160,12 +162,15 @@ def _look(
     if matcher is not None:
         vocabulary = vocabulary.only(allowed)
     inference = infer(model, calls, ranks, reserved, None if matcher is None else allowed)
-    if not inference.proofs:
+    gathered = gathered_layers(model, calls, inference, reserved, ranks)
+    if matcher is not None:
+        gathered = gathered.only(allowed)
+    if not inference.proofs and not gathered.linears:
         raise ValueError(_nothing(model, inference))
-    found = make_plan(model, inference, vocabulary, ranks)
+    found = make_plan(model, inference, vocabulary, gathered, ranks)
     if matcher is not None:
         check_followed(matcher, found, model, inference)
-    return _Look(batches, inference, vocabulary, found)
+    return _Look(batches, inference, vocabulary, gathered, found)
 
 
 def _nothing(model: nn.Module, inference: Inference) -> str:
@@ -177,16 +182,17 @@ def _nothing(model: nn.Module, inference: Inference) -> str:
 
 
 def _apply(
-    model: nn.Module, tp: ParallelGroup, inference: Inference, vocabulary: VocabularyLayers
+    model: nn.Module, tp: ParallelGroup, look: _Look, vocabulary: VocabularyLayers
 ) -> Record:
     record = Record(tp)
     model.__dict__["colrow_record"] = record
     applier = Applier(model, record)
-    for name, proofs in inference.proofs.items():
+    for name, proofs in look.inference.proofs.items():
         for proof in proofs:
             applier.proof(name, proof)
+    split_gathered(applier, look.gathered)
     split_vocabulary(applier, vocabulary)
     split_loss(applier, vocabulary)
-    if any(proof.local_results for proofs in inference.proofs.values() for proof in proofs):
+    if any(proof.local_results for proofs in look.inference.proofs.values() for proof in proofs):
         applier.hook(model.register_forward_pre_hook(refuse_attention_weights, with_kwargs=True))
     return record

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from colrow.layers.shared import SharedRows
 from colrow.inplace.atoms import spec_of_rows
 from colrow.inplace.calls import argument_names
 from colrow.inplace.locals import apply_setting
@@ -28,6 +27,7 @@ from colrow.inplace.record import Record
 from colrow.inplace.search import Rows
 from colrow.inplace.simulate import take
 from colrow.inplace.unit import linear_kind, output_dim
+from colrow.layers.shared import SharedRows
 
 
 class Applier:

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from colrow.mesh import ParallelGroup
 from colrow.inplace.record import Record
+from colrow.mesh import ParallelGroup
 from colrow.partition import ShardSpec
 
 

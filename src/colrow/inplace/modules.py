@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from colrow.comm import collectives
+from colrow.inplace.calls import Key, ModuleCall
+from colrow.inplace.gradients import sum_rows
+from colrow.inplace.simulate import take_periodic
 from colrow.layers.embedding import check_range
 from colrow.layers.fused import column_linear, row_linear
 from colrow.layers.shared import SharedRows
 from colrow.mesh import ParallelGroup
-from colrow.inplace.calls import Key, ModuleCall
-from colrow.inplace.gradients import sum_rows
-from colrow.inplace.simulate import take_periodic
 from colrow.partition import Partition
 
 
-@lru_cache(maxsize=None)
+@cache
 def _derived(mixin: type, cls: type, first: bool) -> type:
     bases = (mixin, cls) if first else (cls, mixin)
     return type(
@@ -95,12 +95,13 @@ class ColumnMixin(nn.Module):
     """A layer ``y = x W^T + b`` of which this rank has some output features."""
 
     colrow: Column
+    weight: Tensor
+    bias: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]``, the same on every rank, to ``[..., out_local]``. Backward: all-reduce."""
         how = self.colrow
-        weight: Any = self.weight
-        bias: Any = self.bias
+        weight, bias = self.weight, self.bias
         weight = sum_rows(weight, how.tp, how.shared, int(how.transposed), how.layer)
         if bias is not None:
             bias = sum_rows(bias, how.tp, how.shared, 0, how.layer)
@@ -132,19 +133,20 @@ class RowMixin(nn.Module):
     """A layer ``y = x W^T + b`` of which this rank has some input features."""
 
     colrow: Row
+    weight: Tensor
+    bias: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in_local]`` to ``[..., out]`` on every rank. Forward: all-reduce."""
         how = self.colrow
-        weight: Any = self.weight
-        weight = weight.t() if how.transposed else weight
+        weight = self.weight.t() if how.transposed else self.weight
         if x.shape[-1] != weight.shape[1]:
             raise ValueError(
                 f"{how.layer} holds {weight.shape[1]} input features on this rank, but got an "
                 f"input of {x.shape[-1]}"
             )
         y = row_linear(x, weight, how.tp, layer=how.layer)
-        bias: Any = self.bias
+        bias = self.bias
         return y if bias is None else y + bias.to(y.dtype)
 
     def extra_repr(self) -> str:
@@ -201,6 +203,31 @@ class HeadMixin(nn.Linear):
         y = column_linear(input, self.weight, self.bias, how.tp, layer=how.layer)
         if how.local:
             return y
+        return collectives.gather_from_tp(y, how.tp, partition=how.partition, layer=how.layer)
+
+
+@dataclass
+class Gathered:
+    """How a layer is split whose result is gathered; attributes as in :class:`Column`."""
+
+    tp: ParallelGroup
+    layer: str
+    transposed: bool
+    partition: Partition
+
+
+class GatheredMixin(nn.Module):
+    """A layer ``y = x W^T + b`` of which this rank has some output features; y is gathered."""
+
+    colrow: Gathered
+    weight: Tensor
+    bias: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in]`` to ``[..., out]``, both whole. Forward: all-gather, backward: all-reduce."""
+        how = self.colrow
+        weight = self.weight.t() if how.transposed else self.weight
+        y = column_linear(x, weight, self.bias, how.tp, layer=how.layer)
         return collectives.gather_from_tp(y, how.tp, partition=how.partition, layer=how.layer)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from colrow.inplace.atoms import spec_of_rows
+from colrow.inplace.gathered import GatheredLayers
 from colrow.inplace.infer import Inference
 from colrow.inplace.prove import Proof
 from colrow.inplace.styles import (
@@ -65,10 +66,19 @@ def transformers_plan(model: nn.Module) -> dict[str, str]:
 
 
 def make_plan(
-    model: nn.Module, inference: Inference, vocabulary: VocabularyLayers, ranks: int
+    model: nn.Module,
+    inference: Inference,
+    vocabulary: VocabularyLayers,
+    gathered: GatheredLayers,
+    ranks: int,
 ) -> Plan:
     """The plan that was found, compared with the one that came with the model."""
     entries = _entries(model, inference, vocabulary, ranks)
+    for name in gathered.linears:
+        reason = inference.reasons.get(name, "not in a pair of layers that can be split")
+        entries[name] = "colwise_gather_output", 1 / ranks, f"gathered: {reason}"
+    for name in gathered.tables:
+        entries[name] = "embedding_rowwise", 1 / ranks, "a large table"
     theirs = Matcher(transformers_plan(model))
     styles: dict[str, str] = {}
     rows: dict[tuple[str, str, str], tuple[int, float]] = {}

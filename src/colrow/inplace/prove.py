@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from colrow.inplace.calls import Key
 from colrow.inplace.locals import Number, Setting, settings, watching
 from colrow.inplace.search import Group
-from colrow.inplace.simulate import Cuts, Observed, Simulation, take, take_periodic
+from colrow.inplace.simulate import Cuts, Observed, Simulation, take
 from colrow.inplace.unit import Unit, UnitError, linear_kind, output_dim
 
 _LIMIT = 1e-9
@@ -58,17 +58,35 @@ def prove(unit: Unit, group: Group, ranks: int) -> Proof:
         whole = simulation.whole()
     found = _settings(simulation, whole, numbers, ranks)
     try:
-        return _gradients(simulation, whole, found, ranks)
+        proof = _gradients(simulation, whole, found, ranks)
     except _MixedError as mixed:
-        if not mixed.layers:
-            raise NotProvenError(str(mixed)) from None
         uncut = _downstream(unit, mixed.layers, group)
         simulation = Simulation(unit, group, Cuts(uncut, frozenset(mixed.layers)))
-        whole = simulation.whole()
         try:
-            return _gradients(simulation, whole, found, ranks)
+            proof = _gradients(simulation, simulation.whole(), found, ranks)
         except _MixedError as again:
             raise NotProvenError(str(again)) from None
+    _prove_training(simulation, proof, ranks)
+    return proof
+
+
+def _prove_training(simulation: Simulation, proof: Proof, ranks: int) -> None:
+    """The same once more as in training, where a module's forward may take other ways."""
+    simulation.unit.training = True
+    try:
+        whole = simulation.whole()
+        if missing := [name for name in proof.group.rows if not whole.inputs.get(name)]:
+            raise NotProvenError(f"in training {missing[0]} is not called")
+        other = _gradients(simulation, whole, proof.settings, ranks)
+    except UnitError as error:
+        raise NotProvenError(f"does not run in training: {error}") from None
+    except _MixedError as error:
+        raise NotProvenError(f"in training {error}") from None
+    finally:
+        simulation.unit.training = False
+    if other.shared != proof.shared:
+        raise NotProvenError("in training other gradients are sums over the ranks")
+    proof.partial_arguments |= other.partial_arguments
 
 
 class _MixedError(Exception):

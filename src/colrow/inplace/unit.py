@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from colrow.inplace.calls import Key, ModuleCall, argument_names, as_double, private
 from colrow.inplace.capture import exact_arithmetic
@@ -67,7 +68,7 @@ def _try(module: nn.Module, kind: str) -> bool:
     try:
         with torch.no_grad():
             return torch.allclose(type(module).forward(twin, x), multiply(kind, twin, x))
-    except Exception:  # noqa: BLE001  (its forward takes something else: not such a layer)
+    except Exception:
         return False
 
 
@@ -85,6 +86,33 @@ def multiply(kind: str, module: nn.Module, x: Tensor, *, bias: bool = True) -> T
     return F.linear(x, weight if kind == "linear" else weight.t(), added)
 
 
+class NoDropout(TorchFunctionMode):
+    """Inside it, dropout drops nothing."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Replaces dropout by the identity, and the dropout of fused attention by none."""
+        if func in _DROPOUTS:
+            return args[0] if args else (kwargs or {})["input"]
+        options = dict(kwargs or {})
+        if func is F.scaled_dot_product_attention:
+            options["dropout_p"] = 0.0
+            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+            if len(args) > 4:
+                del options["dropout_p"]
+        return func(*args, **options)
+
+
+_DROPOUTS = frozenset(
+    {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout}
+)
+
+
 class UnitError(Exception):
     """A module's own code failed when it was run alone or with smaller sizes."""
 
@@ -98,12 +126,14 @@ class Unit:
         module: the copy.
         call: what it was called with.
         linears: its layers that multiply features, by name inside it.
+        training: whether it runs as in training, but for dropout, of which there is none.
     """
 
     name: str
     module: nn.Module
     call: ModuleCall
     linears: dict[str, nn.Module]
+    training: bool = False
 
     @classmethod
     def of(cls, name: str, module: nn.Module, call: ModuleCall) -> Unit:
@@ -135,7 +165,14 @@ class Unit:
         call = self.call.mapped(
             names, lambda key, leaf: private(change(key, leaf) if change else leaf)
         )
-        with exact_arithmetic(), _replaced(self.module, replaced or {}):
+        self.module.train(self.training)
+        with (
+            exact_arithmetic(),
+            NoDropout(),
+            torch.random.fork_rng(devices=[]),
+            _replaced(self.module, replaced or {}),
+        ):
+            torch.manual_seed(0)
             try:
                 return self.module(*call.args, **call.kwargs)
             except (

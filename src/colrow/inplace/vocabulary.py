@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from colrow.layers.loss import vocab_parallel_cross_entropy
 from colrow.inplace.apply import Applier
 from colrow.inplace.modules import EmbeddingMixin, HeadMixin, Vocabulary
+from colrow.layers.loss import vocab_parallel_cross_entropy
 from colrow.partition import Partition
 
 _LOSSES = ("ForCausalLMLoss", "ForMaskedLMLoss")
@@ -63,7 +63,7 @@ def vocabulary_layers(model: nn.Module, called: set[str], ranks: int) -> Vocabul
         if isinstance(m, nn.Embedding)
         and id(m.weight) in weights
         and m.num_embeddings >= ranks
-        and _plain_table(m)
+        and plain_table(m)
     }
     rows = {m.num_embeddings: m.embedding_dim for m in embeddings.values()}
     heads = {
@@ -87,7 +87,8 @@ def _asked(model: nn.Module, method: str) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
-def _plain_table(module: nn.Embedding) -> bool:
+def plain_table(module: nn.Embedding) -> bool:
+    """Whether it has none of the options that need the whole table."""
     return module.max_norm is None and not module.scale_grad_by_freq and not module.sparse
 
 
@@ -95,27 +96,32 @@ def split_vocabulary(applier: Applier, layers: VocabularyLayers) -> None:
     """Divides these layers over the ranks, each as evenly as possible."""
     tp = applier.tp
     for name, table in layers.embeddings.items():
-        partition = Partition.even(table.num_embeddings, tp.size)
-        start, stop = partition.bounds[tp.rank]
-        padding = table.padding_idx
-        held = padding is not None and start <= padding < stop
-        applier.split(table, "weight", 0, _rows(partition))
-        how = Vocabulary(
-            tp, name, partition, padding - start if padding is not None and held else None
-        )
-        applier.attach(table, "colrow", how)
-        own = type(table).forward is not nn.Embedding.forward
-        applier.change_class(table, EmbeddingMixin, first=not own)
+        split_table(applier, name, table)
     for name, head in layers.heads.items():
         partition = Partition.even(head.out_features, tp.size)
-        applier.split(head, "weight", 0, _rows(partition))
+        applier.split(head, "weight", 0, rows_of(partition))
         if head.bias is not None:
-            applier.split(head, "bias", 0, _rows(partition))
+            applier.split(head, "bias", 0, rows_of(partition))
         applier.attach(head, "colrow", Vocabulary(tp, name, partition))
         applier.change_class(head, HeadMixin)
 
 
-def _rows(partition: Partition) -> list[list[int]]:
+def split_table(applier: Applier, name: str, table: nn.Embedding) -> None:
+    """Divides an embedding over the ranks, as evenly as possible."""
+    tp = applier.tp
+    partition = Partition.even(table.num_embeddings, tp.size)
+    start, stop = partition.bounds[tp.rank]
+    padding = table.padding_idx
+    held = padding is not None and start <= padding < stop
+    applier.split(table, "weight", 0, rows_of(partition))
+    local = padding - start if padding is not None and held else None
+    applier.attach(table, "colrow", Vocabulary(tp, name, partition, local))
+    own = type(table).forward is not nn.Embedding.forward
+    applier.change_class(table, EmbeddingMixin, first=not own)
+
+
+def rows_of(partition: Partition) -> list[list[int]]:
+    """The indices that each rank holds."""
     return [list(range(start, stop)) for start, stop in partition.bounds]
 
 
