@@ -140,7 +140,7 @@ def _compare(
     seconds = time.perf_counter() - begin
     if tamper is not None:
         tamper(split, mesh.tp.rank)
-    share = share_split(split, counted, mesh)
+    share = share_split(split, counted, mesh, whole.grads if whole is not None else ())
     generates = [whole is not None and whole.tokens is not None]
     dist.broadcast_object_list(generates, group=mesh.tp.group, group_src=0)
     ours = run(architecture, split, generates=generates[0])
