@@ -95,8 +95,8 @@ def on_a_rank() -> tuple[list[float], list[str], int, dict[str, Tensor]]:
     """Losses, the plan's lines, the elements that this rank holds, and the weights on rank 0."""
     mesh = colrow.init_mesh(tp=RANKS, device="cpu")
     ids = batch()
-    plan = colrow.plan_for(make_model(), RANKS, example_inputs=(ids,))
-    model = colrow.parallelize(make_model(), mesh, example_inputs=(ids,))
+    plan = colrow.plan_for(make_model(), RANKS, example_inputs={"ids": ids})
+    model = colrow.parallelize(make_model(), mesh, example_inputs={"ids": ids})
     losses = train(model, ids)
     lines = [f"{name}: {style}" for name, style in plan.items()]
     held = sum(parameter.numel() for parameter in model.parameters())

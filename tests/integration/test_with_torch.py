@@ -63,7 +63,9 @@ def step(tp: ParallelGroup, how: str) -> tuple[float, dict[str, Tensor]]:
     return loss.item(), colrow.full_grads(model)
 
 
-@pytest.mark.parametrize("how", ["recomputed", "compile", "accumulation"])
+@pytest.mark.parametrize(
+    "how", ["recomputed", "accumulation", pytest.param("compile", marks=pytest.mark.slow)]
+)
 def test_gradients_are_the_whole_models(ranks: RankPool, how: str) -> None:
     loss, grads = whole_grads(exact=how != "recomputed")
     ours, split = ranks(2, step, how, timeout=200)[0]
@@ -95,6 +97,7 @@ def hybrid(kind: str) -> tuple[float, dict[str, Tensor]]:
     return loss.item(), colrow.full_grads(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_data_parallelism_on_top_averages_whole_gradients(kind: str) -> None:
     # Both rows count equally many tokens, so the mean of the rows' losses is the batch's.

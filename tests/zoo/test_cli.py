@@ -11,6 +11,7 @@ from colrow.cli import main
 from colrow.zoo.architectures import Architecture, build
 
 
+@pytest.mark.slow
 def test_zoo_writes_the_scoreboard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, page = tmp_path / "zoo.json", tmp_path / "zoo.md"
     only = "llama,gemma4_assistant"
@@ -26,6 +27,7 @@ def test_zoo_writes_the_scoreboard(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "colrow, tp=2, causal LMs: 1 of 1 passed" in printed
 
 
+@pytest.mark.slow
 def test_verify_takes_an_architecture_and_a_saved_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -30,6 +30,7 @@ def harm(how: str) -> None:
     dist.barrier()
 
 
+@pytest.mark.slow
 def test_a_broken_task_does_not_break_the_next() -> None:
     with Workers(2) as workers:
         pid, total = workers.run(add, 5, timeout_seconds=60)
