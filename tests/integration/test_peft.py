@@ -80,3 +80,18 @@ def test_adapters_train_to_those_of_the_unsplit_model_and_load_into_it(
         again = loaded(**batch(LLAMA, loaded)).loss
         after = whole(**batch(LLAMA, whole)).loss
     assert again.item() == pytest.approx(after.item(), rel=1e-10)
+
+
+def adapters_too_late(tp: ParallelGroup) -> str:
+    single = ParallelGroup.single
+    mesh = Mesh(tp, single("dp"), single("pp"), None, torch.device("cpu"))
+    model: Any = colrow.parallelize(build(LLAMA), mesh)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=TARGETS))
+    with pytest.raises(ValueError, match="before the split") as caught:
+        colrow.clip_grad_norm_(model, 1.0)
+    return str(caught.value)
+
+
+def test_adapters_that_come_after_the_split_are_refused_when_clipping(ranks: RankPool) -> None:
+    for message in ranks(2, adapters_too_late):
+        assert "LoRA adapters" in message

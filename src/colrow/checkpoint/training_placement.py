@@ -116,18 +116,23 @@ def placements(module: nn.Module) -> dict[str, Placement]:
     was split in place knows it by name. Other parameters count as the same on every tp rank.
 
     Raises:
-        ValueError: when a parameter has another shape than its placement says, or is a DTensor
-            that FSDP2 did not make.
+        ValueError: when a parameter has another shape than its placement says, is a DTensor that
+            FSDP2 did not make, or was split in place and has gone.
     """
     tp_rank = tensor_parallel_group(module).rank
     found: dict[str, Placement] = {}
     wanted = dict(module.named_parameters())
-    in_place = {
-        f"{prefix}.{name}" if prefix else name: spec
-        for prefix, child in module.named_modules()
-        if (record := record_of(child)) is not None
-        for name, spec in record.specs.items()
-    }
+    in_place: dict[str, ShardSpec] = {}
+    for prefix, child in module.named_modules():
+        record = record_of(child)
+        for name, spec in record.specs.items() if record is not None else ():
+            full = f"{prefix}.{name}" if prefix else name
+            if full not in wanted:
+                raise ValueError(
+                    f"{full} was split by colrow.parallelize and is not there any more: modules "
+                    "that wrap others, such as LoRA adapters, are to be added before the split"
+                )
+            in_place[full] = spec
     for prefix, child in module.named_modules():
         for name, parameter in child.named_parameters(recurse=False):
             full = f"{prefix}.{name}" if prefix else name
