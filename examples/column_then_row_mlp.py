@@ -50,25 +50,24 @@ def main() -> bool:
     for make, group in ((column_then_row, alone), (column_then_row, tp), (gather_after_each, tp)):
         torch.manual_seed(1)  # the same seed gives the same whole weights however they are divided
         mlp = make(group)
-        step_seconds, waiting_seconds = [], []
+        waiting, seconds = [], []
         for _ in range(STEPS):
             my_x = x.clone().requires_grad_()
             with record(group) as ledger:
                 started = time.perf_counter()
                 y = mlp(my_x)
                 y.backward(y_grad)
-                step_seconds.append(time.perf_counter() - started)
-            waiting_seconds.append(ledger.seconds(exposed=True))
+                seconds.append(time.perf_counter() - started)
+            waiting.append(ledger.seconds(exposed=True))
         outputs.append(torch.stack([y.detach(), my_x.grad]))
         counts.append(len(ledger.calls))
         sent.append(sum(call.wire_bytes(group.size) for call in ledger.calls))
-        times = [f"{1e3 * statistics.median(s):.1f}" for s in (waiting_seconds, step_seconds)]
+        times = [f"{1e3 * statistics.median(s):.1f}" for s in (waiting, seconds)]
         name = f"{make.__name__}, {group.size} rank{'s' * (group.size > 1)}"
         table.add_row(name, str(counts[-1]), f"{sent[-1] / 1e6:.2f}", *times)
         for call in ledger.calls:
-            what = f"- {call.phase}: {call.op} of {call.layer}"
-            table.add_row(what, "", f"{call.wire_bytes(group.size) / 1e6:.2f}")
-        table.add_section()
+            megabytes = call.wire_bytes(group.size) / 1e6
+            table.add_row(f"- {call.phase}: {call.op} of {call.layer}", "", f"{megabytes:.2f}")
 
     dense, *parallel = outputs
     worst = max(((mine - dense).norm() / dense.norm()).item() for mine in parallel)

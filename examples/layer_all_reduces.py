@@ -23,7 +23,6 @@ from rich import print
 from rich.table import Table
 
 from colrow import Decoder, ModelConfig, init_mesh, record
-from colrow.comm.ledger import Call
 from colrow.launch import launch, launched_by
 from colrow.models.communication import predict_step
 from colrow.models.config import Layout
@@ -39,54 +38,41 @@ CONFIG = ModelConfig(
     head_dim=128,
     ffn_size=4 * HIDDEN,
     max_positions=SEQUENCE,
-    norm="layernorm",
-    activation="gelu",
-    gated=False,
     position="learned",
+    gated=False,
 )
 BY_HAND = BATCH * SEQUENCE * HIDDEN * 2  # one activation in bfloat16
-
-
-def of_the_layer(calls: list[Call]) -> Counter[Call]:
-    return Counter(call for call in calls if call.layer.startswith("blocks.0."))
 
 
 def main() -> bool:
     tp = init_mesh(tp=RANKS, device="cpu").tp
     input_ids = torch.arange(SEQUENCE).expand(BATCH, SEQUENCE)
+    shape = {"batch": BATCH, "sequence": SEQUENCE, "dtype": "bfloat16"}
     holds = []
-    for sequence_parallel in (False, True):
-        model = Decoder(CONFIG, tp, sequence_parallel=sequence_parallel, dtype=torch.bfloat16)
+    for count, mode in ((2, {"sequence_parallel": False}), (4, {"sequence_parallel": True})):
+        model = Decoder(CONFIG, tp, dtype=torch.bfloat16, **mode)
         for parameter in model.parameters():  # what is sent does not depend on the values
             torch.nn.init.zeros_(parameter)
         with record(tp) as ledger:
             model.loss(input_ids, input_ids).backward()
-        recorded = of_the_layer(ledger.calls)
-        prediction = predict_step(
-            CONFIG,
-            Layout.create(CONFIG, RANKS),
-            batch=BATCH,
-            sequence=SEQUENCE,
-            sequence_parallel=sequence_parallel,
-            dtype="bfloat16",
-        )
-        predicted = of_the_layer(prediction)
-        title = f"sequence parallelism {'on' if sequence_parallel else 'off'}, rank 0 of {RANKS}"
+        recorded = [call for call in ledger.calls if call.layer.startswith("blocks.0.")]
+        prediction = predict_step(CONFIG, Layout.create(CONFIG, RANKS), **shape, **mode)
+        predicted = [call for call in prediction if call.layer.startswith("blocks.0.")]
+        title = f"sequence parallelism {'on' if count == 4 else 'off'}, rank 0 of {RANKS}"
         table = Table("direction", "layer", "collective", "bytes", "on the wire", title=title)
         for direction in ("forward", "backward"):
-            for call in (call for call in recorded if call.phase == direction):
+            calls = [call for call in recorded if call.phase == direction]
+            for call in calls:
                 sizes = f"{call.bytes:,}", f"{call.wire_bytes(RANKS):,.0f}"
                 table.add_row(direction, call.layer.removeprefix("blocks.0."), call.op, *sizes)
-            calls = [call for call in recorded.elements() if call.phase == direction]
             wire_bytes = sum(call.wire_bytes(RANKS) for call in calls)
             table.add_row(direction, "", f"{len(calls)} in all", "", f"{wire_bytes:,.0f}")
             table.add_section()
-            holds.append(len(calls) == (4 if sequence_parallel else 2))
+            holds.append(len(calls) == count and all(call.bytes == BY_HAND for call in calls))
             holds.append(wire_bytes == 2 * 2 * (RANKS - 1) / RANKS * BY_HAND)
-            holds.append(all(call.bytes == BY_HAND for call in calls))
-        holds.append(recorded == predicted)
+        holds.append(Counter(recorded) == Counter(predicted))
+        same = "the same" if holds[-1] else "NOT the same"
         if tp.rank == 0:
-            same = "the same" if recorded == predicted else "NOT the same"
             print(table, f"predicted and recorded: {same}; by hand: {BY_HAND:,} bytes each\n")
     return all(holds)
 

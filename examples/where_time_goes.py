@@ -13,33 +13,27 @@ is left of the wall clock (attention, norms, activations, Python). On a
 host with fewer cores than ranks the ranks take turns, and waiting is mostly that.
 """
 
-import os
 import sys
 import time
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from colrow import ModelConfig, ParallelGroup, from_config, init_mesh, record
+from colrow import from_config, init_mesh, record
 from colrow.launch import launch, launched_by
-from colrow.layers.options import RopeConfig
 
 SIZES, STEPS, BATCH, SEQUENCE, BAR = (1, 2, 4), 3, 2, 128, 60
 MATMULS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
-CONFIG = ModelConfig(
-    family="llama",
-    vocab_size=1024,
-    hidden_size=512,
-    num_layers=2,
-    num_heads=8,
-    num_kv_heads=8,
-    head_dim=64,
-    ffn_size=2048,
-    max_positions=SEQUENCE,
-    rope=RopeConfig(theta=10000.0, dims=64),
-)
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 1024,
+    "hidden_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "intermediate_size": 2048,
+    "max_position_embeddings": SEQUENCE,
+}
 
 
 class MatmulTimer(TorchDispatchMode):
@@ -47,36 +41,11 @@ class MatmulTimer(TorchDispatchMode):
 
     seconds = 0.0
 
-    def __torch_dispatch__(
-        self,
-        operation: Callable[..., object],
-        types: object,
-        args: tuple[object, ...] = (),
-        kwargs: dict[str, object] | None = None,
-    ) -> object:
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         started = time.perf_counter()
         result = operation(*args, **(kwargs or {}))
         self.seconds += (time.perf_counter() - started) * (operation in MATMULS)
         return result
-
-
-def measure(tp: ParallelGroup) -> tuple[float, float, float, float, float]:
-    """Loss, then seconds per step: in all, in matmuls, waiting, and collectives hidden."""
-    model = from_config(CONFIG, tp, seed=0)
-    torch.manual_seed(0)
-    input_ids = torch.randint(CONFIG.vocab_size, (BATCH, SEQUENCE))
-    model.loss(input_ids, input_ids).backward()  # warms up
-    with record(tp) as ledger, MatmulTimer() as matmuls:
-        dist.barrier(tp.group)  # a rank's late start is no part of a step
-        started = time.perf_counter()
-        for _ in range(STEPS):
-            loss = model.loss(input_ids, input_ids)
-            loss.backward()
-        seconds = time.perf_counter() - started
-    waiting = ledger.seconds(exposed=True)
-    hidden = ledger.seconds() - waiting
-    steps = (seconds, matmuls.seconds, waiting, hidden)
-    return loss.item(), *(total / STEPS for total in steps)
 
 
 def main() -> bool:
@@ -84,22 +53,35 @@ def main() -> bool:
     losses, holds = [], []
     for size in SIZES:
         mesh = init_mesh(tp=size, device="cpu")
-        if mesh.dp.rank == 0:  # the first tp group works; the others keep out of its way
-            loss, seconds, matmul, waiting, hidden = measure(mesh.tp)
-            other = seconds - matmul - waiting
-            losses.append(loss)
-            holds.append(min(matmul, other) > 0 and (waiting > 0) == (size > 1))
-            if mesh.tp.rank == 0:
-                parts = (("#", matmul), ("=", waiting), (".", other))
-                print(f"tp={size}  {1e3 * seconds:6.1f} ms per step, ", end="")
-                print(f"{100 * matmul / seconds:3.0f}% matmul, ", end="")
-                print(f"{100 * waiting / seconds:3.0f}% waiting for collectives ", end="")
-                print(f"({1e3 * hidden:.1f} ms more were hidden)")
-                print("      " + "".join(sign * round(BAR * s / seconds) for sign, s in parts))
+        if mesh.dp.rank > 0:  # the first tp group works; the others keep out of its way
+            dist.barrier()
+            continue
+        model = from_config(CONFIG, mesh.tp, seed=0)
+        torch.manual_seed(0)
+        input_ids = torch.randint(CONFIG["vocab_size"], (BATCH, SEQUENCE))
+        model.loss(input_ids, input_ids).backward()  # warms up
+        with record(mesh.tp) as ledger, MatmulTimer() as matmuls:
+            dist.barrier(mesh.tp.group)  # a rank's late start is no part of a step
+            started = time.perf_counter()
+            for _ in range(STEPS):
+                loss = model.loss(input_ids, input_ids)
+                loss.backward()
+            seconds = time.perf_counter() - started
         dist.barrier()
+        matmul, waiting = matmuls.seconds / seconds, ledger.seconds(exposed=True) / seconds
+        hidden = ledger.seconds() - ledger.seconds(exposed=True)
+        losses.append(loss.item())
+        holds.append(min(matmul, 1 - matmul - waiting) > 0 and (waiting > 0) == (size > 1))
+        if mesh.tp.rank == 0:
+            print(
+                f"tp={size} {1e3 * seconds / STEPS:6.1f} ms per step, {matmul:.0%} matmul,", end=" "
+            )
+            print(f"{waiting:.0%} waiting for collectives", end=" ")
+            print(f"({1e3 * hidden / STEPS:.1f} ms more were hidden)")
+            parts = (("#", matmul), ("=", waiting), (".", 1 - matmul - waiting))
+            print("     " + "".join(sign * round(BAR * share) for sign, share in parts))
     if dist.get_rank() == 0:
-        print("      # matmul   = waiting for collectives   . everything else")
-        print(f"      {os.cpu_count()} cores: ranks beyond that number take turns")
+        print("     # matmul   = waiting for collectives   . everything else")
     return all(holds) and max(losses, default=0) - min(losses, default=0) < 1e-5
 
 

@@ -53,7 +53,7 @@ class TestPartition:
         partition = Partition.from_sizes([2, 0, 3])
         assert [partition.size(rank) for rank in range(3)] == [2, 0, 3] == list(partition.sizes)
         assert partition.largest == 3 and partition.parts == 3
-        assert not partition.is_even and Partition.even(6, 3).is_even
+        assert not partition.is_replicated and Partition.replicated(6, 3).is_replicated
 
     @pytest.mark.parametrize(
         ("bounds", "shared"),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
 from colrow import rng
@@ -46,6 +47,63 @@ def test_normal_is_standard_normal() -> None:
         share = (values.abs() < limit).double().mean().item()
         assert abs(share - math.erf(limit / math.sqrt(2))) < 0.006
     assert abs((values[1:] * values[:-1]).mean().item()) < 0.012  # neighbours are unrelated
+
+
+def test_normal_is_box_and_mullers_formula() -> None:
+    index = torch.arange(100_000)
+    random = [int(b) & MASK for b in rng.bits(9, index)]
+    for i in range(0, 100_000, 997):
+        radius, turn = ((random[i] >> 32) + 0.5) / 2**32, ((random[i] & 0xFFFFFFFF) + 0.5) / 2**32
+        expected = math.sqrt(-2 * math.log(radius)) * math.cos(2 * math.pi * turn)
+        actual = rng.normal(9, index[i : i + 1]).item()
+        assert abs(actual - expected) <= 6e-8 * max(1, abs(expected))
+
+
+def test_logarithm_and_cosine() -> None:
+    """Against math's, over the range that they are used in and at its ends."""
+    edges = [2.0**-33, 1 - 2.0**-33, 0.25, 0.5, 0.75, math.sqrt(0.5), 1e-5]
+    x = torch.cat([torch.tensor(edges, dtype=torch.float64), rng.uniform(1, torch.arange(20_000))])
+    log = torch.tensor([math.log(v) for v in x.tolist()], dtype=torch.float64)
+    cos = torch.tensor([math.cos(2 * math.pi * v) for v in x.tolist()], dtype=torch.float64)
+    assert ((rng._log(x) - log).abs() / log.abs()).max() < 1e-12
+    assert (rng._cos_of_turn(x) - cos).abs().max() < 1e-12
+
+
+def test_a_value_does_not_depend_on_its_neighbours() -> None:
+    """To the last bit before rounding: in any length, at any offset, with any number of threads."""
+    x = rng.uniform(2, torch.arange(100_003))
+    threads = torch.get_num_threads()
+    for function in (rng._log, rng._cos_of_turn):
+        whole = function(x)
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            try:
+                assert torch.equal(function(x), whole)
+            finally:
+                torch.set_num_threads(threads)
+        for length in (1, 2, 3, 7, 13, 65):
+            parts = [function(part.clone()) for part in x[5:2000].split(length)]
+            assert torch.equal(torch.cat(parts), whole[5:2000])
+        assert torch.equal(function(x[::3]), whole[::3])
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 50, 1 << 18])
+def test_kept_are_those_whose_uniform_number_is_at_least_p(
+    monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(rng, "_CHUNK", chunk)
+    cpu = torch.device("cpu")
+    for key, p in ((3, 0.1), (-(2**63), 0.5), (2**63 - 1, 0.9)):
+        for rows, columns, first, stride in ((1, 60, 0, 60), (7, 13, 5, 20), (9, 0, 0, 4)):
+            at = torch.arange(rows)[:, None] * stride + torch.arange(columns) + first
+            for number in (key, torch.tensor(key)):
+                keep = rng.keep_mask(
+                    number, p, rows=rows, columns=columns, first=first, stride=stride, device=cpu
+                )
+                assert torch.equal(keep, rng.uniform(key, at) >= p)
+    for p, share in ((0.0, 1.0), (1 - 1e-12, 0.0)):
+        keep = rng.keep_mask(1, p, rows=1, columns=999, first=0, stride=999, device=cpu)
+        assert keep.double().mean() == share
 
 
 def test_keys_of_different_names_differ_and_do_not_depend_on_the_process() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from colrow.comm.collectives import gather_from_sequence
 from colrow.models.config import ModelConfig
 from colrow.models.decoder import Decoder
 from colrow.partition import Partition
+from colrow.reference import reference_names
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
@@ -26,6 +28,59 @@ def relative_error(value: Tensor, reference: Tensor) -> float:
     norm = b.norm().item()
     error = (a - b).norm().item() / (norm or 1.0)
     return error if error == error else float("inf")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run of a model over a batch gave: whole tensors, gradients by checkpoint name."""
+
+    logits: Tensor
+    loss: Tensor
+    grads: Mapping[str, Tensor]
+
+    def not_finite(self) -> str:
+        """Which of them hold NaN or Inf, as the beginning of a phrase; empty when none does."""
+        parts = {
+            "logits": [self.logits],
+            "loss": [self.loss],
+            "gradients": list(self.grads.values()),
+        }
+        bad = [name for name, tensors in parts.items() if not all(_is_finite(t) for t in tensors)]
+        return f"{', '.join(bad)} not finite" if bad else ""
+
+
+def why_not_finite(
+    split: Result,
+    rounded: Result | None,
+    exact: Result,
+    weights: Mapping[str, Tensor],
+    dtype: torch.dtype,
+) -> str | None:
+    """Whose numbers are NaN or Inf, and why as far as that can be said; None when all are finite.
+
+    Args:
+        split, rounded, exact: of the split model, of the unsplit one in the same precision (None
+            when that is fp64) and in fp64.
+        weights: the split model's, whole.
+        dtype: that precision.
+    """
+    precision = str(dtype).removeprefix("torch.")
+    bad = [name for name, weight in weights.items() if not _is_finite(weight)]
+    held = f": NaN or Inf is in {', '.join(bad[:3])}" if bad else ""
+    if lost := exact.not_finite():
+        return f"{lost} in the unsplit model, even in fp64: nothing can be compared{held}"
+    if lost := split.not_finite():
+        if rounded is not None and rounded.not_finite():
+            wider = "bf16 or fp32" if dtype == torch.float16 else "a wider precision"
+            return f"{lost} in {precision}, split or not: the model overflows it; use {wider}"
+        return f"{lost} in the split model, unlike the unsplit one{held}"
+    if rounded is not None and (lost := rounded.not_finite()):
+        return f"{lost} in the unsplit model in {precision}: what rounding costs is unknown"
+    return None
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
 
 
 @contextmanager
@@ -91,23 +146,42 @@ def first_difference(
 ) -> str | None:
     """The first layer, in checkpoint names, whose output is off by more than ``limit``.
 
-    Weights of that layer that differ from the reference's follow in brackets.
+    Weights of that layer that differ from the reference's follow in brackets. Where every output
+    agrees (the inputs need not touch every row of an embedding), the weights that differ.
+
+    Args:
+        outputs, expected: by colrow's names, as :func:`captured` collects them, and the logits
+            under "head".
     """
-    theirs = reference.state_dict()
-    for name, layer in _layers(config, hf_naming(config)).items():
+    naming = hf_naming(config)
+    theirs = reference_names(reference.state_dict(), naming)
+    wrong = [
+        name for name, ours in weights.items() if name in theirs and not _same(ours, theirs[name])
+    ]
+    layers = {**_layers(config, naming), "head": naming.modules["head"][0]}
+    for name, layer in layers.items():
         if relative_error(outputs[name], expected[name]) <= limit:
             continue
-        wrong = [
-            key
-            for key, weight in weights.items()
-            if key.startswith(f"{layer}.") and key in theirs and not _same(weight, theirs[key])
-        ]
-        return f"{layer} (its weights differ: {', '.join(wrong)})" if wrong else layer
-    return None
+        prefix = layer
+        if name == "head" and config.tie_embeddings:
+            prefix = layers["embedding"]
+            layer = f"{layer}, tied to {prefix}"
+        inside = [key for key in wrong if key.startswith(f"{prefix}.")]
+        return f"{layer} (its weights differ: {', '.join(inside)})" if inside else layer
+    return f"no layer's output, but weights: {', '.join(wrong)}" if wrong else None
+
+
+def worst_gradients(worse: Mapping[str, float]) -> str | None:
+    """The three gradients that are off the most, in words; None when there are none."""
+    if not worse:
+        return None
+    names = sorted(worse, key=lambda name: -worse[name])
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"no layer's output or weights, but gradients: {', '.join(names[:3])}{more}"
 
 
 def _same(weight: Tensor, theirs: Tensor) -> bool:
-    return torch.equal(weight, theirs.to(weight.dtype))
+    return torch.allclose(weight, theirs.to(weight.dtype), rtol=0, atol=0, equal_nan=True)
 
 
 def _layers(config: ModelConfig, naming: Naming) -> dict[str, str]:

@@ -13,10 +13,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from colrow.comm.engine import Engine, EngineName, choose_engine
 from colrow.launch import rank_environment, rendezvous_arguments
 
 if TYPE_CHECKING:
     from colrow.comm.ledger import Ledger
+
+
+_ALONE = Engine("none", "one rank")
 
 
 @dataclass(eq=False)
@@ -60,6 +64,7 @@ class Mesh:
         device_mesh: the same grid for torch (dimensions "pp", "dp", "tp"); None in a world of one
             that has no process group.
         device: where this rank computes.
+        engine: what carries the bytes, and why it was chosen.
     """
 
     tp: ParallelGroup
@@ -67,6 +72,7 @@ class Mesh:
     pp: ParallelGroup
     device_mesh: DeviceMesh | None
     device: torch.device
+    engine: Engine = _ALONE
 
     @property
     def world_size(self) -> int:
@@ -88,6 +94,7 @@ def init_mesh(
     dp: int | None = None,
     *,
     device: str | torch.device | None = None,
+    engine: str | None = None,
     timeout: timedelta = timedelta(minutes=10),
 ) -> Mesh:
     """Arranges the ranks that torchrun, mpiexec, srun or :func:`colrow.launch` started in a grid.
@@ -100,13 +107,22 @@ def init_mesh(
         pp: pipeline-parallel size.
         dp: data-parallel size; by default what is left of the world.
         device: "cpu", "cuda" or "cuda:N"; by default CUDA when there is one GPU per local rank.
+        engine: "mpi", "gloo" or "nccl"; by default NCCL for GPUs, for CPU ranks of one host MPI
+            when the ``cpu`` extra is installed and each rank has a core, and Gloo otherwise.
         timeout: how long a collective waits for a rank before it gives up.
 
     Raises:
-        ValueError: when tp x pp x dp is not the number of ranks.
+        ValueError: when a size is below 1 or tp x pp x dp is not the number of ranks; for a device
+            that torch does not know or see, or more local ranks than GPUs; when the launcher's
+            environment contradicts itself or does not say where the ranks meet, or the port there
+            is taken.
+        torch.distributed.DistError: when ranks do not appear within ``timeout``.
+
+    Warns:
+        UserWarning: on rank 0 of the world, when a tp group spans hosts.
 
     Communicates: initialises the process group and one group for each dimension; all ranks must
-    call it.
+    call it. On several hosts the ranks also exchange the hosts' names.
     """
     for name, size in (("tp", tp), ("pp", pp), ("dp", dp)):
         if size is not None and size < 1:
@@ -123,9 +139,11 @@ def init_mesh(
     if world == 1 and not dist.is_initialized():
         alone = ParallelGroup.single
         return Mesh(alone("tp"), alone("dp"), alone("pp"), device_mesh=None, device=chosen)
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timeout, **rendezvous_arguments())
+    if dist.is_initialized():
+        carrier = _engine_in_use()
+    else:
+        carrier = choose_engine(engine, chosen.type, world, local_world)
+        dist.init_process_group(_backend(carrier), timeout=timeout, **rendezvous_arguments())
     grid = torch.arange(world).view(pp, dp, tp)
     device_mesh = DeviceMesh(chosen.type, grid, mesh_dim_names=("pp", "dp", "tp"))
     _warn_if_tp_spans_hosts(tp, local_world)
@@ -135,7 +153,25 @@ def init_mesh(
         size = dist.get_world_size(group)
         return ParallelGroup(group, dist.get_rank(group), size, name)
 
-    return Mesh(handle("tp"), handle("dp"), handle("pp"), device_mesh, chosen)
+    return Mesh(handle("tp"), handle("dp"), handle("pp"), device_mesh, chosen, carrier)
+
+
+def _backend(engine: Engine) -> str:
+    """torch.distributed's name of an engine."""
+    if engine.name == "nccl":
+        return "cpu:gloo,cuda:nccl"
+    if engine.name == "mpi":
+        from colrow.comm.mpi.start import BACKEND, register
+
+        register()
+        return BACKEND
+    return "gloo"
+
+
+def _engine_in_use() -> Engine:
+    backend = dist.get_backend()
+    names: dict[str, EngineName] = {"gloo": "gloo", "nccl": "nccl", "colrow_mpi": "mpi"}
+    return Engine(names.get(backend, "none"), f"the process group's backend is {backend}")
 
 
 def _data_parallel_size(world: int, tp: int, pp: int, dp: int | None) -> int:

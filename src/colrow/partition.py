@@ -110,9 +110,9 @@ class Partition:
         return max(self.sizes)
 
     @property
-    def is_even(self) -> bool:
-        """Whether all ranks hold equally many indices."""
-        return min(self.sizes) == max(self.sizes)
+    def is_replicated(self) -> bool:
+        """Whether every rank holds everything."""
+        return all(bounds == (0, self.length) for bounds in self.bounds)
 
     @property
     def is_split(self) -> bool:

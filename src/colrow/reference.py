@@ -85,15 +85,20 @@ def prepare_reference(model: nn.Module) -> nn.Module:
 
 
 def reference_grads(model: nn.Module, naming: Naming) -> dict[str, Tensor]:
-    """The model's gradients, under the names of its checkpoint files.
+    """The model's gradients, under the names of its checkpoint files."""
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return reference_names(grads, naming)
 
-    transformers renames some tensors when it reads a file (GPT-NeoX's ``embed_out``).
+
+def reference_names(tensors: Mapping[str, Tensor], naming: Naming) -> dict[str, Tensor]:
+    """The tensors of a transformers model under the names of its checkpoint files.
+
+    transformers renames some when it reads a file (GPT-NeoX's ``embed_out``).
     """
     head = naming.modules["head"][0]
     return {
-        (f"{head}.weight" if name == "lm_head.weight" else name): parameter.grad
-        for name, parameter in model.named_parameters()
-        if parameter.grad is not None
+        (f"{head}.weight" if name == "lm_head.weight" else name): tensor
+        for name, tensor in tensors.items()
     }
 
 

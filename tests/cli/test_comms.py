@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from colrow.cli import main
 
@@ -39,6 +41,40 @@ def test_a_configuration_without_weights(tiny_models: Path, tmp_path: Path) -> N
     config.write_text((tiny_models / "bloom" / "config.json").read_text())
     assert main(["comms", str(config), "--tp", "3"]) == 0
     assert main(["comms", str(tmp_path), "--tp", "3"]) == 0
+
+
+def test_a_cached_hub_id_comes_before_a_public_name(
+    tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--gpt3-175b"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(tiny_models / "gpt2", repository / "snapshots" / ("0" * 40))
+    out = tmp_path / "comms.json"
+    command = ["comms", "gpt3-175b", "--tp", "2", "--sequence", "9", "--dry-run"]
+    assert main([*command, "--json", str(out)]) == 0
+    rows = json.loads(out.read_text())["recorded"]
+    assert [row["bytes"] for row in rows if row["layer"] == "embedding"] == [9 * 40 * 4]
+
+
+def test_an_unknown_name_says_where_it_was_looked_for(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    assert main(["comms", "gpt3-175c"]) == 2
+    message = capsys.readouterr().err
+    assert "did you mean gpt3-175b" in message and "There is no such file" in message
+    assert f"no snapshot of 'gpt3-175c' in the cache '{tmp_path}'" in message
+
+
+def test_one_rank_of_a_launcher_reports_a_dry_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "LOCAL_RANK": 1, "RANK": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    assert main(["comms", "gpt3-175b", "--tp", "8"]) == 0
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(

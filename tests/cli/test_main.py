@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -9,6 +11,7 @@ import pytest
 
 import colrow.cli
 from colrow.cli import main
+from colrow.cli.common import write_json
 
 PROBE = """
 HELP = "fails in a chosen way"
@@ -61,6 +64,10 @@ def test_a_command_runs_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFi
             "colrow probe: argument --tp: '0' is not a whole number of at least 1 "
             "(see colrow probe --help)",
         ),
+        (
+            ["probe", "1", "--tpp", "2"],
+            "colrow probe: unrecognized arguments: --tpp 2 (see colrow probe --help)",
+        ),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -68,6 +75,12 @@ def test_bad_input_is_one_line_and_exit_code_2(
 ) -> None:
     assert main(arguments) == 2
     assert capsys.readouterr() == ("", line + "\n")
+
+
+def test_what_json_cannot_say_is_null(capsys: pytest.CaptureFixture[str]) -> None:
+    write_json({"errors": {"a": math.nan, "b": 1.5}, "pairs": [(math.inf, True)]}, "-")
+    written = json.loads(capsys.readouterr().out)
+    assert written == {"errors": {"a": None, "b": 1.5}, "pairs": [[None, True]]}
 
 
 def test_an_unknown_command_names_the_known(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ from colrow import (
     scatter_to_tp,
 )
 from colrow.comm import primitives
+from colrow.comm.agreement import require_same
 from colrow.mesh import ParallelGroup
 from tests.layers.dense import raises
 from tests.ranks import RankPool
@@ -102,8 +103,6 @@ def check_values(tp: ParallelGroup) -> None:
         for shape in ((12, 12), (2, 12, 12), (2, 7, 5)):
             divisions = [None] if c.dim is None else partitions(shape[c.dim], n)
             for division in divisions:
-                if division is None and c.input == "shard" and c.dim and shape[c.dim] % n:
-                    continue  # a gather's default is equal shards
                 p = division or Partition.even(shape[c.dim or -1], n)
                 options = {} if division is None else {"partition": division}
                 for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -230,6 +229,37 @@ def check_primitives(tp: ParallelGroup) -> None:
     assert gathering.wait().flatten().tolist() == list(range(tp.size))
 
 
+def check_messages(tp: ParallelGroup) -> None:
+    """Around the ring, later ones first issued; of any stride and dtype, also empty."""
+    right, left = (tp.rank + 1) % tp.size, (tp.rank - 1) % tp.size
+    for dtype in (torch.float64, torch.bfloat16, torch.int64):
+        for shape in ((3, 4), (0, 2), ()):
+            mine = torch.full(shape, tp.rank, dtype=dtype)
+            mine = mine.t() if shape == (3, 4) else mine
+            sending = primitives.send_async(mine, tp, right)
+            buffer = torch.empty(mine.shape, dtype=dtype)
+            assert primitives.recv(buffer, tp, left) is buffer
+            sending.wait()
+            assert torch.equal(buffer, torch.full(mine.shape, left, dtype=dtype))
+    for peer in (tp.rank, -1, tp.size):
+        with raises(ValueError, f"cannot send to rank {peer}", f"0 to {tp.size - 1}"):
+            primitives.send(torch.ones(1), tp, peer)
+        with raises(ValueError, f"cannot receive from rank {peer}"):
+            primitives.recv(torch.ones(1), tp, peer)
+
+
+def check_agreement(tp: ParallelGroup) -> None:
+    """One value in which the ranks differ is enough, whatever it is."""
+    cpu = torch.device("cpu")
+    for value in (0, -1, 2**63 - 1, -(2**63)):
+        require_same(value, tp, "differ", layer="", device=cpu)
+        require_same(torch.tensor(value), tp, "differ", layer="", device=cpu)
+        for other in range(tp.size):
+            mine = value ^ (tp.rank == other)
+            with raises(ValueError, "differ"):
+                require_same(mine, tp, "differ", layer="", device=cpu)
+
+
 def check_no_second_derivative(tp: ParallelGroup) -> None:
     """Differentiating a backward is refused: what it sends has no derivative."""
     for c in COLLECTIVES:
@@ -246,6 +276,8 @@ def test_forward_and_backward_are_the_algebra(ranks: RankPool, n: int) -> None:
     ranks(n, check_values)
     ranks(n, check_strides)
     ranks(n, check_primitives)
+    ranks(n, check_messages)
+    ranks(n, check_agreement)
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])

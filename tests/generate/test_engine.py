@@ -47,16 +47,26 @@ def run(tp: ParallelGroup, path: str, ids: Tensor, **options: Any) -> Generation
 def test_greedy_tokens_are_those_of_transformers(
     n: int, cases: dict[str, Case], ranks: RankPool
 ) -> None:
-    for results in ranks(n, greedy, [case.path for case in cases.values()], timeout=120):
+    # A model built for sequence parallelism decodes with the whole sequence on every rank.
+    paths = [(case.path, index % 2 == 1) for index, case in enumerate(cases.values())]
+    for results in ranks(n, greedy, paths, timeout=120):
         for (name, case), result in zip(cases.items(), results, strict=True):
             assert result.token_ids == case.expected, name
             assert result.tokens.tolist() == case.expected
             assert result.finished == [False] * 3
 
 
-def greedy(tp: ParallelGroup, paths: list[str]) -> list[Generation]:
+def greedy(tp: ParallelGroup, paths: list[tuple[str, bool]]) -> list[Generation]:
     ids, mask = models.prompts()
-    return [run(tp, path, ids, attention_mask=mask, max_new_tokens=NEW) for path in paths]
+    return [
+        generate(
+            from_pretrained(path, tp, dtype=torch.float64, sequence_parallel=sequence_parallel),
+            ids,
+            attention_mask=mask,
+            max_new_tokens=NEW,
+        )
+        for path, sequence_parallel in paths
+    ]
 
 
 def test_rows_end_at_their_end_of_sequence_token(cases: dict[str, Case], ranks: RankPool) -> None:
@@ -120,7 +130,7 @@ def watched(tp: ParallelGroup, path: str) -> tuple[list[str], list[list[int]], b
     [
         ({"max_new_tokens": 0}, "max_new_tokens=0: at least 1 is needed"),
         ({"max_new_tokens": 60}, "set max_new_tokens to at most 55"),
-        ({"attention_mask": torch.ones(1, 8)}, r"should have the shape \(1, 9\) of input_ids"),
+        ({"attention_mask": torch.ones(1, 8)}, r"attention_mask should be \(1, 9\)"),
         ({"attention_mask": torch.tensor([[1] * 8 + [0]])}, "pad on the left"),
         ({"input_ids": torch.ones(9, dtype=torch.long)}, r"should be \[batch, sequence\]"),
     ],
@@ -146,3 +156,38 @@ def differ(tp: ParallelGroup, path: str, what: str) -> None:
     if what == "prompt":
         ids = ids + tp.rank
     run(tp, path, ids, max_new_tokens=2, sampling=Sampling(temperature=1.0, seed=seed))
+
+
+def test_weights_laid_out_for_decoding(cases: dict[str, Case], ranks: RankPool) -> None:
+    for results in ranks(2, laid_out, [cases["qwen2"].path, cases["bloom"].path]):
+        for same_weights, shift, packed, tokens in results:
+            assert same_weights
+            assert shift[torch.float64] < 1e-12 and shift[torch.bfloat16] < 2e-2
+            assert not packed[torch.float64]
+            assert packed[torch.bfloat16] == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            assert tokens
+
+
+def laid_out(tp: ParallelGroup, paths: list[str]) -> list[tuple[bool, Any, Any, bool]]:
+    return [laid_out_one(tp, path) for path in paths]
+
+
+def laid_out_one(tp: ParallelGroup, path: str) -> tuple[bool, Any, Any, bool]:
+    """Weights and logits against those of the plain layout; kernels only without gradients."""
+    ids, mask = models.prompts()
+    shift, packed, same, tokens = {}, {}, True, []
+    for dtype in (torch.float64, torch.bfloat16):
+        model = from_pretrained(path, tp, dtype=dtype)
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        with torch.no_grad():
+            plain = model(ids)
+            laid = model.for_decoding()(ids)
+        shift[dtype] = ((laid - plain).norm() / plain.norm()).item()
+        kernels = [module.kernel for module in model.modules() if hasattr(module, "kernel")]
+        packed[dtype] = all(kernel is not None for kernel in kernels)
+        same &= all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+        tokens.append(generate(model, ids, attention_mask=mask, max_new_tokens=8).token_ids)
+        model.loss(ids, ids).backward()
+        same &= all(p.grad is not None for p in model.parameters())
+    expected = run(tp, path, ids, attention_mask=mask, max_new_tokens=8).token_ids
+    return same, shift, packed, tokens[0] == expected

@@ -34,6 +34,7 @@ class DenseAttention:
     norm_eps: float | None = None
     dropout: tuple[int, float] | None = None  # key and probability
     valid: Tensor | None = None
+    positions: Tensor | None = None
 
     def __call__(self, weights: Weights, x: Tensor) -> Tensor:
         batch, length, _ = x.shape
@@ -49,6 +50,8 @@ class DenseAttention:
         positions = torch.arange(length).expand(batch, length)
         if self.valid is not None:
             positions = (self.valid.long().cumsum(-1) - 1).clamp(min=0)
+        if self.positions is not None:
+            positions = self.positions.expand(batch, length)
         if self.rope is not None:
             q, k = (rotate(part, positions, self.rope) for part in (q, k))
         group = self.num_heads // self.num_kv_heads
@@ -180,6 +183,50 @@ def check_padding(tp: ParallelGroup) -> None:
             )
 
 
+def check_packed(tp: ParallelGroup) -> None:
+    """Positions that start again, as in several documents; the same for all layers."""
+    for positions in (
+        torch.tensor([[0, 1, 2, 0, 1, 0, 1]]),
+        torch.tensor([[0, 1, 2, 3, 0, 1, 2], [5, 4, 3, 2, 1, 0, 9]]),
+    ):
+        for position in ({"rope": ROPE}, {"alibi": True}):
+            for window, dropout in itertools.product((None, 3), (None, (7, 0.25))):
+                layer = ParallelAttention(
+                    HIDDEN,
+                    HeadPartition.create(5, 1, tp.size),
+                    HEAD_DIM,
+                    tp,
+                    window=window,
+                    dropout=0.25 if dropout else 0.0,
+                    dtype=FP64,
+                    **position,  # type: ignore[arg-type]
+                )
+
+                def run(
+                    x: Tensor, layer: ParallelAttention = layer, positions: Tensor = positions
+                ) -> Tensor:
+                    context = AttentionContext(SEQUENCE, positions=positions)
+                    first = layer(x, context=context, dropout_key=7)
+                    assert torch.equal(layer(x, context=context, dropout_key=7), first)
+                    return first
+
+                compare(
+                    tp,
+                    layer,
+                    DenseAttention(
+                        5,
+                        1,
+                        window=window,
+                        dropout=dropout,
+                        positions=positions,
+                        **position,  # type: ignore[arg-type]
+                    ),
+                    random(BATCH, SEQUENCE, HIDDEN).requires_grad_(),
+                    f"{positions} {position} {window=} {dropout=}",
+                    run=run,
+                )
+
+
 class Cache:
     """The plainest key-value cache: one tensor that grows."""
 
@@ -251,6 +298,14 @@ def check_conversion(tp: ParallelGroup) -> None:
 
 
 def check_refusals(tp: ParallelGroup) -> None:
+    heads = HeadPartition.create(5, 1, tp.size)
+    layer, cache = ParallelAttention(HIDDEN, heads, HEAD_DIM, tp, alibi=True), Cache()
+    layer(torch.zeros(1, 3, HIDDEN), cache=cache)
+    restarted = AttentionContext(2, past=3, positions=torch.arange(2).unsqueeze(0))
+    with raises(ValueError, "ALiBi with explicit positions", "leave positions out"):
+        layer(torch.zeros(1, 2, HIDDEN), context=restarted, cache=cache)
+    with raises(ValueError, "positions should be [batch or 1, 4]", "(1, 3)"):
+        AttentionContext(4, positions=torch.zeros(1, 3, dtype=torch.int64))
     for parts in (tp.size - 1, tp.size + 1):
         with raises(ValueError, f"over {parts} ranks", f"tp group of {tp.size}"):
             ParallelAttention(HIDDEN, HeadPartition.create(8, 2, parts), HEAD_DIM, tp)
@@ -260,6 +315,7 @@ def check_refusals(tp: ParallelGroup) -> None:
 def test_against_dense(ranks: RankPool, n: int) -> None:
     ranks(n, check_variants)
     ranks(n, check_padding)
+    ranks(n, check_packed)
     ranks(n, check_conversion)
 
 
@@ -275,6 +331,15 @@ def test_with_a_cache(ranks: RankPool, n: int) -> None:
 
 def test_heads_of_another_group_are_refused(ranks: RankPool) -> None:
     ranks(3, check_refusals)
+
+
+def test_biases_and_masks_are_made_once_for_all_layers() -> None:
+    context, heads = AttentionContext(SEQUENCE), Partition.even(5, 1)
+    slopes = alibi_slopes(5)
+    assert context.alibi(slopes, heads, None, FP64) is context.alibi(slopes, heads, None, FP64)
+    assert context.full_mask(None) is context.full_mask(None)
+    assert context.alibi(slopes, heads, 3, FP64) is not context.alibi(slopes, heads, None, FP64)
+    assert context.full_mask(3).sum() == 3 * SEQUENCE - 3
 
 
 def test_alibi_slopes_are_the_published_ones() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from colrow import (
@@ -36,7 +38,7 @@ from tests.layers.dense import (
 )
 from tests.layers.test_attention import HEAD_DIM, DenseAttention
 from tests.layers.test_mlp import FFN, dense_mlp
-from tests.ranks import RankPool
+from tests.ranks import RankError, RankPool
 
 BATCH, SEQUENCE, HIDDEN = 2, 7, 12
 ROPE = RopeConfig(theta=100.0, dims=HEAD_DIM)
@@ -123,11 +125,16 @@ def compare_block(
     *,
     key: int | None = None,
     run: Any = None,
+    prepare: Callable[[ParallelBlock], None] | None = None,
+    tell: bool = True,
     **options: Any,
 ) -> None:
+    """``prepare``: what happens to the block first. ``tell``: how the sequence is divided."""
     sequence = Partition.even(SEQUENCE, tp.size)
     block = make_block(tp, kind, sp=sp, dropout=0.0 if key is None else 0.25, **options)
-    arguments: dict[str, Any] = {"sequence": sequence if sp else None, "dropout_key": key}
+    if prepare:
+        prepare(block)
+    arguments: dict[str, Any] = {"sequence": sequence if sp and tell else None, "dropout_key": key}
     x = random(BATCH, SEQUENCE, HIDDEN).requires_grad_()
     compare(
         tp,
@@ -147,7 +154,90 @@ def check_block(tp: ParallelGroup) -> None:
             compare_block(tp, kind, sp)
             compare_block(tp, kind, sp, overlap=False)
             compare_block(tp, kind, sp, key=99)
+        compare_block(tp, kind, True, key=99, tell=False)
         compare_block(tp, kind, True, keep_gathered_input=False)
+
+
+def converted(block: ParallelBlock) -> None:
+    block.float().double()
+
+
+def moved(block: ParallelBlock) -> None:
+    block.to("meta").to_empty(device="cpu")
+
+
+def assigned(block: ParallelBlock) -> None:
+    values = {name: value.clone() for name, value in block.state_dict().items()}
+    block.load_state_dict(values, assign=True)
+
+
+def exchanged(block: ParallelBlock) -> None:
+    """A norm that was not there when the block was made."""
+    norm = block.mlp_norm
+    assert isinstance(norm, RMSNorm | LayerNorm)
+    block.mlp_norm = type(norm)(
+        HIDDEN, block.tp, eps=1e-5, applied_to=norm.applied_to, dtype=torch.float64
+    )
+
+
+def check_replaced_parameters(tp: ParallelGroup) -> None:
+    """Parameters and layers that are not those of the constructor have their gradients summed."""
+    for kind in (LLAMA, NEOX):
+        for prepare in (converted, moved, assigned, exchanged):
+            compare_block(tp, kind, True, prepare=prepare)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def check_parametrized(tp: ParallelGroup) -> None:
+    """A weight that is computed from another one: its gradient is summed over its holders too."""
+    for kind in (LLAMA, NEOX):
+        plain, computed = make_block(tp, kind, sp=True), make_block(tp, kind, sp=True)
+        weights = whole_weights(plain)
+        place(plain, weights, tp.rank)
+        place(computed, weights, tp.rank)
+        places = ["attention.qkv", "attention.output", "attention_norm", "mlp_norm"]
+        if kind == LLAMA:
+            places += ["attention.query_norm", "attention.key_norm"]
+        for name in places:
+            module = computed.get_submodule(name)
+            module.get_parameter("weight").data.div_(2)
+            parametrize.register_parametrization(module, "weight", Doubled())
+        sequence = Partition.even(SEQUENCE, tp.size)
+        x = random(BATCH, SEQUENCE, HIDDEN)
+        x = part(x, divided(x, 1, sequence), tp.rank)
+        results = [block(x, sequence=sequence) for block in (plain, computed)]
+        assert_close(results[1], results[0], 1e-14, kind)
+        for result in results:
+            result.square().sum().backward()
+        for name in places:
+            expected = plain.get_submodule(name).get_parameter("weight").grad
+            original = computed.get_submodule(f"{name}.parametrizations.weight")
+            actual = original.get_parameter("original").grad
+            assert expected is not None and actual is not None
+            assert_close(actual, 2 * expected, 1e-12, f"{kind} {name}")
+        # Alone, without a model's bucket around them.
+        for name in ("attention.qkv", "attention_norm"):
+            module = computed.get_submodule(name)
+            original = module.get_submodule("parametrizations.weight").get_parameter("original")
+            original.grad = None
+            module(x).sum().backward()
+            layer = plain.get_submodule(name)
+            layer.zero_grad()
+            layer(x).sum().backward()
+            expected = layer.get_parameter("weight").grad
+            assert original.grad is not None and expected is not None
+            assert_close(original.grad, 2 * expected, 1e-12, f"{kind} {name} alone")
+
+
+def with_different_generators(tp: ParallelGroup, name: str) -> None:
+    block = make_block(tp, LLAMA, sp=False, dropout=0.25)
+    x = random(BATCH, SEQUENCE, HIDDEN)
+    torch.manual_seed(tp.rank)
+    (block.get_submodule(name) if name else block)(x)
 
 
 def check_recomputed(tp: ParallelGroup) -> None:
@@ -206,6 +296,19 @@ def check_refusals(tp: ParallelGroup) -> None:
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_against_dense(ranks: RankPool, n: int) -> None:
     ranks(n, check_block)
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_replaced_and_computed_parameters(ranks: RankPool, n: int) -> None:
+    ranks(n, check_replaced_parameters)
+    ranks(n, check_parametrized)
+
+
+@pytest.mark.parametrize("name", ["", "attention"])
+def test_dropout_masks_from_different_generators(ranks: RankPool, name: str) -> None:
+    with pytest.raises(RankError, match="would draw different dropout masks") as caught:
+        ranks(2, with_different_generators, name)
+    assert set(caught.value.errors) == {0, 1}
 
 
 @pytest.mark.parametrize("n", [2, 3])

@@ -6,7 +6,7 @@ import torch
 from colrow import ParallelGroup
 from tests.layers.catalogue import CASES
 from tests.layers.dense import parameter_specs
-from tests.ranks import RankPool
+from tests.ranks import RankError, RankPool
 
 
 def local_weights(tp: ParallelGroup) -> list[dict[str, torch.Tensor]]:
@@ -26,7 +26,8 @@ def test_initial_weights_do_not_depend_on_the_number_of_ranks(ranks: RankPool, n
     for number, case in enumerate(CASES):
         # Only the specification is asked of this layer, so that one process can play every rank.
         for rank in range(n):
-            layer = case.make(_Rank(n, rank), torch.float32)
+            with torch.device("meta"):
+                layer = case.make(_Rank(n, rank), torch.float32)
             for name, spec in parameter_specs(layer).items():
                 expected = whole[number][name]
                 if spec.dim is not None:
@@ -38,11 +39,26 @@ def test_initial_weights_do_not_depend_on_the_number_of_ranks(ranks: RankPool, n
 
 
 class _Rank(ParallelGroup):
-    """A group whose other ranks are not there: enough for constructors, which send nothing."""
+    """A group whose other ranks are not there: enough for constructors on meta."""
 
     def __init__(self, size: int, rank: int) -> None:
         self.group, self.rank, self.size = None, rank, size
         self.name, self.ledger = "tp", None
+
+
+def make_after_different_seeds(tp: ParallelGroup, number: int) -> None:
+    torch.manual_seed(tp.rank)
+    CASES[number].make(tp, torch.float32)
+
+
+def test_ranks_with_different_seeds(ranks: RankPool) -> None:
+    """Each would hold other values of what all ranks hold, or parts of different weights."""
+    drawn = [n for n, case in enumerate(CASES) if "norm" not in case.name]
+    assert len(drawn) >= 16
+    for number in drawn:
+        with pytest.raises(RankError, match=r"torch\.manual_seed with the same number") as caught:
+            ranks(2, make_after_different_seeds, number)
+        assert set(caught.value.errors) == {0, 1}
 
 
 def test_they_are_torchs_defaults() -> None:

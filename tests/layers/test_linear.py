@@ -68,32 +68,31 @@ def check_column(tp: ParallelGroup) -> None:
 def check_column_sequence_parallel(tp: ParallelGroup) -> None:
     features = Partition.even(OUT, tp.size)
     for sequence in sequences(tp.size):
-        for keep in (True, False):
-            for overlap in (True, False):
-                for gather_output in (True, False):
-                    layer = ColumnParallelLinear(
-                        IN,
-                        OUT,
+        for keep, overlap in ((True, True), (True, False), (False, True)):
+            for gather_output in (True, False):
+                layer = ColumnParallelLinear(
+                    IN,
+                    OUT,
+                    tp,
+                    bias=True,
+                    gather_output=gather_output,
+                    sequence_parallel=True,
+                    keep_gathered_input=keep,
+                    overlap=overlap,
+                    dtype=FP64,
+                )
+                for batch in ((BATCH,), ()):
+                    x = random(*batch, sequence.length, IN).requires_grad_()
+                    compare(
                         tp,
-                        bias=True,
-                        gather_output=gather_output,
-                        sequence_parallel=True,
-                        keep_gathered_input=keep,
-                        overlap=overlap,
-                        dtype=FP64,
+                        layer,
+                        dense,
+                        x,
+                        f"{layer} of {sequence} keep={keep} overlap={overlap}",
+                        x_spec=divided(x, -2, sequence),
+                        y_spec=None if gather_output else lambda y: divided(y, -1, features),
+                        run=with_sequence(layer, sequence),
                     )
-                    for batch in ((BATCH,), ()):
-                        x = random(*batch, sequence.length, IN).requires_grad_()
-                        compare(
-                            tp,
-                            layer,
-                            dense,
-                            x,
-                            f"{layer} of {sequence} keep={keep} overlap={overlap}",
-                            x_spec=divided(x, -2, sequence),
-                            y_spec=None if gather_output else lambda y: divided(y, -1, features),
-                            run=with_sequence(layer, sequence),
-                        )
 
 
 def check_row(tp: ParallelGroup) -> None:
@@ -157,7 +156,8 @@ def sequences(n: int) -> list[Partition]:
 
 def with_sequence(layer: nn.Module, sequence: Partition) -> Callable[[Tensor], Tensor]:
     """Passes the division, except where it is the default."""
-    return layer if sequence.is_even else lambda x: layer(x, sequence=sequence)
+    default = sequence == Partition.even(sequence.length, sequence.parts)
+    return layer if default else lambda x: layer(x, sequence=sequence)
 
 
 def check_fused(tp: ParallelGroup) -> None:
@@ -294,6 +294,10 @@ def check_refusals(tp: ParallelGroup) -> None:
     ):
         with raises(ValueError, f"over {n + 1} ranks", f"tp group of {n}"):
             make()
+    with raises(ValueError, "overlap=False and keep_gathered_input=False exclude each other"):
+        ColumnParallelLinear(
+            12, 5, tp, bias=True, sequence_parallel=True, keep_gathered_input=False, overlap=False
+        )
     with raises(ValueError, "in_features=12", "divides 11"):
         RowParallelLinear(12, 4, tp, bias=True, partition=Partition.even(11, n))
     with raises(ValueError, "out_features=12", "divides 11"):

@@ -127,6 +127,9 @@ def check_extremes(tp: ParallelGroup) -> None:
     compare(tp, masked.float(), labels, z=1e-3)
     # Constant logits are equal on all ranks without being gathered: the loss is log(96).
     compare(tp, torch.zeros(*SHAPE, 96), labels, given=False)
+    # So are the maxima and sums of shards that hold the same values in another order.
+    turned = torch.cat([torch.arange(4.0).roll(rank) for rank in range(tp.size)])
+    compare(tp, turned.expand(*SHAPE, -1).clone(), labels.clamp(max=3), given=False)
 
 
 def check_all_ignored(tp: ParallelGroup) -> None:

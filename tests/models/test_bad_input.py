@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import colrow
+from colrow.generate.cache import KeyValueCache
 from colrow.mesh import ParallelGroup
 from colrow.models.hf_config import config_from_hf
 from tests.ranks import RankError, RankPool
@@ -45,6 +46,45 @@ def with_different_batches(tp: ParallelGroup, kind: str) -> None:
         else:
             ids = labels = ids[:, :5]
     model.loss(ids, labels)
+
+
+def with_different_dropout(tp: ParallelGroup, how: str) -> None:
+    model = colrow.from_config({**LLAMA, "attention_dropout": 0.1}, tp).train()
+    ids = torch.arange(12).view(2, 6)
+    if how == "one in training":
+        model.train(tp.rank == 0)
+    torch.manual_seed(tp.rank if how == "generators" else 0)
+    key = 5 + tp.rank if how == "keys" else None
+    if how == "forward":
+        torch.manual_seed(tp.rank)
+        model(ids)
+    else:
+        model.loss(ids, ids, dropout_key=key)
+
+
+@pytest.mark.parametrize("how", ["generators", "keys", "forward", "one in training"])
+def test_ranks_with_different_dropout(ranks: RankPool, how: str) -> None:
+    said = "would draw different dropout masks: .*torch.manual_seed with the same number on all tp"
+    with pytest.raises(RankError, match=said) as caught:
+        ranks(2, with_different_dropout, how)
+    assert set(caught.value.errors) == {0, 1}
+
+
+def with_different_seeds(tp: ParallelGroup) -> None:
+    colrow.from_config(LLAMA, tp, seed=tp.rank)
+
+
+def test_ranks_with_different_seeds(ranks: RankPool) -> None:
+    with pytest.raises(RankError, match="were given different seeds") as caught:
+        ranks(2, with_different_seeds)
+    assert set(caught.value.errors) == {0, 1}
+
+
+def test_a_loss_needs_a_next_token() -> None:
+    model, ids = colrow.from_config(LLAMA), torch.zeros(2, 1, dtype=torch.long)
+    assert model(ids).shape == (2, 1, 97)
+    with pytest.raises(ValueError, match=r"sequences of one token .* give it at least two"):
+        model.loss(ids, ids)
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -175,13 +215,12 @@ def test_checkpoint_without_the_leading_name(checkpoint: Path) -> None:
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
 
-def test_cache_and_sequence_parallelism_do_not_mix(ranks: RankPool) -> None:
-    with pytest.raises(RankError, match="needs a model built with sequence_parallel=False"):
+def test_cache_and_sequence_parallelism_have_no_gradients(ranks: RankPool) -> None:
+    with pytest.raises(RankError, match=r"generate under torch\.no_grad"):
         ranks(2, with_cache)
 
 
 def with_cache(tp: ParallelGroup) -> None:
-    from colrow.generate.engine import generate
-
     model = colrow.from_config(LLAMA, tp, sequence_parallel=True)
-    generate(model, torch.ones(1, 4, dtype=torch.long), max_new_tokens=2)
+    cache = KeyValueCache.for_model(model, 1, 4)
+    model(torch.ones(1, 4, dtype=torch.long), cache=cache)

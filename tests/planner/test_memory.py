@@ -32,6 +32,8 @@ LLAMA = decoder(
 GPT = decoder("g", "gpt2", hidden=128, heads=8, layers=8, vocab=512, dropout=0.0)
 QWEN = decoder("q", "qwen3", hidden=128, heads=8, kv_heads=4, ffn=352, layers=2, vocab=512)
 NEOX = decoder("n", "gpt_neox", hidden=128, heads=8, layers=2, vocab=512)
+BLOOM = decoder("b", "bloom", hidden=128, heads=8, layers=4, vocab=512)
+DROPPING = decoder("d", "gpt2", hidden=128, heads=8, layers=8, vocab=512, dropout=0.1)
 
 
 def runs(tp: Any, cases: list[tuple[ModelShape, Layout]]) -> list[list[dict[str, Any]]]:
@@ -47,7 +49,8 @@ def held(memory: RankMemory) -> float:
 def test_a_real_step_takes_what_is_predicted(ranks: RankPool, tp: int) -> None:
     """Weights, gradients, states and sent bytes exactly; activations within 5 %."""
     cases = []
-    for shape in (LLAMA, GPT, QWEN, NEOX) if tp == 1 else (LLAMA, GPT):
+    alone = (LLAMA, GPT, QWEN, NEOX, BLOOM, DROPPING)
+    for shape in alone if tp == 1 else (LLAMA, GPT):
         for sequence_parallel in (False, True)[: min(tp, 2)]:
             for precision in ("fp32", "bf16"):
                 layout = Layout(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from colrow.checkpoint.naming import hf_naming, pieces
+from colrow.comm import primitives
 from colrow.mesh import ParallelGroup
 from colrow.models.decoder import Decoder
 from colrow.inplace.assemble import assemble
@@ -56,9 +56,11 @@ def _assemble(
         shapes = [spec.local_shape(rank) for rank in range(tp.size)]
         if spec.dim is None:
             shapes = shapes[:1]
-        for rank, part in enumerate(_collect(shard, shapes, tp)):
+        for rank, part in enumerate(_collect(shard, shapes, tp, name)):
             for piece in pieces(naming, model.config, name, spec, rank):
-                target = whole.setdefault(piece.name, part.new_empty(piece.shape))
+                if piece.name not in whole:
+                    whole[piece.name] = part.new_empty(piece.shape)
+                target = whole[piece.name]
                 if piece.dim is None:
                     target.copy_(part)
                     continue
@@ -75,17 +77,17 @@ def _assemble(
     return whole
 
 
-def _collect(shard: Tensor, shapes: list[tuple[int, ...]], tp: ParallelGroup) -> list[Tensor]:
+def _collect(
+    shard: Tensor, shapes: list[tuple[int, ...]], tp: ParallelGroup, name: str
+) -> list[Tensor]:
     """The shards of these shapes, of ranks 0, 1, ..., on rank 0's CPU; nothing elsewhere."""
     if tp.rank >= len(shapes):
         return []
     if tp.rank > 0:
-        assert tp.group is not None
-        dist.send(shard.contiguous(), group=tp.group, group_dst=0)
+        primitives.send(shard, tp, 0, layer=name)
         return []
     parts = [shard.cpu()]
     for rank in range(1, len(shapes)):
-        buffer = shard.new_empty(shapes[rank])
-        dist.recv(buffer, group=tp.group, group_src=rank)
+        buffer = primitives.recv(shard.new_empty(shapes[rank]), tp, rank, layer=name)
         parts.append(buffer.cpu())
     return parts

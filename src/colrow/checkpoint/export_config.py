@@ -49,11 +49,13 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
             parameters["original_max_position_embeddings"] = rope.original_max_positions
         values["rope_parameters"] = parameters
     windows = [window for window in config.windows if window is not None]
-    if windows:
-        values["sliding_window"] = windows[0]
-        values["use_sliding_window"] = True
+    if family.windows != "never":
+        values["sliding_window"] = windows[0] if windows else None
+    if family.windows == "by_layer":
+        values["use_sliding_window"] = bool(windows)
         values["layer_types"] = [
-            "full_attention" if window is None else "sliding_attention" for window in config.windows
+            "sliding_attention" if config.window(layer) else "full_attention"
+            for layer in range(config.num_layers)
         ]
     values["bos_token_id"] = config.bos_token_id
     values["pad_token_id"] = config.pad_token_id

@@ -36,7 +36,7 @@ def resolve_model_path(path_or_id: str | Path) -> Path:
     tried = f"no file or directory {str(path.absolute())!r}"
     is_weight_file = path.suffix in _WEIGHT_SUFFIXES | _PICKLE_SUFFIXES
     if isinstance(path_or_id, str) and _HUB_ID.fullmatch(path_or_id) and not is_weight_file:
-        cached, cache_tried = _cached_snapshot(path_or_id)
+        cached, cache_tried = cached_snapshot(path_or_id)
         if cached is not None:
             return cached
         tried += f", and {cache_tried}"
@@ -86,7 +86,7 @@ def damaged_file(path: Path, file_format: str, cause: object, remedy: str = "") 
     )
 
 
-def _cached_snapshot(hub_id: str) -> tuple[Path | None, str]:
+def cached_snapshot(hub_id: str) -> tuple[Path | None, str]:
     """The snapshot of a hub id in the local cache, or None, and what was tried."""
     try:
         from huggingface_hub import constants, snapshot_download

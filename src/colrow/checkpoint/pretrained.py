@@ -41,8 +41,9 @@ def from_pretrained(
         options: see :class:`Decoder`.
 
     Raises:
-        FileNotFoundError: nothing there.
-        ValueError: an unknown architecture, or tensors that are missing, left over or mis-shaped.
+        ValueError: nothing there, no weights or only pickled ones, an unknown architecture, or
+            tensors that are missing, left over or mis-shaped.
+        FileNotFoundError: weights without a ``config.json`` next to them.
 
     Sends nothing.
     """

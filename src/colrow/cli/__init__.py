@@ -45,7 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        args = _parser(argv).parse_args(argv)
+        args, unknown = _parser(argv).parse_known_args(argv)
+        if unknown:
+            command = _Parser(prog=f"colrow {args.command}")
+            command.error(f"unrecognized arguments: {' '.join(unknown)}")
     except SystemExit as stop:  # --help, --version and bad usage, which have said why
         return stop.code if isinstance(stop.code, int) else 0
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,8 @@ from colrow.launch import launch, rank_environment
 
 if TYPE_CHECKING:
     import torch
+
+    from colrow.mesh import Mesh
 
 T = TypeVar("T")
 
@@ -27,8 +30,9 @@ def add_tp(parser: argparse.ArgumentParser, *, default: int = 1) -> None:
         default=default,
         metavar="N",
         help="tensor-parallel size: over how many ranks every layer's weights are split; each "
-        "rank holds about 1/N of them. Any N works, whether heads, vocabulary and MLP divide by "
-        f"it or not (default {default})",
+        "rank holds about 1/N of them. Any N works, whether heads, vocabulary and MLP divide by it "
+        "or not, up to the number of query heads (and of MLP features and vocabulary, which are "
+        f"more in real models) (default {default})",
     )
 
 
@@ -50,7 +54,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
         type=destination,
         metavar="FILE",
         help='also write the result as JSON, for a program; "-" writes it to standard output '
-        "instead of the text",
+        "instead of the text; NaN and Inf are null",
     )
 
 
@@ -64,6 +68,29 @@ def add_device(parser: argparse.ArgumentParser) -> None:
         help="where the ranks compute: cpu, cuda (rank i of a host on its GPU i), or auto, CUDA "
         "where each rank of the host has a GPU and else the CPU (default auto)",
     )
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """``--engine``."""
+    parser.add_argument(
+        "--engine",
+        choices=("auto", "mpi", "gloo", "nccl"),
+        default="auto",
+        help="what carries the bytes between ranks: nccl for GPUs; for CPU ranks mpi, through the "
+        "shared memory of one host, or gloo, through sockets; auto takes mpi where the cpu extra "
+        "is installed and each rank has a core (default auto)",
+    )
+
+
+def say(text: str) -> None:
+    """One line of progress, on standard error."""
+    print(f"... {text}", file=sys.stderr, flush=True)
+
+
+def announce(mesh: Mesh) -> None:
+    """The start-up line, on rank 0: how many ranks, where, and what carries their bytes."""
+    if mesh.world.rank == 0 and mesh.world_size > 1:
+        say(f"{mesh.world_size} ranks on {mesh.device.type}, engine {mesh.engine}")
 
 
 def add_dtype(parser: argparse.ArgumentParser, *, default: str = "fp32") -> None:
@@ -128,9 +155,20 @@ def destination(text: str) -> str:
 
 
 def write_json(data: object, file: str) -> None:
-    """Writes ``data`` to the file, or to standard output for "-"."""
-    text = json.dumps(data, indent=2, ensure_ascii=False) + "\n"
+    """Writes ``data`` to the file, or to standard output for "-"; NaN and Inf become null."""
+    text = json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     if file == "-":
         sys.stdout.write(text)
     else:
         Path(file).write_text(text, encoding="utf-8")
+
+
+def _finite(data: object) -> object:
+    """The same with None for the numbers that JSON does not have."""
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return data

@@ -10,14 +10,17 @@ from colrow.cli.common import (
     DTYPES,
     add_device,
     add_dtype,
+    add_engine,
     add_json,
     add_sequence_parallel,
     add_tp,
+    announce,
     positive_int,
     run_on_ranks,
     torch_dtype,
     write_json,
 )
+from colrow.launch import rank_environment
 
 if TYPE_CHECKING:
     from colrow.models.config import ModelConfig
@@ -46,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="Hugging Face directory, cached hub id, .gguf file, config.json, or a public model's "
-        "name such as gpt3-175b or llama-3-70b",
+        help="Hugging Face directory, .gguf file, config.json, hub id that is in the local cache, "
+        "or a public model's name such as gpt3-175b or llama-3-70b; looked for in this order",
     )
     add_tp(parser, default=2)
     add_sequence_parallel(parser)
@@ -68,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="one row for each layer of the model")
     add_dtype(parser)
     add_device(parser)
+    add_engine(parser)
     add_json(parser)
 
 
@@ -81,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
     Layout.create(config, args.tp)
     if has_weights and not args.dry_run:
         traffic = run_on_ranks(_record, args, ranks=args.tp)
+    elif (rank := rank_environment()) is not None and rank.rank > 0:
+        return 0  # a dry run needs no ranks: where a launcher started some, one reports
     else:
         from colrow.traffic import dry_run
 
@@ -110,9 +116,17 @@ def _configuration(name: str) -> tuple[ModelConfig, bool]:
 
         return config_from_file(path), False
     if not path.exists() and "/" not in name and path.suffix != ".gguf":
+        from colrow.checkpoint.locate import cached_snapshot
         from colrow.planner.catalog import find_model
 
-        return find_model(name).config, False
+        cached, tried = cached_snapshot(name)
+        if cached is None:
+            try:
+                return find_model(name).config, False
+            except ValueError as error:
+                raise ValueError(
+                    f"{error}. There is no such file or directory, and {tried}"
+                ) from None
     from colrow.checkpoint.pretrained import pretrained_config
 
     return pretrained_config(name), True
@@ -127,9 +141,11 @@ def _record(args: argparse.Namespace) -> Traffic:
     from colrow.mesh import init_mesh
     from colrow.traffic import record_step
 
+    mesh = init_mesh(tp=args.tp, device=args.device, engine=args.engine)
+    announce(mesh)
     model = from_pretrained(
         args.model,
-        init_mesh(tp=args.tp, device=args.device),
+        mesh,
         dtype=torch_dtype(args.dtype),
         sequence_parallel=args.sequence_parallel,
         keep_gathered_input=not args.recompute_gather,

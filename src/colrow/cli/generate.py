@@ -11,6 +11,7 @@ from typing import cast
 from colrow.cli.common import (
     add_device,
     add_dtype,
+    add_engine,
     add_json,
     add_tp,
     positive_int,
@@ -36,7 +37,8 @@ logits of the whole vocabulary, and all ranks choose the same token without bein
 JSON (--json): text, token_ids, finish_reason ("stop" at an end-of-sequence token, "length" at
 --max-new-tokens or the end of the context), tokens_per_second (after the first token),
 time_to_first_token_seconds (the prompt's forward pass), load_seconds, weight_bytes_per_rank and
-cache_bytes_per_rank (a list, by rank), prompt_tokens, model, tp, dtype, device, sampling.
+cache_bytes_per_rank (a list, by rank), prompt_tokens, model, tp, dtype, device, engine,
+sampling.
 """
 
 
@@ -99,6 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_dtype(parser, default="bf16 on CUDA, fp32 elsewhere")
     parser.set_defaults(dtype=None)
     add_device(parser)
+    add_engine(parser)
     add_json(parser)
     parser.add_argument("--quiet", action="store_true", help="print no line of statistics")
 
@@ -133,6 +136,7 @@ def run(args: argparse.Namespace) -> int:
         tp=args.tp,
         dtype=torch_dtype(args.dtype) if args.dtype else None,
         device=args.device,
+        engine=args.engine,
         stream=args.json != "-",
     )
     try:
@@ -176,4 +180,5 @@ def _statistics(result: dict[str, object]) -> str:
         f"{tokens} tokens, {result['tokens_per_second']:.1f} tokens/s, first token after "
         f"{result['time_to_first_token_seconds']:.2f} s, {result['dtype']} weights "
         f"{' + '.join(megabytes)} MB on {result['tp']} rank{'s' if result['tp'] != 1 else ''}"
+        + (f", engine {result['engine']}" if result["tp"] != 1 else "")
     )

@@ -1,4 +1,4 @@
-"""Everything that crosses ranks: the collectives, their engines and the ledger that counts them.
+"""What colrow sends between ranks: the collectives, their engines and the ledger that counts them.
 
 Import the modules themselves: ``comm.ledger`` needs no torch, ``comm.collectives`` does.
 """

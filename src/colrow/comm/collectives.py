@@ -20,8 +20,9 @@ on all of them.
 Shapes: the last dim of a tensor is features, the dim before it sequence (``[batch, sequence,
 features]`` or ``[sequence, features]``). Any dtype that the backend reduces. With one rank each
 is the identity. Inputs are never written to. ``partition`` says how the divided dimension lies over
-the ranks; without it the whole length is divided as evenly as possible, which for a gather means
-that all ranks hold equally much. ``layer`` is the name under which the ledger files the call.
+the ranks. Without it a tensor that is split is divided as evenly as possible, and before a tensor
+is gathered its ranks exchange their sizes (:func:`colrow.comm.primitives.exchange_sizes`), 8 bytes
+a rank. ``layer`` is the name under which the ledger files the call.
 """
 
 from __future__ import annotations
@@ -149,7 +150,7 @@ def gather_from_tp(
     """
     if tp.size == 1:
         return x
-    partition = partition or Partition.even(x.shape[FEATURES] * tp.size, tp.size)
+    partition = partition or primitives.exchange_sizes(x, tp, FEATURES, layer=layer)
     result: Tensor = apply(_Gather, x, tp, FEATURES, partition, False, layer)
     return result
 
@@ -193,7 +194,7 @@ def gather_from_sequence(
     """
     if tp.size == 1:
         return x
-    partition = partition or Partition.even(x.shape[SEQUENCE] * tp.size, tp.size)
+    partition = partition or primitives.exchange_sizes(x, tp, SEQUENCE, layer=layer)
     result: Tensor = apply(_Gather, x, tp, SEQUENCE, partition, True, layer)
     return result
 

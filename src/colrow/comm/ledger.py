@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -19,12 +19,12 @@ class Call:
     """One collective, without its time: what a prediction and a recording have in common.
 
     Attributes:
-        op: "all_reduce", "all_gather" or "reduce_scatter".
+        op: "all_reduce", "all_gather", "reduce_scatter", "send" or "recv".
         phase: "forward" or "backward".
         layer: name of the layer that asked for it, such as ``blocks.0.attention.output``.
         bytes: size of the whole buffer that the collective works on, on each rank: the tensor that
-            is reduced, the result of a gather, the input of a scatter. Padding of uneven shards is
-            sent, so it counts.
+            is reduced, the result of a gather, the input of a scatter, the message itself. Padding
+            of uneven shards is sent, so it counts.
         dtype: element type, such as "float32".
         group: the mesh dimension, "tp", "dp" or "pp".
     """
@@ -40,8 +40,10 @@ class Call:
         """Bytes that each rank sends in the ring algorithm.
 
         (n-1)/n of the buffer for a gather or a scatter, twice that for an all-reduce (Thakur,
-        Rabenseifner and Gropp 2005, section 4).
+        Rabenseifner and Gropp 2005, section 4). A message counts where it is sent.
         """
+        if self.op in ("send", "recv"):
+            return float(self.bytes) if self.op == "send" else 0.0
         passes = 2 if self.op == "all_reduce" else 1
         return passes * self.bytes * (ranks - 1) / ranks
 
@@ -52,8 +54,9 @@ class Entry:
 
     Attributes:
         call: what was sent.
-        seconds: from issue to completion.
-        exposed_seconds: the part during which this rank only waited.
+        seconds: from issue to completion. On CUDA to where this rank's stream goes on, which is
+            later when computation hides the end of the collective.
+        exposed_seconds: the part during which this rank (on CUDA: its stream) only waited.
     """
 
     call: Call
@@ -61,20 +64,29 @@ class Entry:
     exposed_seconds: float
 
 
-@dataclass
 class Ledger:
     """Collects the collectives of the groups that it is attached to (see :func:`record`)."""
 
-    entries: list[Entry] = field(default_factory=list)
+    def __init__(self) -> None:
+        self._recorded: list[tuple[Call, Callable[[], tuple[float, float]]]] = []
+        self._entries: list[Entry] = []
 
-    def add(self, call: Call, seconds: float, exposed_seconds: float) -> None:
-        """Appends one finished collective."""
-        self.entries.append(Entry(call, seconds, exposed_seconds))
+    def add(self, call: Call, times: Callable[[], tuple[float, float]]) -> None:
+        """Appends a collective; ``times`` gives its seconds and exposed seconds, and is asked when
+        the entries are read: on a device they are known later than the call."""
+        self._recorded.append((call, times))
+
+    @property
+    def entries(self) -> list[Entry]:
+        """The collectives with their times; on CUDA this waits for the last of them."""
+        for call, times in self._recorded[len(self._entries) :]:
+            self._entries.append(Entry(call, *times()))
+        return self._entries
 
     @property
     def calls(self) -> list[Call]:
         """The collectives in the order in which they finished."""
-        return [entry.call for entry in self.entries]
+        return [call for call, _ in self._recorded]
 
     def seconds(self, *, exposed: bool = False) -> float:
         """Time of all collectives; with ``exposed`` only the part that nothing hid."""

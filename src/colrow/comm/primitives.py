@@ -1,4 +1,8 @@
-"""The raw collectives: no autograd, every shape, counted. All that crosses ranks goes through here.
+"""The raw collectives and messages: no autograd, every shape, counted.
+
+All tensors that colrow itself sends go through here. DDP and FSDP2 send theirs over dp, and a few
+small Python objects (host names at start-up, the outcome of a checkpoint) are exchanged with
+torch.distributed directly.
 
 Each has an asynchronous form: issue it, compute, then ``wait()`` for the result. Uneven shards are
 padded to the largest one, since NCCL and Gloo have no fast form for unequal sizes. Inside
@@ -7,7 +11,6 @@ torch.compile the functional collectives of torch are used, which the compiler c
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Literal
 
@@ -16,7 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from colrow.comm import compat
-from colrow.comm.ledger import Call, Phase
+from colrow.comm.clock import Clock
+from colrow.comm.ledger import Phase
 from colrow.mesh import ParallelGroup
 from colrow.partition import Partition
 
@@ -31,7 +35,7 @@ class Pending:
         self,
         finish: Callable[[], Tensor],
         work: dist.Work | None = None,
-        clock: _Clock | None = None,
+        clock: Clock | None = None,
     ) -> None:
         self._finish, self._work, self._clock = finish, work, clock
 
@@ -75,8 +79,8 @@ def all_reduce_async(
         reduced = compat.functional_all_reduce(x.contiguous(), op, tp.group)
         return Pending(lambda: reduced)
     buffer = x if in_place and x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
-    clock = _Clock.start("all_reduce", buffer, tp, layer, phase)
-    work = dist.all_reduce(buffer, _OPS[op], group=tp.group, async_op=True)
+    clock = Clock.start("all_reduce", buffer, tp, layer, phase)
+    work = compat.issue_all_reduce(buffer, _OPS[op], tp.group)
     return Pending(lambda: buffer, work, clock)
 
 
@@ -126,8 +130,8 @@ def all_gather_async(
         gathered = compat.functional_all_gather(shard.flatten(), 0, tp.group)
         return Pending(lambda: assemble(gathered))
     buffer = shard.new_empty(tp.size * shard.numel())
-    clock = _Clock.start("all_gather", buffer, tp, layer, phase)
-    work = compat.all_gather_single(buffer, shard.flatten(), group=tp.group, async_op=True)
+    clock = Clock.start("all_gather", buffer, tp, layer, phase)
+    work = compat.issue_all_gather(buffer, shard.flatten(), tp.group)
     return Pending(lambda: assemble(buffer), work, clock)
 
 
@@ -177,9 +181,71 @@ def reduce_scatter_async(
         reduced = compat.functional_reduce_scatter(stacked, "sum", 0, tp.group)
         return Pending(lambda: trim(reduced))
     buffer = stacked.new_empty(stacked.numel() // tp.size)
-    clock = _Clock.start("reduce_scatter", stacked, tp, layer, phase)
-    work = compat.reduce_scatter_single(buffer, stacked, group=tp.group, async_op=True)
+    clock = Clock.start("reduce_scatter", stacked, tp, layer, phase)
+    work = compat.issue_reduce_scatter(buffer, stacked, tp.group)
     return Pending(lambda: trim(buffer), work, clock)
+
+
+def send(
+    x: Tensor, tp: ParallelGroup, to: int, *, layer: str = "", phase: Phase = "forward"
+) -> None:
+    """Sends ``x`` to the rank ``to`` of the group, which must receive it."""
+    send_async(x, tp, to, layer=layer, phase=phase).wait()
+
+
+def send_async(
+    x: Tensor, tp: ParallelGroup, to: int, *, layer: str = "", phase: Phase = "forward"
+) -> Pending:
+    """As :func:`send`. The result is ``x``, which must not be written to before."""
+    _check_peer(to, tp, "send to")
+    message = x.contiguous()
+    clock = Clock.start("send", message, tp, layer, phase)
+    work = dist.isend(message, group=tp.group, group_dst=to)
+    return Pending(lambda: message, work, clock)
+
+
+def recv(
+    buffer: Tensor, tp: ParallelGroup, source: int, *, layer: str = "", phase: Phase = "forward"
+) -> Tensor:
+    """Fills ``buffer``, a contiguous tensor of the message's shape and dtype, and returns it.
+
+    Args:
+        source: the rank of the group that sends.
+    """
+    return recv_async(buffer, tp, source, layer=layer, phase=phase).wait()
+
+
+def recv_async(
+    buffer: Tensor, tp: ParallelGroup, source: int, *, layer: str = "", phase: Phase = "forward"
+) -> Pending:
+    """As :func:`recv`."""
+    _check_peer(source, tp, "receive from")
+    clock = Clock.start("recv", buffer, tp, layer, phase)
+    work = dist.irecv(buffer, group=tp.group, group_src=source)
+    return Pending(lambda: buffer, work, clock)
+
+
+def _check_peer(peer: int, tp: ParallelGroup, what: str) -> None:
+    if not 0 <= peer < tp.size or peer == tp.rank:
+        raise ValueError(
+            f"{tp.name} rank {tp.rank} cannot {what} rank {peer}: it must be another one of the "
+            f"group's ranks 0 to {tp.size - 1}"
+        )
+
+
+def exchange_sizes(
+    x: Tensor, tp: ParallelGroup, dim: int, *, layer: str = "", phase: Phase = "forward"
+) -> Partition:
+    """How ``dim`` is divided over the ranks, from the sizes of their shards.
+
+    Sends one all-gather of 8 bytes a rank, whose result this reads: on CUDA that waits for the
+    device, and it breaks torch.compile's graph. On meta equal shards are taken for granted.
+    """
+    size = x.shape[dim]
+    if tp.size == 1 or x.is_meta:
+        return Partition.from_sizes([size] * tp.size)
+    mine = torch.tensor([size], device=x.device)
+    return Partition.from_sizes(all_gather(mine, tp, 0, layer=layer, phase=phase).tolist())
 
 
 def local_range(x: Tensor, tp: ParallelGroup, dim: int, partition: Partition | None) -> Tensor:
@@ -231,34 +297,3 @@ def _pad(x: Tensor, dim: int, length: int) -> Tensor:
     if missing == 0:
         return x
     return torch.cat([x, x.new_zeros(*x.shape[:dim], missing, *x.shape[dim + 1 :])], dim)
-
-
-class _Clock:
-    """Times one collective for the ledger; only exists while somebody records."""
-
-    def __init__(self, tp: ParallelGroup, call: Call, cuda: bool) -> None:
-        self._tp, self._call, self._cuda = tp, call, cuda
-        self._started = self._waited = self._now()
-
-    @staticmethod
-    def start(
-        op: str, buffer: Tensor, tp: ParallelGroup, layer: str, phase: Phase
-    ) -> _Clock | None:
-        if tp.ledger is None:
-            return None
-        size = buffer.numel() * buffer.element_size()
-        dtype = str(buffer.dtype).removeprefix("torch.")
-        return _Clock(tp, Call(op, phase, layer, size, dtype, tp.name), buffer.is_cuda)
-
-    def blocked(self) -> None:
-        self._waited = self._now()
-
-    def done(self) -> None:
-        ended = self._now()
-        if self._tp.ledger is not None:
-            self._tp.ledger.add(self._call, ended - self._started, ended - self._waited)
-
-    def _now(self) -> float:
-        if self._cuda:  # recording is a measurement: it waits for the device to give true times
-            torch.cuda.synchronize()
-        return time.perf_counter()

@@ -11,12 +11,10 @@ from dataclasses import asdict, dataclass
 import torch
 
 from colrow.checkpoint.pretrained import from_pretrained
-from colrow.comm import primitives
 from colrow.generate.engine import generate
 from colrow.generate.options import Sampling
 from colrow.generate.tokenizer import TextStream, Tokenizer
-from colrow.mesh import Mesh, init_mesh
-from colrow.models.decoder import Decoder
+from colrow.mesh import init_mesh
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,7 @@ class Request:
         tp: number of ranks.
         dtype: None for bf16 on CUDA and fp32 elsewhere.
         device: None for the mesh's choice.
+        engine: see :func:`colrow.init_mesh`.
         stream: whether rank 0 writes the text to standard output as it comes.
     """
 
@@ -43,15 +42,16 @@ class Request:
     tp: int
     dtype: torch.dtype | None
     device: str | None
+    engine: str
     stream: bool
 
 
 def answer(request: Request) -> dict[str, object]:
     """The result as it goes into JSON; ``text`` is empty on other ranks than 0."""
     started = time.perf_counter()
-    mesh = init_mesh(tp=request.tp, device=request.device)
+    mesh = init_mesh(tp=request.tp, device=request.device, engine=request.engine)
     dtype = request.dtype or (torch.bfloat16 if mesh.device.type == "cuda" else torch.float32)
-    model = from_pretrained(request.model, mesh, dtype=dtype)
+    model = from_pretrained(request.model, mesh, dtype=dtype).for_decoding()
     load_seconds = time.perf_counter() - started
     writer = _Writer(request) if mesh.tp.rank == 0 else None
     result = generate(
@@ -62,12 +62,13 @@ def answer(request: Request) -> dict[str, object]:
         eos_token_ids=request.eos_token_ids,
         on_tokens=writer.push if writer else None,
     )
-    weight_bytes, cache_bytes = _bytes_per_rank(model, result.cache_bytes, mesh)
+    kv_heads = model.layout.heads.key_value.sizes
     return {
         "model": request.model,
         "tp": request.tp,
         "dtype": str(dtype).removeprefix("torch."),
         "device": mesh.device.type,
+        "engine": mesh.engine.name,
         "sampling": asdict(request.sampling),
         "prompt_tokens": len(request.prompt_ids),
         "text": writer.finish() if writer else "",
@@ -76,16 +77,11 @@ def answer(request: Request) -> dict[str, object]:
         "tokens_per_second": result.tokens_per_second,
         "time_to_first_token_seconds": result.time_to_first_token_seconds,
         "load_seconds": load_seconds,
-        "weight_bytes_per_rank": weight_bytes,
-        "cache_bytes_per_rank": cache_bytes,
+        "weight_bytes_per_rank": model.weight_bytes_per_rank(),
+        "cache_bytes_per_rank": [
+            result.cache_bytes * held // kv_heads[mesh.tp.rank] for held in kv_heads
+        ],
     }
-
-
-def _bytes_per_rank(model: Decoder, cache_bytes: int, mesh: Mesh) -> tuple[list[int], list[int]]:
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    mine = torch.tensor([[weights], [cache_bytes]], device=mesh.device)
-    every = primitives.all_gather(mine, mesh.tp, 1, layer="statistics").tolist()
-    return every[0], every[1]
 
 
 class _Writer:

@@ -39,7 +39,7 @@ class KeyValueCache:
             [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
             for _ in range(2)
         )
-        self._lengths = [0] * num_layers
+        self._length = 0
 
     @classmethod
     def for_model(cls, model: Decoder, batch: int, capacity: int) -> KeyValueCache:
@@ -61,7 +61,7 @@ class KeyValueCache:
 
         A forward pass that failed half-way therefore leaves no trace: the next one writes over it.
         """
-        return min(self._lengths)
+        return self._length
 
     @property
     def capacity(self) -> int:
@@ -99,7 +99,8 @@ class KeyValueCache:
         all_values = self._values[layer][:, :, :total]
         all_keys[:, :, past:] = keys
         all_values[:, :, past:] = values
-        self._lengths[layer] = total
+        if layer == len(self._keys) - 1:
+            self._length = total
         return all_keys, all_values
 
 

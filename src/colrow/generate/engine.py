@@ -14,7 +14,7 @@ from colrow.generate.cache import KeyValueCache
 from colrow.generate.options import Sampling
 from colrow.generate.sampling import next_tokens
 from colrow.models.decoder import Decoder
-from colrow.models.inputs import check_same_on_all_ranks
+from colrow.models.inputs import check_batch, check_same_on_all_ranks
 
 _GREEDY = Sampling()
 
@@ -138,30 +138,20 @@ def generate(
 def _checked_shape(
     model: Decoder, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int
 ) -> tuple[int, int]:
-    if input_ids.dim() != 2 or 0 in input_ids.shape:
-        raise ValueError(
-            f"input_ids should be [batch, sequence] with at least one token, "
-            f"got {tuple(input_ids.shape)}"
-        )
+    longest, position = model.config.max_positions, model.config.position
+    check_batch(input_ids, attention_mask, 0, longest, position)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: at least 1 is needed")
     batch, length = input_ids.shape
-    longest = model.config.max_positions
-    if model.config.position == "learned" and length + max_new_tokens > longest:
+    if position == "learned" and length + max_new_tokens > longest:
         raise ValueError(
             f"{length} prompt tokens and max_new_tokens={max_new_tokens} are more than the "
             f"model's {longest} positions: shorten the prompt or set max_new_tokens to at most "
             f"{longest - length}"
         )
-    if attention_mask is not None:
-        if attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask should have the shape {tuple(input_ids.shape)} of input_ids, "
-                f"got {tuple(attention_mask.shape)}"
-            )
-        if not bool(attention_mask[:, -1].all()):
-            raise ValueError(
-                "attention_mask is 0 at the last position of a row: pad on the left, so that "
-                "every prompt ends where the new tokens begin"
-            )
+    if attention_mask is not None and not bool(attention_mask[:, -1].all()):
+        raise ValueError(
+            "attention_mask is 0 at the last position of a row: pad on the left, so that every "
+            "prompt ends where the new tokens begin"
+        )
     return batch, length

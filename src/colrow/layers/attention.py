@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from colrow.comm import primitives
+from colrow.comm.agreement import common_seed
 from colrow.layers.column import QKVParallelLinear
 from colrow.layers.context import AttentionContext, KeyValueCache
 from colrow.layers.dropout import ParallelDropout
@@ -16,7 +18,7 @@ from colrow.layers.norm import RMSNorm
 from colrow.layers.options import RopeConfig
 from colrow.layers.position import alibi_slopes, apply_rope, rope_frequencies
 from colrow.layers.row import RowParallelLinear
-from colrow.layers.shared import SharedWeights
+from colrow.layers.shared import SharedLayers, SharedWeights
 from colrow.mesh import ParallelGroup
 from colrow.partition import HeadPartition, Partition
 
@@ -45,8 +47,15 @@ class ParallelAttention(nn.Module):
         window: how many keys back a query sees, itself included; None for all.
         dropout: probability of dropping an attention weight in training. Its mask follows the
             global head index, and is computed outside the fused kernel.
+        sequence_parallel: whether input and result are shards of the sequence; the heads always
+            see the whole of it.
+        keep_gathered_input, overlap: as in :class:`FusedColumnParallelLinear`.
         layer_index: row of the key-value cache.
         layer: name for messages and the ledger.
+
+    Raises:
+        ValueError: heads that are divided over another number of ranks; what the two linear layers
+            refuse.
     """
 
     def __init__(
@@ -122,6 +131,7 @@ class ParallelAttention(nn.Module):
         self.slopes: Tensor | None
         self.frequencies: Tensor | None
         self._make_tables()
+        self._shared_layers = SharedLayers(self)
 
     def _make_tables(self) -> None:
         """Buffers on the module's device, or the CPU for meta; made on the CPU for equal bits."""
@@ -158,26 +168,39 @@ class ParallelAttention(nn.Module):
             context: positions and masks; by default a plain causal sequence from position 0.
             cache: keys and values of earlier positions, to be extended.
             sequence, shared: as in the linear layers.
-            dropout_key: which dropout mask, see :class:`ParallelDropout`.
+            dropout_key: which dropout mask, see :class:`ParallelDropout`. By default the ranks draw
+                it from torch's CPU generator and compare it (an all-reduce of 16 bytes).
+
+        Raises:
+            ValueError: ALiBi with explicit positions and a cache; ranks that drew different keys.
         """
-        shared = shared or SharedWeights.of_model(self, self.tp, self.qkv.layer)
+        drops = self.training and self.dropout.p > 0
+        if dropout_key is None and drops:
+            dropout_key = common_seed(
+                "dropout masks", self.tp, layer=self.qkv.layer, device=x.device
+            )
+        if sequence is None and self.sequence_parallel:  # both linear layers must divide it alike
+            sequence = primitives.exchange_sizes(x, self.tp, 1, layer=self.qkv.layer)
+        shared = shared or self._shared_layers.weights(self.tp, self.qkv.layer)
         fused = self.qkv(x, sequence=sequence, shared=shared)
         batch, queries = fused.shape[0], fused.shape[1]
         if context is None:
             past = 0 if cache is None else cache.length
             context = AttentionContext(queries, past=past, device=x.device)
-        q, k, v = fused.view(batch, queries, -1, self.head_dim).split(
-            [self.q_heads, self.kv_heads, self.kv_heads], dim=2
+        qk, v = fused.view(batch, queries, -1, self.head_dim).split(
+            [self.q_heads + self.kv_heads, self.kv_heads], dim=2
         )  # each [batch, queries, heads_local, head_dim]
         if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q, shared=shared), self.key_norm(k, shared=shared)
+            q, k = qk.split([self.q_heads, self.kv_heads], dim=2)
+            normed = self.query_norm(q, shared=shared), self.key_norm(k, shared=shared)
+            qk = torch.cat(normed, dim=2)
         if self.rope is not None and self.frequencies is not None:
-            tables = context.rope(self.frequencies, self.rope, q.dtype)
-            q, k = apply_rope(q, tables), apply_rope(k, tables)
+            qk = apply_rope(qk, context.rope(self.frequencies, self.rope, qk.dtype))
+        q, k = qk.split([self.q_heads, self.kv_heads], dim=2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(self.layer_index, k, v)
-        if self.training and self.dropout.p > 0:
+        if drops:
             mixed = self._attend_with_dropout(q, k, v, context, dropout_key)
         else:
             mixed = self._attend(q, k, v, context)
@@ -230,10 +253,7 @@ class ParallelAttention(nn.Module):
         """Mask (bool), or ALiBi bias with the mask in it, or None for plain causal attention."""
         if self.slopes is None:
             return context.mask(self.window)
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        distance = context.positions[:, :, None] - context.key_positions[:, None, :]
-        bias = -self.slopes.to(wide).view(1, -1, 1, 1) * distance.unsqueeze(1).to(wide)
-        return bias.to(dtype).masked_fill(~context.full_mask(self.window), -math.inf)
+        return context.alibi(self.slopes, self.heads.query, self.window, dtype)
 
     def extra_repr(self) -> str:
         """Heads held and in all."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from colrow import rng
+from colrow.comm import primitives
+from colrow.comm.agreement import common_seed
 from colrow.layers.attention import ParallelAttention
 from colrow.layers.context import AttentionContext, KeyValueCache
 from colrow.layers.dropout import ParallelDropout
+from colrow.layers.linear import divides_sequence
 from colrow.layers.mlp import ParallelMLP
 from colrow.layers.norm import LayerNorm, RMSNorm
-from colrow.layers.shared import SharedWeights
+from colrow.layers.shared import SharedLayers, SharedWeights
 from colrow.mesh import ParallelGroup
 from colrow.partition import Partition
 
@@ -33,6 +36,9 @@ class ParallelBlock(nn.Module):
     Attributes:
         own_bucket: sum the gradients of parameters that several ranks hold in a collective of this
             block, not in the model's. For what swaps a block's parameters while it runs (FSDP2).
+
+    Raises:
+        ValueError: layers and norms that disagree on sequence parallelism.
     """
 
     def __init__(
@@ -62,6 +68,7 @@ class ParallelBlock(nn.Module):
         self.parallel_residual = parallel_residual
         self.dropout = ParallelDropout(dropout)
         self.own_bucket = False
+        self._shared_layers = SharedLayers(self)
 
     def forward(
         self,
@@ -74,10 +81,13 @@ class ParallelBlock(nn.Module):
         dropout_key: int | Tensor | None = None,
     ) -> Tensor:
         """``[batch, sequence (_local), hidden]`` to the same; arguments as in attention."""
-        if shared is None or self.own_bucket:
-            shared = SharedWeights.of_model(self, self.tp, self.attention.qkv.layer)
+        layer = self.attention.qkv.layer
         if dropout_key is None and self.training and self.dropout.p + self.attention.dropout.p:
-            dropout_key = rng.draw_seed()
+            dropout_key = common_seed("dropout masks", self.tp, layer=layer, device=x.device)
+        if sequence is None and self.attention.sequence_parallel:
+            sequence = primitives.exchange_sizes(x, self.tp, 1, layer=layer)
+        if shared is None or self.own_bucket:
+            shared = self._shared_layers.weights(self.tp, layer)
         attended = self.attention(
             self.attention_norm(x, shared=shared),
             context=context,
@@ -94,12 +104,13 @@ class ParallelBlock(nn.Module):
         return residual + self._drop(expanded, sequence, _derived(dropout_key, "mlp"))
 
     def _drop(self, x: Tensor, sequence: Partition | None, key: int | Tensor | None) -> Tensor:
-        dim = None
-        if self.attention.sequence_parallel:
-            dim = 1
-            sequence = sequence or Partition.even(x.shape[1] * self.tp.size, self.tp.size)
-        dropped: Tensor = self.dropout(x, key=key, dim=dim, partition=sequence, rank=self.tp.rank)
-        return dropped
+        if not self.training or self.dropout.p == 0:
+            return x
+        if not divides_sequence(self.attention, sequence):
+            whole: Tensor = self.dropout(x, key=key)
+            return whole
+        part: Tensor = self.dropout(x, key=key, dim=1, partition=sequence, rank=self.tp.rank)
+        return part
 
 
 def _derived(key: int | Tensor | None, name: str) -> int | Tensor | None:

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from colrow.comm import collectives, primitives
-from colrow.layers.fused import column_linear
+from colrow.layers.decoding import Kernel
+from colrow.layers.fused import check_overlap, column_linear
 from colrow.layers.linear import (
     check_features,
     check_partition,
     describe,
+    divides_sequence,
     reset_linear_,
 )
 from colrow.layers.shared import SharedParameter, SharedRows, SharedWeights
@@ -64,11 +66,21 @@ class FusedColumnParallelLinear(nn.Module):
             communication) or gather it again (less memory).
         overlap: hide the collective of backward behind the weight gradient. Without it the layer
             is an explicit collective and ``F.linear``, node by node, which pipeline schedules that
-            split backward need.
+            split backward need; under sequence parallelism that form keeps the gathered input.
         layer: name for messages and the ledger.
 
+    Attributes:
+        kernel: what to multiply with where no gradient is asked for, see
+            :mod:`colrow.layers.decoding`; None for the weight itself.
+
     Parameters: ``weight`` ``[out_local, in]``, ``bias`` ``[out_local]``; drawn as nn.Linear's are,
-    with values that depend on torch's CPU seed alone and not on the number of ranks.
+    with values that depend on torch's CPU seed alone and not on the number of ranks. All ranks must
+    construct the layer, after the same seed: they compare it with an all-reduce of 16 bytes
+    (nothing on the meta device).
+
+    Raises:
+        ValueError: a block that is divided over another number of ranks; ranks with different
+            seeds; ``overlap=False`` together with ``keep_gathered_input=False``.
     """
 
     def __init__(
@@ -88,12 +100,14 @@ class FusedColumnParallelLinear(nn.Module):
         super().__init__()
         for block in blocks:
             primitives.check_parts(block, tp)
+        check_overlap(sequence_parallel, keep_gathered_input, overlap)
         self.in_features = in_features
         self.out_features = sum(block.length for block in blocks)
         self.tp, self.layer = tp, layer
         self.sequence_parallel = sequence_parallel
         self.keep_gathered_input = keep_gathered_input
         self.overlap = overlap
+        self.kernel: Kernel | None = None
         self.weight_spec = ShardSpec((self.out_features, in_features), 0, tuple(blocks))
         self.bias_spec = ShardSpec((self.out_features,), 0, tuple(blocks))
         self._shared_rows = SharedRows.of(self.weight_spec, tp.rank)
@@ -107,14 +121,14 @@ class FusedColumnParallelLinear(nn.Module):
             if bias
             else None
         )
-        reset_linear_(self.weight, self.weight_spec, self.bias, self.bias_spec, tp)
+        reset_linear_(self.weight, self.weight_spec, self.bias, self.bias_spec, tp, layer)
 
     def shared_parameters(self) -> list[SharedParameter]:
         """Rows that several ranks hold: KV heads whose query heads are divided."""
-        found = [SharedParameter(self.weight, self._shared_rows)]
-        if self.bias is not None:
-            found.append(SharedParameter(self.bias, self._shared_rows))
-        return found if self._shared_rows.total else []
+        if not self._shared_rows.total:
+            return []
+        names = ["weight"] if self.bias is None else ["weight", "bias"]
+        return [SharedParameter(self, name, self._shared_rows) for name in names]
 
     def forward(
         self,
@@ -127,19 +141,22 @@ class FusedColumnParallelLinear(nn.Module):
 
         Args:
             x: see the table of the class.
-            sequence: under sequence parallelism, how the sequence is divided; even by default.
+            sequence: under sequence parallelism, how the sequence is divided; without it the ranks
+                exchange their sizes first. If replicated, x is whole on every rank.
             shared: the model's gradient bucket, for a layer inside one.
         """
         check_features(x, self.in_features, self)
-        if not self.sequence_parallel:
+        if not divides_sequence(self, sequence):
             sequence = None
         elif sequence is None:
-            sequence = Partition.even(x.shape[-2] * self.tp.size, self.tp.size)
+            sequence = primitives.exchange_sizes(x, self.tp, -2, layer=self.layer)
+        if self.kernel is not None and sequence is None and not torch.is_grad_enabled():
+            return self.kernel(x, self.bias)
         shared = shared or SharedWeights.of_layer(self)
-        bias = None if self.bias is None else shared(self.bias)
+        bias = None if self.bias is None else shared(self, "bias")
         return column_linear(
             x,
-            shared(self.weight),
+            shared(self, "weight"),
             bias,
             self.tp,
             sequence=sequence,

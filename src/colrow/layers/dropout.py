@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -39,8 +41,10 @@ class ParallelDropout(nn.Module):
 
         Args:
             x: the tensor, or this rank's shard of it.
-            key: which mask. By default drawn from torch's CPU generator, which all ranks must have
-                seeded alike. Pass a 0-d int64 tensor under torch.compile.
+            key: which mask. By default drawn from torch's CPU generator. This module knows no
+                group and cannot compare keys over ranks: with several ranks either seed all of a
+                tp group alike (``torch.manual_seed`` with the same number, and equally many draws
+                since), or pass the same key. Pass a 0-d int64 tensor under torch.compile.
             dim, partition, rank: when x is a shard, the divided dimension and how it is divided.
         """
         if not self.training or self.p == 0.0:
@@ -48,7 +52,7 @@ class ParallelDropout(nn.Module):
         if key is None:
             key = rng.draw_seed()
         keep = self.keep_mask(x, key=key, dim=dim, partition=partition, rank=rank)
-        return x * keep.to(x.dtype) / (1.0 - self.p)
+        return torch.where(keep, x, 0).mul_(1.0 / (1.0 - self.p))
 
     def keep_mask(
         self,
@@ -67,13 +71,17 @@ class ParallelDropout(nn.Module):
             dim %= x.dim()
             primitives.check_length(x, dim, partition.size(rank), "the shard to drop out")
             shape[dim], offset = partition.length, partition.bounds[rank][0]
-        position = torch.zeros((), dtype=torch.int64, device=x.device)
-        for axis, length in enumerate(x.shape):
-            along = torch.arange(length, device=x.device)
-            if axis == dim:
-                along = along + offset
-            position = position.unsqueeze(-1) * shape[axis] + along
-        return rng.uniform(key, position) >= self.p
+        # From the divided dimension on, elements lie side by side: runs at equal distances.
+        axis = 0 if dim is None else dim
+        return rng.keep_mask(
+            key,
+            self.p,
+            rows=math.prod(x.shape[:axis]),
+            columns=math.prod(x.shape[axis:]),
+            first=offset * math.prod(x.shape[axis + 1 :]),
+            stride=math.prod(shape[axis:]),
+            device=x.device,
+        ).view(x.shape)
 
     def extra_repr(self) -> str:
         """The probability."""

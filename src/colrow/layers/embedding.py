@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from colrow import rng
 from colrow.comm import collectives, primitives
+from colrow.comm.agreement import common_seed
+from colrow.layers.linear import divides_sequence
 from colrow.layers.shared import SharedParameter, SharedRows, SharedWeights
 from colrow.mesh import ParallelGroup
 from colrow.partition import Partition, ShardSpec
@@ -35,7 +37,13 @@ class VocabParallelEmbedding(nn.Module):
         sequence_parallel: whether the result is a shard of the sequence.
         layer: name for messages and the ledger.
 
-    Parameters: ``weight`` ``[vocab_local, dim]``, standard normal, the same at any tp size.
+    Parameters: ``weight`` ``[vocab_local, dim]``, standard normal, the same at any tp size. All
+    ranks must construct the layer after the same torch CPU seed; they compare it with an all-reduce
+    of 16 bytes (nothing on the meta device).
+
+    Raises:
+        ValueError: a padding index outside the vocabulary; a partition of something else, or that
+            leaves a rank without a token; ranks with different seeds.
     """
 
     def __init__(
@@ -77,14 +85,16 @@ class VocabParallelEmbedding(nn.Module):
             torch.empty(self.weight_spec.local_shape(tp.rank), device=device, dtype=dtype)
         )
         if not self.weight.is_meta:
-            key = rng.stream_key(rng.draw_seed(), "embedding")
+            seed = common_seed("initial weights", tp, layer=layer, device=self.weight.device)
+            key = rng.stream_key(seed, "embedding")
             rng.fill_shard_(self.weight, self.weight_spec, tp.rank, lambda at: rng.normal(key, at))
 
     def forward(self, token_ids: Tensor, *, sequence: Partition | None = None) -> Tensor:
         """The vectors of these tokens.
 
         Args:
-            sequence: under sequence parallelism, how the sequence is divided; even by default.
+            sequence: under sequence parallelism, how the sequence is divided; evenly by default.
+                If replicated, the result is whole on every rank.
 
         Raises:
             ValueError: when a token id is outside the vocabulary. (On CUDA and under torch.compile
@@ -98,7 +108,7 @@ class VocabParallelEmbedding(nn.Module):
         index = (token_ids - start).masked_fill(elsewhere, 0)
         local = F.embedding(index, self.weight, self._local_padding)
         local = local.masked_fill(elsewhere.unsqueeze(-1), 0)
-        if not self.sequence_parallel:
+        if not divides_sequence(self, sequence):
             return collectives.reduce_from_tp(local, self.tp, layer=self.layer)
         return collectives.reduce_scatter_to_sequence(
             local, self.tp, partition=sequence, layer=self.layer
@@ -135,7 +145,11 @@ class PositionEmbedding(nn.Module):
     sequence parallelism each rank looks up its own positions only, so the gradient is summed over
     the ranks in backward.
 
-    Parameters: ``weight`` ``[max_positions, dim]``, standard normal.
+    Parameters: ``weight`` ``[max_positions, dim]``, standard normal, drawn as that of
+    :class:`VocabParallelEmbedding`, with the same comparison of seeds.
+
+    Raises:
+        ValueError: ranks with different seeds.
     """
 
     def __init__(
@@ -157,14 +171,15 @@ class PositionEmbedding(nn.Module):
             torch.empty(max_positions, embedding_dim, device=device, dtype=dtype)
         )
         if not self.weight.is_meta:
-            key = rng.stream_key(rng.draw_seed(), "positions")
+            seed = common_seed("initial weights", tp, layer=layer, device=self.weight.device)
+            key = rng.stream_key(seed, "positions")
             rng.fill_shard_(self.weight, self.weight_spec, tp.rank, lambda at: rng.normal(key, at))
 
     def shared_parameters(self) -> list[SharedParameter]:
         """The table, when each rank reads its own positions."""
         if not self.sequence_parallel:
             return []
-        return [SharedParameter(self.weight, SharedRows.whole(self.max_positions))]
+        return [SharedParameter(self, "weight", SharedRows.whole(self.max_positions))]
 
     def forward(
         self,
@@ -179,7 +194,7 @@ class PositionEmbedding(nn.Module):
             ValueError: for a position beyond the table.
         """
         check_range(positions, self.max_positions, "position")
-        if self.sequence_parallel:
+        if divides_sequence(self, sequence):
             positions = primitives.local_range(positions, self.tp, -1, sequence)
         shared = shared or SharedWeights.of_layer(self)
-        return F.embedding(positions, shared(self.weight))
+        return F.embedding(positions, shared(self, "weight"))

@@ -42,8 +42,9 @@ def column_linear(
     backward      all-reduce dx, hidden behind dW             reduce-scatter dx, hidden behind dW
     ============  ==========================================  ================================
     """
-    if tp.size == 1:
-        return F.linear(x, weight, bias)
+    check_overlap(sequence is not None, keep_gathered_input, overlap)
+    if tp.size == 1 or (sequence is None and not torch.is_grad_enabled()):
+        return F.linear(x, weight, bias)  # nothing to send, and nothing to differentiate
     # A gather that is repeated in backward has no plain form; the compiler captures the fused one.
     plain = not overlap or (torch.compiler.is_compiling() and keep_gathered_input)
     if plain:
@@ -57,6 +58,16 @@ def column_linear(
         _ColumnLinear, x, weight, bias, tp, sequence, keep_gathered_input, layer, _autocast(x)
     )
     return y
+
+
+def check_overlap(sequence_parallel: bool, keep_gathered_input: bool, overlap: bool) -> None:
+    """Raises ValueError for the one pair of options that has no form."""
+    if sequence_parallel and not keep_gathered_input and not overlap:
+        raise ValueError(
+            "overlap=False and keep_gathered_input=False exclude each other under sequence "
+            "parallelism: the plain form keeps its gathered input for backward; set one of the two "
+            "to True"
+        )
 
 
 def row_linear(
@@ -82,6 +93,8 @@ def row_linear(
     """
     if tp.size == 1:
         return F.linear(x, weight)
+    if sequence is None and not torch.is_grad_enabled():
+        return primitives.all_reduce(F.linear(x, weight), tp, layer=layer, in_place=True)
     if torch.compiler.is_compiling() or not overlap:
         partial = F.linear(x, weight)
         if sequence is None:

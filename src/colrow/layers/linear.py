@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Protocol
 
 from torch import Tensor, nn
 
 from colrow import rng
+from colrow.comm.agreement import common_seed
 from colrow.mesh import ParallelGroup
 from colrow.partition import Partition, ShardSpec
+
+
+class SequenceParallel(Protocol):
+    """A layer that knows sequence parallelism."""
+
+    sequence_parallel: bool
 
 
 def reset_linear_(
@@ -18,11 +26,16 @@ def reset_linear_(
     bias: Tensor | None,
     bias_spec: ShardSpec,
     tp: ParallelGroup,
+    layer: str,
 ) -> None:
-    """Uniform on +-1/sqrt(in_features), nn.Linear's default; the same values at any tp size."""
+    """Uniform on +-1/sqrt(in_features), nn.Linear's default; the same values at any tp size.
+
+    Compares the ranks' seeds (see :func:`colrow.comm.agreement.common_seed`); nothing on meta.
+    """
     if weight.is_meta:
         return
-    seed, bound = rng.draw_seed(), 1 / math.sqrt(weight_spec.shape[1])
+    seed = common_seed("initial weights", tp, layer=layer, device=weight.device)
+    bound = 1 / math.sqrt(weight_spec.shape[1])
     for name, tensor, spec in (("weight", weight, weight_spec), ("bias", bias, bias_spec)):
         if tensor is not None:
             draw = partial(rng.uniform_between, rng.stream_key(seed, name), bound=bound)
@@ -41,6 +54,15 @@ def check_features(x: Tensor, expected: int, module: nn.Module) -> None:
         raise ValueError(
             f"{named(module)} expects an input with {expected} features, got shape {tuple(x.shape)}"
         )
+
+
+def divides_sequence(module: SequenceParallel, sequence: Partition | None) -> bool:
+    """Whether a layer works on a shard of the sequence in this call.
+
+    A replicated ``sequence`` says that every rank holds all of it, as in generation with a cache.
+    """
+    whole = sequence is not None and sequence.is_replicated and sequence.parts > 1
+    return module.sequence_parallel and not whole
 
 
 def named(module: nn.Module) -> str:

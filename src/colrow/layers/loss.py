@@ -16,6 +16,7 @@ from colrow.mesh import ParallelGroup
 from colrow.partition import Partition
 
 Reduction = Literal["mean", "sum", "none"]
+_GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
 
 
 def vocab_parallel_cross_entropy(
@@ -33,9 +34,10 @@ def vocab_parallel_cross_entropy(
     """``-log softmax(logits)[label]`` and its variants, from vocabulary shards.
 
     Forward sends one all-gather of three numbers per token and rank (largest logit, sum of
-    exponentials, logit of the label; a fourth, the sum of logits, with label smoothing), from
-    which every rank has the exact result. Backward sends nothing. Everything is accumulated in
-    fp32 (fp64 for fp64 logits); the gradient has the dtype of the logits, which are not written to.
+    exponentials, logit of the label; the sum of logits too with label smoothing, a checksum without
+    ``partition``), from which every rank has the exact result. Backward sends nothing. Everything
+    is accumulated in fp32 (fp64 for fp64 logits); the gradient has the dtype of the logits, which
+    are not written to.
 
     Args:
         logits: ``[..., vocab_local]``, this rank's range of the vocabulary.
@@ -62,7 +64,7 @@ def vocab_parallel_cross_entropy(
         raise ValueError(f"reduction={reduction!r}: must be 'mean', 'sum' or 'none'")
     exchanged = partition is None
     if partition is None:
-        partition = _exchange_sizes(logits, tp, layer)
+        partition = primitives.exchange_sizes(logits, tp, -1, layer=layer)
     primitives.check_split(partition, tp)
     if 0 in partition.sizes:
         raise ValueError(f"a rank has no logits: the sizes are {list(partition.sizes)}")
@@ -120,10 +122,12 @@ class _CrossEntropy(torch.autograd.Function):
         statistics = [largest, exponentials.sum(-1), label_logit]
         if label_smoothing:
             statistics.append(values.sum(-1))
+        if check_gathered:
+            statistics.append(_checksum(exponentials))
         gathered = primitives.all_gather(torch.stack(statistics).unsqueeze(0), tp, 0, layer=layer)
         maxima, sums = gathered[:, 0], gathered[:, 1]  # each [ranks, ...]
         if check_gathered and tp.size > 1:
-            _check_not_gathered(maxima, sums, logits)
+            _check_not_gathered(maxima, sums, gathered[:, -1], logits)
         top = maxima.amax(0)
         total = (sums * torch.exp(maxima - top)).sum(0)
         # Differences to the largest logit first: the digits of large logits would be lost in log_z.
@@ -155,16 +159,17 @@ class _CrossEntropy(torch.autograd.Function):
         return dlogits.to(ctx.dtype), None, None, None, None, None, None, None, None
 
 
-def _exchange_sizes(logits: Tensor, tp: ParallelGroup, layer: str) -> Partition:
-    size = torch.tensor([logits.shape[-1]], device=logits.device)
-    return Partition.from_sizes(primitives.all_gather(size, tp, 0, layer=layer).tolist())
+def _checksum(exponentials: Tensor) -> Tensor:
+    """A sum over the vocabulary that also depends on where each value stands."""
+    place = torch.arange(exponentials.shape[-1], device=exponentials.device)
+    return exponentials @ torch.frac(place * _GOLDEN_RATIO).to(exponentials.dtype)
 
 
-def _check_not_gathered(maxima: Tensor, sums: Tensor, logits: Tensor) -> None:
+def _check_not_gathered(maxima: Tensor, sums: Tensor, checksums: Tensor, logits: Tensor) -> None:
     """Different shards never have the same statistics for every token; constant logits may."""
     if logits.is_meta or torch.compiler.is_compiling() or not maxima.numel():
         return
-    same = (maxima == maxima[0]).all() & (sums == sums[0]).all()
+    same = ((maxima == maxima[0]) & (sums == sums[0]) & (checksums == checksums[0])).all()
     constant = (sums == logits.shape[-1]).all()
     if bool(same & ~constant):
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from colrow.comm import primitives
 from colrow.layers.activation import ACTIVATIONS
 from colrow.layers.column import FusedColumnParallelLinear
 from colrow.layers.options import Activation
@@ -32,7 +33,12 @@ class ParallelMLP(nn.Module):
         gated: whether there is a gate; gate and up share one matmul and one collective.
         bias: whether both layers have biases.
         partition: how ``ffn_size`` is divided; as evenly as possible by default.
+        sequence_parallel: whether input and result are shards of the sequence.
+        keep_gathered_input, overlap: as in :class:`FusedColumnParallelLinear`.
         layer: name for messages and the ledger.
+
+    Raises:
+        ValueError: an unknown activation; what the two linear layers refuse.
     """
 
     def __init__(
@@ -92,6 +98,8 @@ class ParallelMLP(nn.Module):
         shared: SharedWeights | None = None,
     ) -> Tensor:
         """See the table of the class; ``sequence`` and ``shared`` as in the linear layers."""
+        if sequence is None and self.up.sequence_parallel:  # both layers must divide it alike
+            sequence = primitives.exchange_sizes(x, self.up.tp, -2, layer=self.up.layer)
         hidden = self.up(x, sequence=sequence, shared=shared)  # [..., (2 *) ffn_local]
         act = ACTIVATIONS[self.activation]
         if self.gated:

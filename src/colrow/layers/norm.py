@@ -52,7 +52,8 @@ class _Norm(nn.Module):
         if self.applied_to == "all":
             return []
         rows = SharedRows.whole(self.size)
-        return [SharedParameter(p, rows) for p in (self.weight, self.bias) if p is not None]
+        names = ["weight"] if self.bias is None else ["weight", "bias"]
+        return [SharedParameter(self, name, rows) for name in names]
 
     def extra_repr(self) -> str:
         """Size, and over what the gradient is summed."""
@@ -68,9 +69,13 @@ class RMSNorm(_Norm):
     def forward(self, x: Tensor, *, shared: SharedWeights | None = None) -> Tensor:
         """``[..., size]`` to the same shape."""
         shared = shared or SharedWeights.of_layer(self)
+        weight = shared(self, "weight")
+        if x.dtype == weight.dtype and x.dtype.itemsize >= 4:
+            return F.rms_norm(x, (self.size,), weight, self.eps)
+        # Rounded before the weight is applied, as models are trained, and nothing wide is kept.
         wide = x if x.dtype == torch.float64 else x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (normed.to(x.dtype) * shared(self.weight)).to(x.dtype)
+        return (normed.to(x.dtype) * weight).to(x.dtype)
 
 
 class LayerNorm(_Norm):
@@ -102,5 +107,5 @@ class LayerNorm(_Norm):
     def forward(self, x: Tensor, *, shared: SharedWeights | None = None) -> Tensor:
         """``[..., size]`` to the same shape."""
         shared = shared or SharedWeights.of_layer(self)
-        bias = None if self.bias is None else shared(self.bias)
-        return F.layer_norm(x, (self.size,), shared(self.weight), bias, self.eps)
+        bias = None if self.bias is None else shared(self, "bias")
+        return F.layer_norm(x, (self.size,), shared(self, "weight"), bias, self.eps)

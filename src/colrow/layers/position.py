@@ -33,15 +33,18 @@ def rope_frequencies(config: RopeConfig, device: torch.device | str | None = Non
 def rope_tables(
     frequencies: Tensor, positions: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """``cos`` and ``sin`` for these positions, each ``[..., sequence, 1, dims]``.
+    """``cos`` and signed ``sin`` for these positions, each ``[..., sequence, 1, dims]``.
+
+    The first half of ``sin`` is negative, as :func:`apply_rope` needs it.
 
     Computed in fp32 (fp64 for fp64 activations) whatever ``dtype`` they are returned in, since
     angles reach max_positions radians.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     angles = positions.to(wide)[..., None] * frequencies.to(wide)
-    angles = torch.cat([angles, angles], dim=-1).unsqueeze(-2)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+    return cos.unsqueeze(-2).to(dtype), sin.unsqueeze(-2).to(dtype)
 
 
 def apply_rope(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
@@ -53,7 +56,7 @@ def apply_rope(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     dims = cos.shape[-1]
     rotating, rest = (x, None) if dims == x.shape[-1] else (x[..., :dims], x[..., dims:])
     first, second = rotating.chunk(2, dim=-1)
-    turned = rotating * cos + torch.cat([-second, first], dim=-1) * sin
+    turned = torch.addcmul(rotating * cos, torch.cat([second, first], dim=-1), sin)
     return turned if rest is None else torch.cat([turned, rest], dim=-1)
 
 

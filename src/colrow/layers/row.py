@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from colrow.comm import collectives, primitives
+from colrow.layers.decoding import Kernel
 from colrow.layers.fused import row_linear
 from colrow.layers.linear import (
     check_features,
     check_partition,
     describe,
+    divides_sequence,
     named,
     reset_linear_,
 )
@@ -41,9 +43,20 @@ class RowParallelLinear(nn.Module):
             False, x is ``[..., in]`` on every rank and is split first (backward: all-gather).
         sequence_parallel: whether the result is a shard of the sequence.
         partition: how the input features are divided; as evenly as possible by default.
+        overlap: matmul and collective as one node of the graph; without it the layer is
+            ``F.linear`` and an explicit collective. Both send the same, and neither hides it: the
+            collective comes last in forward and, under sequence parallelism, first in backward.
         layer: name for messages and the ledger.
 
-    Parameters: ``weight`` ``[out, in_local]``, ``bias`` ``[out]``.
+    Attributes:
+        kernel: as in :class:`FusedColumnParallelLinear`.
+
+    Parameters: ``weight`` ``[out, in_local]``, ``bias`` ``[out]``, drawn as in
+    :class:`FusedColumnParallelLinear`, with the same comparison of seeds.
+
+    Raises:
+        ValueError: a partition of something else than ``in_features``, over another number of ranks
+            or with several holders of an index; ranks with different seeds.
     """
 
     def __init__(
@@ -71,6 +84,7 @@ class RowParallelLinear(nn.Module):
         self.input_is_parallel = input_is_parallel
         self.sequence_parallel = sequence_parallel
         self.overlap = overlap
+        self.kernel: Kernel | None = None
         self.weight_spec = ShardSpec((out_features, in_features), 1, (partition,))
         self.bias_spec = ShardSpec.replicated(out_features)
         self.weight = nn.Parameter(
@@ -79,13 +93,13 @@ class RowParallelLinear(nn.Module):
         self.bias = (
             nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         )
-        reset_linear_(self.weight, self.weight_spec, self.bias, self.bias_spec, tp)
+        reset_linear_(self.weight, self.weight_spec, self.bias, self.bias_spec, tp, layer)
 
     def shared_parameters(self) -> list[SharedParameter]:
         """The bias under sequence parallelism, where each rank adds it to its own positions."""
         if self.bias is None or not self.sequence_parallel:
             return []
-        return [SharedParameter(self.bias, SharedRows.whole(self.out_features))]
+        return [SharedParameter(self, "bias", SharedRows.whole(self.out_features))]
 
     def forward(
         self,
@@ -94,7 +108,13 @@ class RowParallelLinear(nn.Module):
         sequence: Partition | None = None,
         shared: SharedWeights | None = None,
     ) -> Tensor:
-        """Applies the layer; ``sequence`` and ``shared`` as in :class:`FusedColumnParallelLinear`.
+        """Applies the layer.
+
+        Args:
+            x: see the table of the class.
+            sequence: under sequence parallelism, how to divide the sequence; as evenly as possible
+                by default. If replicated, the result is whole on every rank.
+            shared: the model's gradient bucket, for a layer inside one.
 
         Raises:
             ValueError: when x is whole although ``input_is_parallel``, or the reverse.
@@ -115,17 +135,21 @@ class RowParallelLinear(nn.Module):
         else:
             check_features(x, self.in_features, self)
             x = collectives.scatter_to_tp(x, self.tp, partition=self.partition, layer=self.layer)
-        if not self.sequence_parallel:
+        if not divides_sequence(self, sequence):
             sequence = None
         elif sequence is None:
             sequence = Partition.even(x.shape[-2], self.tp.size)
-        y = row_linear(
-            x, self.weight, self.tp, sequence=sequence, overlap=self.overlap, layer=self.layer
-        )
+        if self.kernel is not None and sequence is None and not torch.is_grad_enabled():
+            partial = self.kernel(x, None)
+            y = primitives.all_reduce(partial, self.tp, layer=self.layer, in_place=True)
+        else:
+            y = row_linear(
+                x, self.weight, self.tp, sequence=sequence, overlap=self.overlap, layer=self.layer
+            )
         if self.bias is None:
             return y
         shared = shared or SharedWeights.of_layer(self)
-        return y + shared(self.bias).to(y.dtype)  # under autocast y is narrower
+        return y + shared(self, "bias").to(y.dtype)  # under autocast y is narrower
 
     def extra_repr(self) -> str:
         """Rank, global and local shape."""

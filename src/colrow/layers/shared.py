@@ -65,15 +65,17 @@ class SharedRows:
 
 @dataclass(frozen=True)
 class SharedParameter:
-    """A parameter and the rows of it whose gradient is a sum over ranks."""
+    """A parameter and the rows of it whose gradient is a sum over ranks.
 
-    parameter: nn.Parameter
+    Attributes:
+        module, name: where it is. The parameter itself may be replaced (``to``, ``load_state_dict``
+            with ``assign``, FSDP2) or be computed from others (``torch.nn.utils.parametrize``).
+        rows: the rows in question.
+    """
+
+    module: nn.Module
+    name: str
     rows: SharedRows
-
-    @property
-    def bucket_elements(self) -> int:
-        """Elements that it takes in the all-reduce buffer."""
-        return self.rows.total * self.parameter[:1].numel()
 
 
 @runtime_checkable
@@ -89,54 +91,104 @@ class HasSharedParameters(Protocol):
 
 
 class SharedWeights:
-    """Parameters as their users should see them: with the gradient sum in between."""
+    """Parameters as their users should see them: with the gradient sum in between.
 
-    def __init__(self, aliases: dict[int, Tensor]) -> None:
-        self._aliases = aliases
+    Args:
+        aliases: by module and name, the parameters behind the gradient sum.
+        layers: the modules whose shared parameters are all in ``aliases``, or need no sum; None for
+            every module.
+    """
 
-    def __call__(self, parameter: nn.Parameter) -> Tensor:
-        """The parameter, or its alias behind the gradient sum."""
-        return self._aliases.get(id(parameter), parameter)
+    def __init__(
+        self,
+        aliases: dict[tuple[nn.Module, str], Tensor],
+        layers: frozenset[nn.Module] | None = None,
+    ) -> None:
+        self._aliases, self._layers = aliases, layers
+
+    def __call__(self, module: nn.Module, name: str) -> Tensor:
+        """The module's parameter of this name, or its alias behind the gradient sum."""
+        alias = self._aliases.get((module, name))
+        if alias is not None:
+            return alias
+        unknown = self._layers is not None and module not in self._layers
+        if unknown and isinstance(module, HasSharedParameters):
+            return SharedWeights.of_layer(module)(module, name)
+        parameter: Tensor = getattr(module, name)
+        return parameter
 
     @classmethod
     def of_layer(cls, layer: HasSharedParameters) -> SharedWeights:
         """For a layer used alone: its own parameters."""
-        return cls._create(layer.shared_parameters(), layer.tp, layer.layer)
+        return cls.of_parameters(layer.shared_parameters(), layer.tp, layer.layer)
 
     @classmethod
-    def of_model(cls, model: nn.Module, tp: ParallelGroup, layer: str) -> SharedWeights:
-        """For all layers inside ``model``, in one bucket; tied parameters count once.
-
-        Modules inside it that have ``own_bucket`` set are left to make theirs.
-        """
-        if not torch.is_grad_enabled() or tp.size == 1:
-            return cls({})
-        found = {
-            id(shared.parameter): shared
-            for module in _modules_of_bucket(model)
-            if isinstance(module, HasSharedParameters)
-            for shared in module.shared_parameters()
-        }
-        return cls._create(list(found.values()), tp, layer)
-
-    @classmethod
-    def _create(
-        cls, shared: Sequence[SharedParameter], tp: ParallelGroup, layer: str
+    def of_parameters(
+        cls,
+        shared: Sequence[SharedParameter],
+        tp: ParallelGroup,
+        layer: str,
+        *,
+        layers: frozenset[nn.Module] | None = None,
     ) -> SharedWeights:
-        wanted = [s for s in shared if s.parameter.requires_grad and s.rows.total]
-        if not wanted or tp.size == 1 or not torch.is_grad_enabled():
+        """One bucket for these parameters, filed under ``layer``; tied parameters count once."""
+        if tp.size == 1 or not torch.is_grad_enabled():
             return cls({})
-        parameters = [s.parameter for s in wanted]
-        rows = [s.rows for s in wanted]
-        aliases: tuple[Tensor, ...] = apply(_SumGradients, tp, layer, rows, *parameters)
-        return cls({id(p): alias for p, alias in zip(parameters, aliases, strict=True)})
+        places: list[tuple[nn.Module, str, int]] = []  # and which of the bucket's tensors it is
+        tensors: list[Tensor] = []
+        rows: list[SharedRows] = []
+        numbers: dict[int, int] = {}  # by id of a tensor that ``tensors`` keeps alive
+        for one in shared:
+            tensor: Tensor = getattr(one.module, one.name)
+            if not tensor.requires_grad or not one.rows.total:
+                continue
+            number = numbers.setdefault(id(tensor), len(tensors))
+            if number == len(tensors):
+                tensors.append(tensor)
+                rows.append(one.rows)
+            places.append((one.module, one.name, number))
+        if not tensors:
+            return cls({}, layers)
+        aliases: tuple[Tensor, ...] = apply(_SumGradients, tp, layer, rows, *tensors)
+        return cls({(module, name): aliases[n] for module, name, n in places}, layers)
 
 
-def _modules_of_bucket(module: nn.Module) -> Iterator[nn.Module]:
-    yield module
+class SharedLayers:
+    """The layers inside a model that may have shared parameters, found once.
+
+    What is found are modules and not their parameters, which may be replaced at any time. A layer
+    that joins the model later makes a gradient sum of its own.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._found = list(_layers(model, ()))
+
+    def weights(self, tp: ParallelGroup, layer: str) -> SharedWeights:
+        """Their parameters as they are now, in one bucket that is filed under ``layer``.
+
+        Modules inside the model that have ``own_bucket`` set are left to make theirs.
+        """
+        if tp.size == 1 or not torch.is_grad_enabled():
+            return SharedWeights({})
+        layers = [
+            found
+            for owners, found in self._found
+            if not any(getattr(owner, "own_bucket", False) for owner in owners)
+        ]
+        shared = [parameter for found in layers for parameter in found.shared_parameters()]
+        modules = frozenset(found for found in layers if isinstance(found, nn.Module))
+        return SharedWeights.of_parameters(shared, tp, layer, layers=modules)
+
+
+def _layers(
+    module: nn.Module, owners: tuple[nn.Module, ...]
+) -> Iterator[tuple[tuple[nn.Module, ...], HasSharedParameters]]:
+    """Every layer below ``module``, and those modules on the way that could have a bucket."""
+    if isinstance(module, HasSharedParameters):
+        yield owners, module
     for child in module.children():
-        if not getattr(child, "own_bucket", False):
-            yield from _modules_of_bucket(child)
+        could = hasattr(child, "own_bucket")
+        yield from _layers(child, (*owners, child) if could else owners)
 
 
 class _SumGradients(torch.autograd.Function):

@@ -44,6 +44,7 @@ def from_config(
         config: a :class:`ModelConfig`, a transformers configuration, the contents of a
             ``config.json``, or the path of one.
         mesh: the grid of ranks, or just the tp group; by default one rank.
+        seed: the same on all ranks of a tp group, which compare it.
         device: by default the mesh's; "meta" allocates nothing and draws nothing.
         options: see :class:`Decoder`.
     """

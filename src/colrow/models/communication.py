@@ -72,7 +72,7 @@ def predict_step(
     column("head")
     loss_itemsize = max(4, itemsize)
     loss_dtype = "float64" if dtype == "float64" else "float32"
-    loss_bytes = ranks * LOSS_STATISTICS * batch * (sequence - 1) * loss_itemsize
+    loss_bytes = ranks * LOSS_STATISTICS * batch * sequence * loss_itemsize
     calls.append(_call("all_gather", "forward", "loss", loss_bytes, loss_dtype))
     elements = sum(shared_elements(config, layout, sequence_parallel).values())
     if elements:

@@ -125,7 +125,10 @@ class Layout:
         """
         for name, length in (("ffn_size", config.ffn_size), ("vocab_size", config.vocab_size)):
             if length < tp_size:
-                raise ValueError(f"{name}={length} cannot be split over {tp_size} ranks")
+                raise ValueError(
+                    f"{name}={length} cannot be split over {tp_size} ranks; use a tensor-parallel "
+                    f"size of at most {length}"
+                )
         heads = HeadPartition.create(
             config.num_heads, config.num_kv_heads, tp_size, weights=weights
         )

@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypedDict
+import math
 
 import torch
 from torch import Tensor, nn
 
 from colrow import rng
-from colrow.layers.attention import ParallelAttention
-from colrow.layers.block import ParallelBlock
-from colrow.layers.column import ColumnParallelLinear
+from colrow.layers.column import FusedColumnParallelLinear
 from colrow.layers.context import AttentionContext, KeyValueCache
+from colrow.layers.decoding import Kernel, lay_out_
 from colrow.layers.dropout import ParallelDropout
-from colrow.layers.embedding import PositionEmbedding, VocabParallelEmbedding
 from colrow.layers.fused import column_linear
+from colrow.layers.linear import divides_sequence
 from colrow.layers.loss import Reduction, vocab_parallel_cross_entropy
-from colrow.layers.mlp import ParallelMLP
-from colrow.layers.norm import LayerNorm, RMSNorm
-from colrow.layers.shared import SharedWeights
+from colrow.layers.row import RowParallelLinear
+from colrow.layers.shared import SharedLayers, SharedWeights
 from colrow.mesh import ParallelGroup
 from colrow.models.config import Layout, ModelConfig, parameter_specs
+from colrow.models.decoder_parts import DecoderParts, allocate
 from colrow.models.inputs import check_batch, check_same_on_all_ranks
 from colrow.partition import Partition
-
-
-class _Sharding(TypedDict):
-    sequence_parallel: bool
-    keep_gathered_input: bool
-    overlap: bool
-
-
-class _Place(TypedDict):
-    device: torch.device
-    dtype: torch.dtype | None
 
 
 class Decoder(nn.Module):
@@ -46,8 +34,9 @@ class Decoder(nn.Module):
         sequence_parallel: norms, dropout and residuals work on a shard of the sequence.
         keep_gathered_input: with sequence parallelism, keep gathered inputs for backward.
         overlap: hide the collectives of backward behind weight gradients.
-        check_inputs: compare the batch over the ranks in every forward pass that is not decoding
-            (one all-reduce of 16 bytes), since different batches give wrong numbers silently.
+        check_inputs: compare the batch, and the dropout key if there is one, over the ranks in
+            every forward pass that is not decoding (one all-reduce of 16 bytes), since different
+            ones give wrong numbers silently.
         device, dtype: of the parameters, which hold arbitrary values until they are initialised
             or loaded; "meta" allocates nothing.
     """
@@ -72,97 +61,26 @@ class Decoder(nn.Module):
         self.sequence_parallel = sequence_parallel = sequence_parallel and tp.size > 1
         self.keep_gathered_input, self.overlap = keep_gathered_input, overlap
         self.check_inputs = check_inputs
-        sharding: _Sharding = {
-            "sequence_parallel": sequence_parallel,
-            "keep_gathered_input": keep_gathered_input,
-            "overlap": overlap,
-        }
         # Built without memory, then allocated once: no layer draws values that are replaced anyway.
-        place: _Place = {"device": torch.device("meta"), "dtype": dtype}
-        hidden = config.hidden_size
-        applied_to: Literal["all", "shard"] = "shard" if sequence_parallel else "all"
-
-        def norm(layer: str) -> nn.Module:
-            kind = RMSNorm if config.norm == "rmsnorm" else LayerNorm
-            return kind(
-                hidden, tp, eps=config.norm_eps, applied_to=applied_to, layer=layer, **place
-            )
-
-        self.embedding = VocabParallelEmbedding(
-            config.vocab_size,
-            hidden,
+        parts = DecoderParts(
+            config,
+            self.layout,
             tp,
-            partition=self.layout.vocab,
-            padding_idx=config.pad_token_id if config.freeze_padding else None,
             sequence_parallel=sequence_parallel,
-            layer="embedding",
-            **place,
+            keep_gathered_input=keep_gathered_input,
+            overlap=overlap,
+            device=torch.device("meta"),
+            dtype=dtype,
         )
-        self.positions = None
-        if config.position == "learned":
-            self.positions = PositionEmbedding(
-                config.max_positions,
-                hidden,
-                tp,
-                sequence_parallel=sequence_parallel,
-                layer="positions",
-                **place,
-            )
-        self.embedding_norm = norm("embedding_norm") if config.embedding_norm else None
+        self.embedding, self.positions = parts.embedding(), parts.positions()
+        self.embedding_norm = parts.norm("embedding_norm") if config.embedding_norm else None
         self.dropout = ParallelDropout(config.embedding_dropout)
-        self.blocks = nn.ModuleList(
-            ParallelBlock(
-                ParallelAttention(
-                    hidden,
-                    self.layout.heads,
-                    config.head_dim,
-                    tp,
-                    rope=config.rope,
-                    alibi=config.position == "alibi",
-                    qkv_bias=config.qkv_bias,
-                    output_bias=config.output_bias,
-                    qk_norm_eps=config.norm_eps if config.qk_norm else None,
-                    window=config.window(index),
-                    dropout=config.attention_dropout,
-                    layer_index=index,
-                    layer=f"blocks.{index}.attention",
-                    **sharding,
-                    **place,
-                ),
-                ParallelMLP(
-                    hidden,
-                    config.ffn_size,
-                    tp,
-                    activation=config.activation,
-                    gated=config.gated,
-                    bias=config.mlp_bias,
-                    partition=self.layout.ffn,
-                    layer=f"blocks.{index}.mlp",
-                    **sharding,
-                    **place,
-                ),
-                norm(f"blocks.{index}.attention_norm"),
-                norm(f"blocks.{index}.mlp_norm"),
-                tp,
-                parallel_residual=config.parallel_residual,
-                dropout=config.residual_dropout,
-            )
-            for index in range(config.num_layers)
-        )
-        self.norm = norm("norm")
-        self.head = None
-        if not config.tie_embeddings:
-            self.head = ColumnParallelLinear(
-                hidden,
-                config.vocab_size,
-                tp,
-                bias=False,
-                partition=self.layout.vocab,
-                layer="head",
-                **sharding,
-                **place,
-            )
-        _allocate(self, torch.device(device))
+        self.blocks = nn.ModuleList(parts.block(index) for index in range(config.num_layers))
+        self.norm = parts.norm("norm")
+        self.head = parts.head()
+        self.tied_kernel: Kernel | None = None
+        allocate(self, torch.device(device))
+        self._shared_layers = SharedLayers(self)
 
     def forward(
         self,
@@ -182,18 +100,20 @@ class Decoder(nn.Module):
             positions: ``[batch or 1, sequence]``; by default counted from the first valid token.
             cache: keys and values of earlier positions, to be extended.
             dropout_key: which dropout masks; by default drawn from torch's CPU generator, which
-                all ranks must have seeded alike.
+                all ranks must have seeded alike. Compared over the ranks together with the batch.
 
         Returns:
             ``[batch, sequence, vocab_local]``.
 
         Raises:
-            ValueError: ids outside the vocabulary, a mask of the wrong shape, a sequence that is
-                too long, ranks that were given different batches.
+            ValueError: ids outside the vocabulary, a mask or positions of the wrong shape, a
+                sequence that is too long, ranks that were given different batches or whose
+                generators differ where there is dropout.
         """
+        key = self._dropout_key(dropout_key)
         if self.check_inputs and cache is None:
-            check_same_on_all_ranks(self.tp, input_ids, attention_mask, positions)
-        hidden = self._hidden(input_ids, attention_mask, positions, cache, dropout_key)
+            check_same_on_all_ranks(self.tp, input_ids, attention_mask, positions, dropout_key=key)
+        hidden = self._hidden(input_ids, attention_mask, positions, cache, key)
         return self.logits(*hidden)
 
     def loss(
@@ -215,19 +135,31 @@ class Decoder(nn.Module):
             labels: ``[batch, sequence]``, usually ``input_ids``; shifted in here, so that logits
                 at position i are compared with the label at i + 1, as in transformers.
             The others as in :meth:`forward` and :func:`vocab_parallel_cross_entropy`.
+
+        Raises:
+            ValueError: as there, and for a sequence of one token, which has no next one.
         """
         if labels.shape != input_ids.shape:
             raise ValueError(
                 f"labels {tuple(labels.shape)} should have the shape of input_ids "
                 f"{tuple(input_ids.shape)}; they are shifted inside"
             )
+        key = self._dropout_key(dropout_key)
         if self.check_inputs:
-            check_same_on_all_ranks(self.tp, input_ids, attention_mask, positions, labels)
-        hidden = self._hidden(input_ids, attention_mask, positions, None, dropout_key)
-        logits = self.logits(*hidden)
-        return vocab_parallel_cross_entropy(
-            logits[:, :-1],
-            labels[:, 1:],
+            check_same_on_all_ranks(
+                self.tp, input_ids, attention_mask, positions, labels, dropout_key=key
+            )
+        if input_ids.dim() == 2 and input_ids.shape[1] == 1:
+            raise ValueError(
+                f"the loss of sequences of one token (input_ids {tuple(input_ids.shape)}) is "
+                "undefined: it compares each token with the next one; give it at least two"
+            )
+        hidden = self._hidden(input_ids, attention_mask, positions, None, key)
+        # Labels move rather than logits: a slice of the logits would be copied back in backward.
+        nothing = labels.new_full((labels.shape[0], 1), ignore_index)
+        losses = vocab_parallel_cross_entropy(
+            self.logits(*hidden),
+            torch.cat([labels[:, 1:], nothing], dim=1),
             self.tp,
             ignore_index=ignore_index,
             label_smoothing=label_smoothing,
@@ -235,12 +167,14 @@ class Decoder(nn.Module):
             reduction=reduction,
             partition=self.layout.vocab,
         )
+        return losses[:, :-1] if reduction == "none" else losses
 
     def last_logits(
         self, input_ids: Tensor, *, attention_mask: Tensor | None, cache: KeyValueCache
     ) -> Tensor:
         """For generation: local logits ``[batch, vocab_local]`` of the last position alone."""
-        hidden, sequence, shared = self._hidden(input_ids, attention_mask, None, cache, None)
+        key = self._dropout_key(None)
+        hidden, sequence, shared = self._hidden(input_ids, attention_mask, None, cache, key)
         return self.logits(hidden[:, -1:], sequence, shared)[:, 0]
 
     def _hidden(
@@ -249,18 +183,24 @@ class Decoder(nn.Module):
         attention_mask: Tensor | None,
         positions: Tensor | None,
         cache: KeyValueCache | None,
-        dropout_key: int | Tensor | None,
+        key: int | Tensor | None,
     ) -> tuple[Tensor, Partition | None, SharedWeights]:
         """The normed hidden states before the head, and how their sequence is divided."""
         past = 0 if cache is None else cache.length
-        if cache is not None and self.sequence_parallel:
-            raise ValueError("a key-value cache needs a model built with sequence_parallel=False")
+        if cache is not None and self.sequence_parallel and torch.is_grad_enabled():
+            raise ValueError(
+                "with a key-value cache a sequence-parallel model holds the whole sequence on "
+                "every rank, which its gradients do not know: generate under torch.no_grad()"
+            )
         check_batch(
             input_ids, attention_mask, past, self.config.max_positions, self.config.position
         )
         length = input_ids.shape[1]
-        sequence = Partition.even(length, self.tp.size) if self.sequence_parallel else None
-        shared = SharedWeights.of_model(self, self.tp, "shared")
+        sequence = None
+        if self.sequence_parallel:
+            divide = Partition.even if cache is None else Partition.replicated
+            sequence = divide(length, self.tp.size)
+        shared = self._shared_layers.weights(self.tp, "shared")
         context = AttentionContext(
             length,
             past=past,
@@ -268,20 +208,18 @@ class Decoder(nn.Module):
             positions=positions,
             device=input_ids.device,
         )
-        key = dropout_key
-        if key is None and self.training and self._drops():
-            key = rng.draw_seed()
         x = self.embedding(input_ids, sequence=sequence)
         if self.positions is not None:
             x = x + self.positions(context.positions, sequence=sequence, shared=shared)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x, shared=shared)
         if key is not None:
+            split = sequence is not None and cache is None
             x = self.dropout(
                 x,
                 key=rng.derived_key(key, "embedding"),
-                dim=None if sequence is None else 1,
-                partition=sequence,
+                dim=1 if split else None,
+                partition=sequence if split else None,
                 rank=self.tp.rank,
             )
         for index, block in enumerate(self.blocks):
@@ -300,20 +238,48 @@ class Decoder(nn.Module):
         if self.head is not None:
             logits: Tensor = self.head(hidden, sequence=sequence, shared=shared)
             return logits
+        whole = not divides_sequence(self, sequence)
+        if self.tied_kernel is not None and whole and not torch.is_grad_enabled():
+            return self.tied_kernel(hidden, None)
         return column_linear(
             hidden,
             self.embedding.weight,
             None,
             self.tp,
-            sequence=sequence,
+            sequence=None if whole else sequence,
             keep_gathered_input=self.keep_gathered_input,
             overlap=self.overlap,
             layer="head",
         )
 
-    def _drops(self) -> bool:
+    def for_decoding(self) -> Decoder:
+        """Lays the weights out for generating on a CPU, see :mod:`colrow.layers.decoding`.
+
+        Shapes, values and names stay, so everything still works, training more slowly. On GPUs it
+        does nothing. Call it again after the weights have changed. Returns the model itself.
+        """
+        for module in self.modules():
+            if isinstance(module, FusedColumnParallelLinear | RowParallelLinear):
+                module.kernel = lay_out_(module.weight)
+        if self.head is None:
+            self.tied_kernel = lay_out_(self.embedding.weight)
+        return self
+
+    def weight_bytes_per_rank(self) -> list[int]:
+        """Bytes of parameters on each rank of the tp group; nothing is sent."""
+        itemsize = self.embedding.weight.element_size()
+        return [
+            itemsize * sum(math.prod(spec.local_shape(rank)) for spec in self.specs.values())
+            for rank in range(self.tp.size)
+        ]
+
+    def _dropout_key(self, given: int | Tensor | None) -> int | Tensor | None:
+        """The key of this forward pass; None where nothing is dropped."""
         config = self.config
-        return max(config.embedding_dropout, config.attention_dropout, config.residual_dropout) > 0
+        p = max(config.embedding_dropout, config.attention_dropout, config.residual_dropout)
+        if given is None and self.training and p > 0:
+            return rng.draw_seed()
+        return given
 
     def extra_repr(self) -> str:
         """Family, rank and what is held."""
@@ -322,13 +288,3 @@ class Decoder(nn.Module):
             f"{self.config.family}, tp_rank={self.tp.rank}/{self.tp.size}, "
             f"parameters held={held:,}, sequence_parallel={self.sequence_parallel}"
         )
-
-
-def _allocate(model: nn.Module, device: torch.device) -> None:
-    """Gives the meta parameters memory on ``device``; buffers move there with their values."""
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            empty = torch.empty_like(parameter, device=device)
-            setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            module.register_buffer(name, buffer.to(device), persistent=False)

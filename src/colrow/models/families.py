@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 FusedLayout = Literal["separate", "side_by_side", "interleaved"]
+Windowed = Literal["never", "always", "by_layer"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,12 @@ class Family:
             ("side_by_side") or head by head ("interleaved"). "separate" when there are three.
         transposed: block matrices are stored ``[in, out]``.
         keys: field of :class:`ModelConfig` to key of the configuration.
+        aliases: other spellings of keys, which published configurations use, to the key.
         fixed: fields that are the same for every model of the family.
+        windows: which layers the key ``sliding_window`` is about: none, all, or those that
+            ``layer_types`` or ``max_window_layers`` name when ``use_sliding_window`` is set.
+        defaults: what is assumed for keys that a configuration leaves out, and only then: a key
+            that is null stays unset.
         refused: key to the only value that is supported.
     """
 
@@ -34,7 +40,10 @@ class Family:
     fixed: Mapping[str, object]
     qkv_layout: FusedLayout = "separate"
     transposed: bool = False
+    windows: Windowed = "never"
+    defaults: Mapping[str, object] = field(default_factory=dict)
     refused: Mapping[str, object] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
 
 _LLAMA_MODULES = {
@@ -102,18 +111,24 @@ FAMILIES: dict[str, Family] = {
             modules=_LLAMA_MODULES,
             keys=_LLAMA_KEYS,
             fixed=_LLAMA_FIXED,
+            windows="always",
+            defaults={"num_key_value_heads": 8, "sliding_window": 4096},
         ),
         Family(
             name="qwen2",
             modules=_LLAMA_MODULES,
             keys=_LLAMA_KEYS,
             fixed={**_LLAMA_FIXED, "qkv_bias": True},
+            windows="by_layer",
+            defaults={"num_key_value_heads": 32},
         ),
         Family(
             name="qwen3",
             modules=_LLAMA_MODULES,
             keys={**_LLAMA_KEYS, "qkv_bias": "attention_bias", "output_bias": "attention_bias"},
             fixed={**_LLAMA_FIXED, "qk_norm": True},
+            windows="by_layer",
+            defaults={"num_key_value_heads": 32, "head_dim": 128},
         ),
         Family(
             name="gpt2",
@@ -144,7 +159,14 @@ FAMILIES: dict[str, Family] = {
                 "residual_dropout": "resid_pdrop",
                 "initializer_range": "initializer_range",
             },
+            aliases={
+                "hidden_size": "n_embd",
+                "num_hidden_layers": "n_layer",
+                "num_attention_heads": "n_head",
+                "max_position_embeddings": "n_positions",
+            },
             fixed={**_BLOOM_LIKE, "position": "learned", "scaled_residual_init": True},
+            defaults={"tie_word_embeddings": True, "n_positions": 1024},
             qkv_layout="side_by_side",
             transposed=True,
             refused={
@@ -186,6 +208,12 @@ FAMILIES: dict[str, Family] = {
                 "initializer_range": "initializer_range",
             },
             fixed={"norm": "layernorm", "gated": False, "mlp_bias": True, "position": "rope"},
+            defaults={
+                "attention_bias": True,
+                "hidden_act": "gelu",
+                "rotary_pct": 0.25,
+                "use_parallel_residual": True,
+            },
             qkv_layout="interleaved",
         ),
         Family(
@@ -213,6 +241,11 @@ FAMILIES: dict[str, Family] = {
                 "residual_dropout": "hidden_dropout",
                 "initializer_range": "initializer_range",
             },
+            aliases={
+                "n_embed": "hidden_size",
+                "num_hidden_layers": "n_layer",
+                "num_attention_heads": "n_head",
+            },
             fixed={
                 **_BLOOM_LIKE,
                 "position": "alibi",
@@ -220,6 +253,7 @@ FAMILIES: dict[str, Family] = {
                 "embedding_norm": True,
                 "max_positions": 2048,
             },
+            defaults={"tie_word_embeddings": True},
             qkv_layout="interleaved",
             refused={"apply_residual_connection_post_layernorm": False},
         ),

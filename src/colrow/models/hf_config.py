@@ -35,12 +35,45 @@ _DEFAULTS: dict[str, object] = {
     "layer_norm_epsilon": 1e-5,
     "layer_norm_eps": 1e-5,
     "rms_norm_eps": 1e-6,
-    "use_parallel_residual": True,
 }
-_DEFAULTS_BY_FAMILY: dict[str, dict[str, object]] = {
-    "gpt2": {"tie_word_embeddings": True, "n_positions": 1024},
-    "bloom": {"tie_word_embeddings": True},
-    "gpt_neox": {"attention_bias": True, "hidden_act": "gelu", "rotary_pct": 0.25},
+# Keys of other architectures that change numbers but no tensor's shape, so that weights would load
+# and answer wrongly, to the value that changes nothing; null never does.
+_FOREIGN_KEYS: dict[str, object] = {
+    "alibi": False,
+    "apply_residual_connection_post_layernorm": False,
+    "attention_chunk_size": None,
+    "attention_multiplier": None,
+    "attn_logit_softcapping": None,
+    "clip_qkv": None,
+    "dual_chunk_attention_config": None,
+    "embedding_multiplier": 1,
+    "final_logit_softcapping": None,
+    "logit_scale": 1,
+    "logits_scaling": 1,
+    "no_rope_layers": None,
+    "normalize_embedding": False,
+    "parallel_attn": False,
+    "query_pre_attn_scalar": None,
+    "residual_multiplier": 1,
+    "rope_interleaved": False,
+    "scale_depth": None,
+    "scale_emb": 1,
+    "scale_embedding": False,
+    "use_alibi": False,
+    "use_logn_attn": False,
+    "use_parallel_residual": False,
+    "use_mrope": False,
+}
+# Field of RopeConfig, key of rope_parameters.
+_SCALING_KEYS = (
+    ("factor", "factor"),
+    ("low_freq_factor", "low_freq_factor"),
+    ("high_freq_factor", "high_freq_factor"),
+    ("original_max_positions", "original_max_position_embeddings"),
+)
+_ROPE_KEYS = {
+    *("rope_type", "type", "rope_theta", "partial_rotary_factor"),
+    *(key for _, key in _SCALING_KEYS),
 }
 
 
@@ -54,7 +87,7 @@ def config_from_file(path: str | Path) -> ModelConfig:
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
-        raise FileNotFoundError(f"no config.json at {path}")
+        raise FileNotFoundError(f"no config.json at {path}, which a Hugging Face model has")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:
@@ -71,10 +104,19 @@ def config_from_hf(values: Mapping[str, object]) -> ModelConfig:
         ValueError: unknown architecture, missing key, or an option that the decoder lacks.
     """
     family = family_named(str(values.get("model_type")))
-    values = {**_DEFAULTS, **_DEFAULTS_BY_FAMILY.get(family.name, {}), **_present(values)}
-    for key, supported in family.refused.items():
-        if values.get(key, supported) != supported:
-            raise ValueError(f"{family.name} with {key}={values[key]!r} is not supported")
+    values = {**family.defaults, **_renamed(values, family)}
+    values = {**_DEFAULTS, **{key: value for key, value in values.items() if value is not None}}
+    if "quantization_config" in values:
+        raise ValueError(
+            f"this {family.name} checkpoint is quantised ({values['quantization_config']}), which "
+            "the decoder cannot read: use the original checkpoint or a GGUF file"
+        )
+    for key, supported in {**_FOREIGN_KEYS, **family.refused}.items():
+        if key not in family.keys.values() and values.get(key, supported) != supported:
+            raise ValueError(
+                f"{family.name} with {key}={values[key]!r} is not supported: it changes the "
+                "numbers in a way that this decoder does not know"
+            )
     fields: dict[str, object] = dict(family.fixed)
     for name, key in family.keys.items():
         if key in values:
@@ -85,11 +127,12 @@ def config_from_hf(values: Mapping[str, object]) -> ModelConfig:
         raise ValueError(f"hidden_size={hidden} is not a multiple of num_heads={heads}")
     fields.setdefault("num_kv_heads", heads)
     fields.setdefault("head_dim", hidden // heads)
-    fields.setdefault("ffn_size", 4 * hidden)
+    if "intermediate_size" not in family.keys.values():
+        fields.setdefault("ffn_size", 4 * hidden)
     fields["activation"] = _activation(str(fields.get("activation", "silu")), family)
     if fields["position"] == "rope":
-        fields["rope"] = _rope(values, int(str(fields["head_dim"])))
-    fields["windows"] = _windows(values, _required(fields, "num_layers", family))
+        fields["rope"] = _rope(values, int(str(fields["head_dim"])), family)
+    fields["windows"] = _windows(values, _required(fields, "num_layers", family), family)
     fields["bos_token_id"] = values.get("bos_token_id")
     padding = values.get("pad_token_id")
     if isinstance(padding, int) and padding < 0:  # counted from the end, as nn.Embedding does
@@ -99,13 +142,26 @@ def config_from_hf(values: Mapping[str, object]) -> ModelConfig:
     fields["eos_token_ids"] = (
         tuple(eos) if isinstance(eos, list) else (eos,) if eos is not None else ()
     )
-    for name in ("vocab_size", "num_layers", "max_positions"):
+    for name in ("vocab_size", "num_layers", "ffn_size", "max_positions"):
         _required(fields, name, family)
     return ModelConfig(family=family.name, **fields)  # type: ignore[arg-type]
 
 
-def _present(values: Mapping[str, object]) -> dict[str, object]:
-    return {key: value for key, value in values.items() if value is not None}
+def _renamed(values: Mapping[str, object], family: Family) -> dict[str, object]:
+    """The configuration with one spelling for each key."""
+    renamed = {key: value for key, value in values.items() if key not in family.aliases}
+    for alias, key in family.aliases.items():
+        value = values.get(alias)
+        if value is None:
+            continue
+        if renamed.get(key) is None:
+            renamed[key] = value
+        elif renamed[key] != value:
+            raise ValueError(
+                f"{alias}={value!r} and {key}={renamed[key]!r} mean the same in {family.name} and "
+                "should be equal"
+            )
+    return renamed
 
 
 def _required(fields: Mapping[str, object], name: str, family: Family) -> int:
@@ -125,44 +181,60 @@ def _activation(name: str, family: Family) -> Activation:
     return ACTIVATION_NAMES[name]
 
 
-def _rope(values: Mapping[str, object], head_dim: int) -> RopeConfig:
+def _rope(values: Mapping[str, object], head_dim: int, family: Family) -> RopeConfig:
     """Both spellings: ``rope_parameters``, and the older ``rope_theta`` with ``rope_scaling``."""
     given = values.get("rope_parameters") or values.get("rope_scaling") or {}
     if not isinstance(given, Mapping):
         raise ValueError(f"rope_parameters={given!r} is not a table")
+    given = {key: value for key, value in given.items() if value is not None}
     kind = str(given.get("rope_type") or given.get("type") or "default")
-    theta = given.get("rope_theta") or values.get("rope_theta") or values.get("rotary_emb_base")
-    share = given.get("partial_rotary_factor") or values.get("partial_rotary_factor")
-    share = share or values.get("rotary_pct") or 1.0
     if kind not in ("default", "linear", "llama3"):
         raise ValueError(f"rope type {kind!r} is not supported: default, linear and llama3 are")
-    scaling = {
-        name: given[key]
-        for name, key in (
-            ("factor", "factor"),
-            ("low_freq_factor", "low_freq_factor"),
-            ("high_freq_factor", "high_freq_factor"),
-            ("original_max_positions", "original_max_position_embeddings"),
+    if unknown := sorted(given.keys() - _ROPE_KEYS):
+        raise ValueError(
+            f"rope_parameters has {unknown[0]}={given[unknown[0]]!r}, which is not supported"
         )
-        if kind != "default" and key in given
-    }
+    theta = given.get("rope_theta") or values.get("rope_theta") or values.get("rotary_emb_base")
+    share = given.get("partial_rotary_factor") or values.get("partial_rotary_factor")
+    share = float(str(share or values.get("rotary_pct") or 1.0))
+    if share != 1.0 and "rotary_pct" not in family.defaults:
+        raise ValueError(f"{family.name} with partial_rotary_factor={share} is not supported")
+    needed = {"default": 0, "linear": 1, "llama3": 4}[kind]
+    if needed == 4:
+        given.setdefault("original_max_position_embeddings", values.get("max_position_embeddings"))
+    scaling = {}
+    for name, key in _SCALING_KEYS[:needed]:
+        if given.get(key) is None:
+            raise ValueError(f"rope type {kind!r} needs {key}, which rope_parameters lacks")
+        scaling[name] = given[key]
     return RopeConfig(
         theta=float(str(theta or 10000.0)),
-        dims=int(head_dim * float(str(share))),
+        dims=int(head_dim * share),
         scaling=kind,  # type: ignore[arg-type]
         **scaling,
     )
 
 
-def _windows(values: Mapping[str, object], num_layers: int) -> tuple[int | None, ...]:
-    """Sliding windows: of all layers (Mistral), or of those that ``layer_types`` names (Qwen)."""
-    window = values.get("sliding_window")
-    if not isinstance(window, int) or values.get("use_sliding_window") is False:
+def _windows(
+    values: Mapping[str, object], num_layers: int, family: Family
+) -> tuple[int | None, ...]:
+    """Per layer, how far back it sees, as transformers' model of the family reads it."""
+    window, used = values.get("sliding_window"), values.get("use_sliding_window")
+    if not isinstance(window, int):
+        return ()
+    if family.windows == "never":
+        if used is False:
+            return ()
+        raise ValueError(f"{family.name} with sliding_window={window} is not supported")
+    if family.windows == "always":
+        return (window,) * num_layers
+    if not used:
         return ()
     kinds = values.get("layer_types")
-    if isinstance(kinds, list):
-        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    first = 0
-    if values.get("use_sliding_window") is True:  # Qwen: the first layers see everything
+    if not isinstance(kinds, list):
         first = int(str(values.get("max_window_layers", 28)))
-    return tuple(window if index >= first else None for index in range(num_layers))
+        kinds = ["full_attention"] * first + ["sliding_attention"] * max(0, num_layers - first)
+        kinds = kinds[:num_layers]
+    if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"{family.name} with layer_types {sorted(unknown)} is not supported")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)

@@ -7,17 +7,29 @@ import math
 import torch
 
 from colrow import rng
+from colrow.comm.agreement import require_same
 from colrow.models.decoder import Decoder
 
 
 @torch.no_grad()
 def initialize_(model: Decoder, seed: int) -> None:
-    """Weights from N(0, initializer_range^2), norm weights 1, biases 0; nothing is sent.
+    """Weights from N(0, initializer_range^2), norm weights 1, biases 0.
 
     Each value is a function of the seed, the parameter's name and the position in the whole tensor,
-    so every rank draws just what it holds.
+    so every rank draws just what it holds. The ranks compare their seeds, with 16 bytes.
+
+    Raises:
+        ValueError: on every rank, when the ranks of the group were given different seeds.
     """
     config = model.config
+    require_same(
+        seed,
+        model.tp,
+        f"the {model.tp.size} ranks of this {model.tp.name} group were given different seeds for "
+        "the initial weights: give all of them the same",
+        layer="seed",
+        device=model.embedding.weight.device,
+    )
     for name, parameter in model.named_parameters():
         module, kind = name.rsplit(".", 1)
         if kind == "bias":

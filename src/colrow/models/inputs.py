@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from colrow import rng
-from colrow.comm import primitives
+from colrow.comm.agreement import different_seeds, require_same
 from colrow.layers.options import Position
 from colrow.mesh import ParallelGroup
 
@@ -37,12 +37,12 @@ def check_batch(
         )
 
 
-def check_same_on_all_ranks(tp: ParallelGroup, *tensors: Tensor | None) -> None:
-    """Raises ValueError on every rank when the ranks were given different tensors.
+def check_same_on_all_ranks(
+    tp: ParallelGroup, *tensors: Tensor | None, dropout_key: int | Tensor | None = None
+) -> None:
+    """Raises ValueError on every rank when the ranks have different tensors or dropout keys.
 
-    Sends one all-reduce of 16 bytes: the maxima of a hash and of its negative, which are equal and
-    opposite only if all hashes are. Does nothing with one rank, for meta tensors, and inside
-    torch.compile. On CUDA the device asserts the result, since reading it here would stall.
+    Sends one all-reduce of 16 bytes, see :func:`colrow.comm.agreement.require_same`.
     """
     if tp.size == 1 or torch.compiler.is_compiling():
         return
@@ -54,18 +54,19 @@ def check_same_on_all_ranks(tp: ParallelGroup, *tensors: Tensor | None) -> None:
         flat = tensor.reshape(-1).long()
         place = torch.arange(flat.numel(), device=device)
         digest = digest + rng.bits(rng.stream_key(1, index), flat * 1_000_003 + place).sum()
-    digest = digest >> 1  # the negative of the smallest int64 does not exist
-    extremes = primitives.all_reduce(
-        torch.stack([digest, -digest]), tp, op="max", layer="inputs", in_place=True
+    message = (
+        f"the {tp.size} ranks of this {tp.name} group were given different batches (input_ids, "
+        "labels, masks and their shapes must be equal on all of them); give every rank of a group "
+        "the same batch, and different batches only to different dp ranks"
     )
-    if extremes.is_meta:
-        return
-    same = extremes[0] == -extremes[1]
-    if extremes.is_cuda:
-        torch._assert_async(same, f"the {tp.name} ranks were given different batches")
-    elif not same:
-        raise ValueError(
-            f"the {tp.size} ranks of this {tp.name} group were given different batches (input_ids, "
-            "labels, masks and their shapes must be equal on all of them); give every rank of a "
-            "group the same batch, and different batches only to different dp ranks"
-        )
+    if dropout_key is None:
+        dropout_key = 0
+    else:
+        message += "; or they drew different dropout keys"
+    digest = digest + rng.bits(dropout_key, torch.ones_like(digest))
+    try:
+        require_same(digest, tp, message, layer="inputs", device=device)
+    except ValueError:  # on all ranks: was it the key?
+        seeds = f"{different_seeds('dropout masks', tp)}, or pass all of them the same dropout_key"
+        require_same(dropout_key, tp, seeds, layer="inputs", device=device)
+        raise

@@ -60,9 +60,8 @@ def block_bytes(
     model: ModelShape, layout: Layout, division: Division, rank: int, *, flash: bool
 ) -> dict[str, float]:
     """What one block keeps without recomputing the block, by part."""
-    config, program = model.config, layout.program
+    config = model.config
     sizes = Sizes.of(model, layout, division, rank)
-    mask = sizes.item if program.float_masks else 1
     return {
         "norms": _norms(model, layout, sizes),
         "linear inputs": 2 * _column_input(layout, sizes),
@@ -74,7 +73,7 @@ def block_bytes(
             split_heads=len(division.heads.runs(rank)) > 1,
         ),
         "mlp": _mlp(model, layout, sizes),
-        "dropout": 2 * sizes.residual * mask / sizes.item if config.residual_dropout else 0.0,
+        "dropout": 2 * sizes.residual / sizes.item if config.residual_dropout else 0.0,
     }
 
 
@@ -108,16 +107,14 @@ def _attention(
     if config.qk_norm:
         wide = not program.fused_elementwise and sizes.item < 4
         normed = (sizes.query + sizes.key_value) * (4 / sizes.item + 1 if wide else 1)
-    if not flash and program.float_masks and config.attention_dropout:
+    if not flash and program.written_dropout and config.attention_dropout:
         # Contiguous copies of queries, and of keys and values for every query head, take the place
         # of the fused tensor; softmax is kept in fp32, beside the mask and the product of both.
         scores = 0.0 if layout.recompute == "selective" else sizes.scores
-        return 4 * sizes.query + normed + scores * (4 + 2 * sizes.item)
+        return 4 * sizes.query + normed + scores * (4 + 1 + sizes.item)
     kept = sizes.query + 2 * sizes.key_value + sizes.query + normed
     if config.position == "rope":
         kept += sizes.query + sizes.key_value
-    if config.position == "alibi":
-        kept += sizes.scores / layout.microbatch * sizes.item
     if split_heads:
         kept += sizes.query  # one call per run of heads, and their results side by side
     if flash:
@@ -141,12 +138,20 @@ def _mlp(model: ModelShape, layout: Layout, sizes: Sizes) -> float:
     return sizes.ffn * 2
 
 
+def context_bytes(model: ModelShape, layout: Layout, division: Division, rank: int) -> float:
+    """What all blocks of a stage share: the biases of ALiBi."""
+    if model.config.position != "alibi":
+        return 0.0
+    sizes = Sizes.of(model, layout, division, rank)
+    return sizes.scores / layout.microbatch * sizes.item
+
+
 def embedding_bytes(model: ModelShape, layout: Layout, division: Division, rank: int) -> float:
     """The dropout's mask after the embedding (Korthikanti et al. 2022, section 4.3), its norm."""
     sizes = Sizes.of(model, layout, division, rank)
     kept = 0.0
     if model.config.embedding_dropout:
-        kept += sizes.residual * (1 if layout.program.float_masks else 1 / sizes.item)
+        kept += sizes.residual / sizes.item
     if model.config.embedding_norm:
         kept += sizes.residual
     return kept

@@ -141,8 +141,11 @@ def find_model(name: str) -> ModelShape:
     if near:
         hint = f"did you mean {' or '.join(by_key[match] for match in near)}?"
     else:
-        hint = "a config.json or --hidden, --layers, --heads and --vocab describe others."
-    raise ValueError(f"unknown model {name!r}: {hint} --list-models shows all")
+        hint = (
+            "a config.json, or --hidden, --layers, --heads and --vocab of 'colrow plan', describe "
+            "others."
+        )
+    raise ValueError(f"unknown model {name!r}: {hint} 'colrow plan --list-models' shows all")
 
 
 def _key(name: str) -> str:

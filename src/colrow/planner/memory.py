@@ -8,6 +8,7 @@ from functools import lru_cache
 from colrow.planner.activations import (
     Sizes,
     block_bytes,
+    context_bytes,
     embedding_bytes,
     head_bytes,
 )
@@ -111,6 +112,7 @@ class MicrobatchBytes:
 
     Attributes:
         block: kept of a block; with full recomputation its input.
+        context: kept once on each stage, for all its blocks.
         embedding, head: kept of the first and after the last block.
         moments, last_moments: the most that is needed beside what is kept, on a stage and on the
             last stage.
@@ -121,6 +123,7 @@ class MicrobatchBytes:
     """
 
     block: float
+    context: float
     embedding: float
     head: float
     moments: float
@@ -154,6 +157,7 @@ def microbatch_bytes(
     single = embedding_backward_bytes(model, layout, division, rank, tied_elsewhere=True)
     return MicrobatchBytes(
         block=sizes.residual if layout.recompute == "full" else block,
+        context=context_bytes(model, layout, division, rank),
         embedding=embedding_bytes(model, layout, division, rank),
         head=head_bytes(model, layout, division, rank)[0],
         moments=most[0],
@@ -230,12 +234,13 @@ def _activations(
     """Kept for backward by all microbatches in flight, and needed for a moment beside it."""
     in_flight = layers_in_flight(layout, stage, layers)
     last = stage == layout.pp - 1
-    kept = in_flight * count.block
+    microbatches = max(1.0, in_flight / max(1, layers))
+    kept = in_flight * count.block + microbatches * count.context
     transient = count.last_moments if last else count.moments
     if last:
         kept += count.head
     if stage == 0:
-        kept += max(1.0, in_flight / max(1, layers)) * count.embedding
+        kept += microbatches * count.embedding
         end = count.end if layout.pp == 1 else count.end_pipelined
         transient = max(transient, end - kept)
     return kept, transient

@@ -7,9 +7,10 @@ from colrow.planner.activations import Sizes, block_bytes, head_bytes
 from colrow.planner.layout import Layout
 from colrow.planner.model import ModelShape
 
-# Masks that follow the global position are computed from 64-bit integers: the positions and three
-# temporaries of the mixing function (colrow.rng.bits).
-MASK_TEMPORARIES = 4 * 8
+# Masks that follow the global position are computed from 64-bit integers, a piece at a time: the
+# positions and two temporaries of the mixing function (colrow.rng.keep_mask).
+MASK_TEMPORARIES = 3 * 8
+MASK_PIECE = 1 << 18
 
 
 def moments(
@@ -42,16 +43,19 @@ def moments(
     found = {
         "mlp backward": sizes.full + max(down, activation, up) + waiting - after_blocks,
     }
-    if config.residual_dropout and layout.program.float_masks:
-        elements = sizes.residual / item
-        found["dropout mask"] = elements * MASK_TEMPORARIES + 2 * sizes.residual - after_blocks
-    if config.attention_dropout and layout.program.float_masks and not flash:
+    written = layout.program.written_dropout
+    if config.residual_dropout and written:
+        drawn = _drawing_bytes(sizes.residual / item)
+        found["dropout mask"] = drawn + 2 * sizes.residual - after_blocks
+    if config.attention_dropout and written and not flash:
         later = block_bytes(model, layout, division, rank, flash=flash)
         later_bytes = later["mlp"] + (later["norms"] + later["linear inputs"]) / 2
-        later_bytes += later["dropout"] + sizes.query + sizes.scores * 2 * item
-        # Beside the temporaries: the masked scores, and for narrow ones the softmax's narrow copy.
-        alive = MASK_TEMPORARIES + item + (item if item < 4 else 0)
-        found["attention dropout mask"] = sizes.scores * alive - later_bytes - after_blocks
+        later_bytes += later["dropout"] + sizes.query
+        # The masked scores, and for narrow ones the softmax's narrow copy, while the mask is drawn
+        # and then while the result, which is kept, is made.
+        alive = sizes.scores * (item + (item if item < 4 else 0))
+        alive += max(0.0, _drawing_bytes(sizes.scores) - sizes.scores * item)
+        found["attention dropout mask"] = alive - later_bytes - after_blocks
     if last_stage:
         logits = layout.microbatch * layout.sequence * vocab
         widened = 4 if item < 4 else 0
@@ -60,6 +64,10 @@ def moments(
     if experts > 1:  # copies of the tokens, sorted by expert
         found["mlp backward"] += 2 * experts * sizes.full
     return found
+
+
+def _drawing_bytes(elements: float) -> float:
+    return min(elements, MASK_PIECE) * MASK_TEMPORARIES
 
 
 def embedding_backward_bytes(

@@ -26,7 +26,9 @@ class Software:
             al. 2021, section 4.2); without, a kernel and a pass over memory each.
         flash_dropout: that kernel also drops attention weights; where it does not, training with
             attention dropout runs without it.
-        float_masks: dropout masks are kept in the activations' format rather than as bytes.
+        written_dropout: dropout is written out in tensor operations. Its masks are drawn as 64-bit
+            integers, and attention that drops weights copies queries, keys and values and keeps
+            its softmax in fp32.
         fused_accumulation: weight gradients are added to the accumulated ones inside the matmul.
         tp_overlap: which tensor-parallel collectives run beside a matmul: none; those of backward,
             beside the weight gradient (Korthikanti et al. 2022, section 4.2.2); or all, chunk by
@@ -44,7 +46,7 @@ class Software:
     flash_attention: bool = True
     fused_elementwise: bool = True
     flash_dropout: bool = True
-    float_masks: bool = False
+    written_dropout: bool = False
     fused_accumulation: bool = False
     tp_overlap: TPOverlap = "backward"
     dp_overlap: bool = True
@@ -62,7 +64,7 @@ SOFTWARE = {
             "colrow",
             fused_elementwise=False,
             flash_dropout=False,
-            float_masks=True,
+            written_dropout=True,
             source="this project, in eager execution",
         ),
         Software(

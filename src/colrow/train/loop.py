@@ -63,6 +63,7 @@ def train(settings: TrainSettings) -> Outcome:
             tp=settings.tp,
             dp=settings.dp,
             device=None if settings.device == "auto" else settings.device,
+            engine=settings.engine,
             timeout=timedelta(seconds=settings.timeout_seconds),
         )
         data = {"training data": training.tokens.sha256, "held-out data": held_out.tokens.sha256}

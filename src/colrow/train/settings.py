@@ -53,6 +53,9 @@ class TrainSettings:
     )
     fsdp: bool = _option(False, "divide parameters, gradients and optimiser state over dp (FSDP2)")
     device: str = _option("auto", "cpu, cuda or auto")
+    engine: str = _option(
+        "auto", "what carries bytes between ranks: auto, mpi (CPU ranks of one host), gloo or nccl"
+    )
     sequence: int = _option(512, "tokens of a sequence")
     microbatch: int = _option(1, "sequences in one forward pass of a dp rank")
     global_batch: int = _option(8, "sequences in one step, over all dp ranks")

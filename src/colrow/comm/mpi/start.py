@@ -1,0 +1,146 @@
+"""Brings MPI up in ranks that were started by anybody, mpiexec or not."""
+
+from __future__ import annotations
+
+import atexit
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch.distributed import Store  # type: ignore[attr-defined]
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+BACKEND = "colrow_mpi"
+_PORT = "colrow/pmi_port"
+_servers: list[subprocess.Popen[str]] = []
+
+
+def installed() -> bool:
+    """Whether mpi4py and an MPI library are there; imports neither."""
+    return importlib.util.find_spec("mpi4py") is not None
+
+
+def register() -> None:
+    """Makes the backend known to torch.distributed; a second time does nothing."""
+    if BACKEND.upper() not in dist.Backend._plugins:
+        dist.Backend.register_backend(BACKEND, _create, extended_api=True, devices=["cpu"])
+
+
+def _create(options: Any, _: object) -> dist.ProcessGroup:
+    ranks = list(options.global_ranks_in_group) or list(range(options.group_size))
+    communicator = _communicator(options.store, options.group_rank, options.group_size, ranks)
+    from colrow.comm.mpi.group import MpiGroup  # starts MPI where it is imported first
+
+    return MpiGroup(options.group_rank, options.group_size, communicator, options.timeout)
+
+
+def started() -> bool:
+    """Whether MPI runs in this process."""
+    module = sys.modules.get("mpi4py.MPI")
+    return module is not None and bool(module.Is_initialized())
+
+
+def _communicator(store: Store, rank: int, size: int, ranks: list[int]) -> MPI.Intracomm:
+    """The communicator of these global ranks; starts MPI when the first group is made.
+
+    Args:
+        store: of the group that is made, which its ranks share.
+        rank, size: this process in that group.
+        ranks: the group's global ranks.
+
+    Raises:
+        RuntimeError: when MPI has another number of ranks than torch.distributed.
+    """
+    if not started():
+        _start(store, rank, size)
+    mpi = _mpi()
+    world: MPI.Intracomm = mpi.COMM_WORLD
+    if max(ranks) >= world.size:
+        raise RuntimeError(
+            f"MPI runs {world.size} ranks in this process, torch.distributed {max(ranks) + 1}: "
+            "start all ranks with one launcher, or use engine='gloo'"
+        )
+    if len(ranks) == world.size:
+        whole: MPI.Intracomm = world.Dup()
+        return whole
+    members = world.group.Incl(ranks)
+    return world.Create_group(members, tag=sum(1 << (r % 14) for r in ranks))
+
+
+def _start(store: Store, rank: int, size: int) -> None:
+    """MPI_Init; the ranks find each other through mpiexec's server or through our own."""
+    own = "PMI_RANK" not in os.environ and "PMIX_RANK" not in os.environ
+    if own:
+        if rank == 0:
+            store.set(_PORT, str(_serve(size)))
+        port = store.get(_PORT).decode()
+        os.environ.update(PMI_PORT=f"127.0.0.1:{port}", PMI_ID=str(rank))
+    import mpi4py
+
+    # MPI_Finalize waits for all ranks. A rank that failed must not: it ends, and is noticed.
+    mpi4py.rc.finalize = False
+    try:
+        mpi = _mpi()
+    finally:
+        if own:  # not for the processes that this one will start
+            del os.environ["PMI_PORT"], os.environ["PMI_ID"]
+    if own:
+        mpi.COMM_WORLD.Barrier()  # all ranks have opened the shared memory
+        _forget_shared_memory()
+    else:
+        atexit.register(_finalize, mpi)
+
+
+def _forget_shared_memory() -> None:
+    """Removes the names of MPI's shared memory, so that it ends with the last rank.
+
+    MPI would remove them in MPI_Finalize, which a rank that was killed never reaches.
+    """
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return
+    names = {line.split()[-1] for line in maps.read_text().splitlines() if "mpich_shm" in line}
+    for name in names:
+        Path(name).unlink(missing_ok=True)
+
+
+def _mpi() -> Any:
+    from mpi4py import MPI
+
+    return MPI
+
+
+def _serve(size: int) -> int:
+    """Starts the server as a process: this one is about to block in MPI_Init."""
+    server = subprocess.Popen(
+        [sys.executable, "-m", "colrow.comm.mpi.pmi", str(size)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stdout is not None
+    line = server.stdout.readline()
+    if not line:
+        raise RuntimeError("the server through which MPI's ranks find each other did not start")
+    _servers.append(server)
+    atexit.register(_stop, server)
+    return int(line)
+
+
+def _stop(server: subprocess.Popen[str]) -> None:
+    assert server.stdin is not None
+    server.stdin.close()
+    server.wait()
+
+
+def _finalize(mpi: ModuleType) -> None:
+    """mpiexec takes a rank that ends without it for a failed one, which is right after an error."""
+    if not hasattr(sys, "last_value"):
+        mpi.Finalize()

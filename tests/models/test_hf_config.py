@@ -1,0 +1,269 @@
+"""Configurations as they are published, read as transformers reads them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from colrow.models.hf_config import config_from_hf
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "bloom-560m": {
+        "model_type": "bloom",
+        "apply_residual_connection_post_layernorm": False,
+        "attention_dropout": 0.0,
+        "attention_softmax_in_fp32": True,
+        "bias_dropout_fusion": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_dropout": 0.0,
+        "initializer_range": 0.02,
+        "layer_norm_epsilon": 1e-05,
+        "masked_softmax_fusion": True,
+        "n_embed": 1024,
+        "n_inner": None,
+        "n_layer": 24,
+        "num_attention_heads": 16,
+        "offset_alibi": 100,
+        "pad_token_id": 3,
+        "pretraining_tp": 1,
+        "seq_length": 2048,
+        "skip_bias_add": True,
+        "vocab_size": 250880,
+    },
+    "gpt2": {
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "attn_pdrop": 0.1,
+        "bos_token_id": 50256,
+        "embd_pdrop": 0.1,
+        "eos_token_id": 50256,
+        "initializer_range": 0.02,
+        "layer_norm_epsilon": 1e-05,
+        "n_ctx": 1024,
+        "n_embd": 768,
+        "n_head": 12,
+        "n_layer": 12,
+        "n_positions": 1024,
+        "resid_pdrop": 0.1,
+        "vocab_size": 50257,
+    },
+    "gpt2 under common names": {
+        "model_type": "gpt2",
+        "hidden_size": 60,
+        "num_attention_heads": 5,
+        "num_hidden_layers": 3,
+        "max_position_embeddings": 77,
+        "bos_token_id": 95,
+        "eos_token_id": 96,
+        "vocab_size": 97,
+    },
+    "pythia-70m": {
+        "model_type": "gpt_neox",
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "hidden_act": "gelu",
+        "hidden_size": 512,
+        "initializer_range": 0.02,
+        "intermediate_size": 2048,
+        "layer_norm_eps": 1e-05,
+        "max_position_embeddings": 2048,
+        "num_attention_heads": 8,
+        "num_hidden_layers": 6,
+        "rotary_emb_base": 10000,
+        "rotary_pct": 0.25,
+        "tie_word_embeddings": False,
+        "use_parallel_residual": True,
+        "vocab_size": 50304,
+    },
+    "Mistral-7B-v0.1": {
+        "model_type": "mistral",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 32768,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05,
+        "rope_theta": 10000.0,
+        "sliding_window": 4096,
+        "tie_word_embeddings": False,
+        "vocab_size": 32000,
+    },
+    "Qwen2-0.5B": {
+        "model_type": "qwen2",
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "eos_token_id": 151643,
+        "hidden_act": "silu",
+        "hidden_size": 896,
+        "initializer_range": 0.02,
+        "intermediate_size": 4864,
+        "max_position_embeddings": 131072,
+        "max_window_layers": 24,
+        "num_attention_heads": 14,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0,
+        "sliding_window": 131072,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+    "Qwen3-0.6B": {
+        "model_type": "qwen3",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "eos_token_id": 151645,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 1024,
+        "initializer_range": 0.02,
+        "intermediate_size": 3072,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 28,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 28,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+    "Llama-3.1-8B": {
+        "model_type": "llama",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 128000,
+        "eos_token_id": [128001, 128008, 128009],
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "factor": 8.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "vocab_size": 128256,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_spellings_mean_what_transformers_reads(name: str) -> None:
+    published = PUBLISHED[name]
+    theirs = AutoConfig.for_model(**published).to_dict()
+    assert config_from_hf(published) == config_from_hf(theirs)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_keys_left_out_mean_what_transformers_assumes(name: str) -> None:
+    """Or the reader says which key it needs."""
+    published = PUBLISHED[name]
+    for key in published.keys() - {"model_type", "bos_token_id", "eos_token_id"}:
+        rest = {other: value for other, value in published.items() if other != key}
+        try:
+            read = config_from_hf(rest)
+        except ValueError as error:
+            assert "has no integer" in str(error) or "is not a multiple" in str(error)
+            continue
+        assert read == config_from_hf(AutoConfig.for_model(**rest).to_dict()), key
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("Mistral-7B-v0.1", {"sliding_window": None}),
+        ("Mistral-7B-v0.1", {"use_sliding_window": False}),
+        ("Qwen2-0.5B", {"use_sliding_window": True, "max_window_layers": 5}),
+        ("Qwen2-0.5B", {"use_sliding_window": True, "max_window_layers": 99}),
+        ("Qwen3-0.6B", {"sliding_window": 7}),
+        ("Llama-3.1-8B", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+        ("Llama-3.1-8B", {"num_key_value_heads": None, "head_dim": None}),
+        ("pythia-70m", {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}),
+    ],
+)
+def test_settings_mean_what_transformers_reads(name: str, change: dict[str, Any]) -> None:
+    values = {**PUBLISHED[name], **change}
+    assert config_from_hf(values) == config_from_hf(AutoConfig.for_model(**values).to_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "windows"),
+    [
+        ("Mistral-7B-v0.1", {"sliding_window": None}, ()),
+        ("Mistral-7B-v0.1", {"sliding_window": 9}, (9,) * 32),
+        ("Qwen2-0.5B", {}, ()),
+        (
+            "Qwen2-0.5B",
+            {"use_sliding_window": True, "max_window_layers": 5},
+            (None,) * 5 + (131072,) * 19,
+        ),
+    ],
+)
+def test_sliding_windows(
+    name: str, change: dict[str, Any], windows: tuple[int | None, ...]
+) -> None:
+    assert config_from_hf({**PUBLISHED[name], **change}).windows == windows
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"logits_scaling": 8.0}, r"llama with logits_scaling=8\.0 is not supported"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ({"sliding_window": 4096}, "llama with sliding_window=4096"),
+        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "'linear' needs factor"),
+        ({"rope_scaling": {"type": "default", "mrope_section": [1]}}, "mrope_section"),
+        ({"intermediate_size": None}, "no integer 'intermediate_size'"),
+    ],
+)
+def test_llama_with_what_it_does_not_know(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_from_hf({**PUBLISHED["Llama-3.1-8B"], **change})
+    neutral = {"logits_scaling": 1.0, "clip_qkv": None, "alibi": False, "sliding_window": None}
+    published = PUBLISHED["Llama-3.1-8B"]
+    assert config_from_hf({**published, **neutral}) == config_from_hf(published)
+
+
+def test_what_changes_numbers_and_is_not_understood_is_refused() -> None:
+    gpt2 = PUBLISHED["gpt2"]
+    with pytest.raises(ValueError, match="hidden_size=60 and n_embd=768 mean the same"):
+        config_from_hf({**gpt2, "hidden_size": 60})
+    with pytest.raises(ValueError, match="quantised"):
+        config_from_hf({**gpt2, "quantization_config": {"quant_method": "gptq"}})
+    with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx=True"):
+        config_from_hf({**gpt2, "scale_attn_by_inverse_layer_idx": True})
+    bloom = PUBLISHED["bloom-560m"]
+    with pytest.raises(ValueError, match="apply_residual_connection_post_layernorm=True"):
+        config_from_hf({**bloom, "apply_residual_connection_post_layernorm": True})
+    qwen = {**PUBLISHED["Qwen2-0.5B"], "use_sliding_window": True}
+    with pytest.raises(ValueError, match="chunked_attention"):
+        config_from_hf({**qwen, "layer_types": ["chunked_attention"] * 24})
+    llama = PUBLISHED["Llama-3.1-8B"]
+    with pytest.raises(ValueError, match="rope type 'yarn'"):
+        config_from_hf({**llama, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
