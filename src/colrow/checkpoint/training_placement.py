@@ -125,19 +125,19 @@ def placements(module: nn.Module) -> dict[str, Placement]:
     in_place: dict[str, ShardSpec] = {}
     for prefix, child in module.named_modules():
         record = record_of(child)
-        for name, spec in record.specs.items() if record is not None else ():
+        for name, divided in record.specs.items() if record is not None else ():
             full = f"{prefix}.{name}" if prefix else name
             if full not in wanted:
                 raise ValueError(
                     f"{full} was split by colrow.parallelize and is not there any more: modules "
                     "that wrap others, such as LoRA adapters, are to be added before the split"
                 )
-            in_place[full] = spec
+            in_place[full] = divided
     for prefix, child in module.named_modules():
         for name, parameter in child.named_parameters(recurse=False):
             full = f"{prefix}.{name}" if prefix else name
             if full in wanted:
-                spec = in_place.get(full, getattr(child, f"{name}_spec", None))
+                spec: object = in_place.get(full, getattr(child, f"{name}_spec", None))
                 if not isinstance(spec, ShardSpec):
                     spec = ShardSpec.replicated(*parameter.shape)
                 found[full] = _placement(full, parameter, spec, tp_rank)
