@@ -77,16 +77,16 @@ def parallelize(
     if tp.size == 1:
         return model
     check_equal_weights(model, tp)
-    look = _look(model, tp.size, plan, example_inputs)
-    vocabulary, batch = look.vocabulary, look.batches[0]
+    found = look(model, tp.size, plan, example_inputs)
+    vocabulary, batch = found.vocabulary, found.batches[0]
     if not check:
-        _apply(model, tp, look, vocabulary)
+        _apply(model, tp, found, vocabulary)
         return model
     labels = "input_ids" in batch and knows_loss(model, vocabulary)
     whole = observe(model, batch, with_labels=labels)
     failures = []
     for layers in (vocabulary, VocabularyLayers({}, {})):
-        record = _apply(model, tp, look, layers)
+        record = _apply(model, tp, found, layers)
         error, where = math.inf, ""
         try:
             split = observe(model, batch, with_labels=labels)
@@ -117,11 +117,11 @@ def plan_for(
     Raises:
         ValueError: when nothing can be split.
     """
-    return _look(model, tp or 2, "auto", example_inputs).plan
+    return look(model, tp or 2, "auto", example_inputs).plan
 
 
 @dataclass
-class _Look:
+class Look:
     """What was found in a model."""
 
     batches: list[Mapping[str, Any]]
@@ -131,12 +131,13 @@ class _Look:
     plan: Plan
 
 
-def _look(
+def look(
     model: nn.Module,
     ranks: int,
     plan: str | Mapping[str, str],
     example_inputs: Mapping[str, Any] | None,
-) -> _Look:
+) -> Look:
+    """Finds what can be split over ``ranks`` ranks; arguments as for :func:`parallelize`."""
     if plan == "transformers":
         plan = transformers_plan(model)
         if not plan:
@@ -167,10 +168,10 @@ def _look(
         gathered = gathered.only(allowed)
     if not inference.proofs and not gathered.linears:
         raise ValueError(_nothing(model, inference))
-    found = make_plan(model, inference, vocabulary, gathered, ranks)
+    planned = make_plan(model, inference, vocabulary, gathered, ranks)
     if matcher is not None:
-        check_followed(matcher, found, model, inference)
-    return _Look(batches, inference, vocabulary, gathered, found)
+        check_followed(matcher, planned, model, inference)
+    return Look(batches, inference, vocabulary, gathered, planned)
 
 
 def _nothing(model: nn.Module, inference: Inference) -> str:
@@ -182,17 +183,17 @@ def _nothing(model: nn.Module, inference: Inference) -> str:
 
 
 def _apply(
-    model: nn.Module, tp: ParallelGroup, look: _Look, vocabulary: VocabularyLayers
+    model: nn.Module, tp: ParallelGroup, found: Look, vocabulary: VocabularyLayers
 ) -> Record:
     record = Record(tp)
     model.__dict__["colrow_record"] = record
     applier = Applier(model, record)
-    for name, proofs in look.inference.proofs.items():
+    for name, proofs in found.inference.proofs.items():
         for proof in proofs:
             applier.proof(name, proof)
-    split_gathered(applier, look.gathered)
+    split_gathered(applier, found.gathered)
     split_vocabulary(applier, vocabulary)
     split_loss(applier, vocabulary)
-    if any(proof.local_results for proofs in look.inference.proofs.values() for proof in proofs):
+    if any(proof.local_results for proofs in found.inference.proofs.values() for proof in proofs):
         applier.hook(model.register_forward_pre_hook(refuse_attention_weights, with_kwargs=True))
     return record

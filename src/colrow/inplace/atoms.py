@@ -9,6 +9,7 @@ its query heads, whatever the layout of the weights.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from colrow.partition import Partition, ShardSpec
 
@@ -67,32 +68,38 @@ def holders(masks: Sequence[int], shares: Sequence[int]) -> list[list[int]]:
 
 def spec_of_rows(shape: Sequence[int], dim: int, rows: Sequence[Sequence[int]]) -> ShardSpec:
     """The ShardSpec in which rank r holds the ascending indices ``rows[r]`` of ``dim``."""
-    held = [set(indices) for indices in rows]
-    blocks: list[list[list[int]]] = []  # for each block, each rank's indices
-    starts: list[int] = []
-    closed: list[bool] = []
-    for index in range(shape[dim]):
-        again = blocks and any(
-            index in mine and done and block
-            for mine, done, block in zip(held, closed, blocks[-1], strict=True)
-        )
-        if not blocks or again:
-            blocks.append([[] for _ in held])
-            starts.append(index)
-            closed = [False] * len(held)
-        for rank, mine in enumerate(held):
-            if index in mine:
-                blocks[-1][rank].append(index)
-            elif blocks[-1][rank]:
-                closed[rank] = True
-    partitions = []
-    for number, (start, block) in enumerate(zip(starts, blocks, strict=True)):
-        stop = starts[number + 1] if number + 1 < len(starts) else shape[dim]
-        bounds = tuple(
-            (mine[0] - start, mine[-1] + 1 - start) if mine else (0, 0) for mine in block
-        )
-        partitions.append(Partition(stop - start, bounds))
+    runs = [_runs(indices) for indices in rows]
+    starts, inside, ends = [0], set[int](), [0] * len(rows)
+    for start, rank, stop in sorted((a, rank, b) for rank, own in enumerate(runs) for a, b in own):
+        if rank in inside:  # its second range: a block has one for each rank
+            starts.append(start)
+            inside = {other for other in inside if ends[other] > start}
+        inside.add(rank)
+        ends[rank] = stop
+    partitions = [
+        Partition(stop - start, tuple(_within(own, start, stop) for own in runs))
+        for start, stop in pairwise([*starts, shape[dim]])
+    ]
     return ShardSpec(tuple(shape), dim, tuple(partitions))
+
+
+def _runs(indices: Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending indices as ranges."""
+    found: list[tuple[int, int]] = []
+    for index in indices:
+        if found and found[-1][1] == index:
+            found[-1] = found[-1][0], index + 1
+        else:
+            found.append((index, index + 1))
+    return found
+
+
+def _within(runs: list[tuple[int, int]], start: int, stop: int) -> tuple[int, int]:
+    """The one range between ``start`` and ``stop``, counted from ``start``."""
+    for first, last in runs:
+        if first < stop and last > start:
+            return max(first, start) - start, min(last, stop) - start
+    return 0, 0
 
 
 def indices_of(spec: ShardSpec, rank: int) -> list[int]:

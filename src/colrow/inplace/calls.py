@@ -64,7 +64,7 @@ def _map(name: str, value: Any, change: Callable[[Key, Any], Any]) -> Any:
 
 
 def private(leaf: Any) -> Any:
-    """A copy of an argument that the callee may change: caches and the like; tensors as they are."""
+    """A copy of an argument that the callee may change, such as a cache; tensors as they are."""
     if isinstance(leaf, Tensor | nn.Module) or leaf is None or isinstance(leaf, int | float | str):
         return leaf
     return copy.deepcopy(leaf)

@@ -84,8 +84,10 @@ def _two_towers(model: nn.Module) -> bool:
 def _tokens(stream: int, config: Any) -> Tensor:
     text = config.get_text_config()
     vocabulary = getattr(text, "vocab_size", None) or config.vocab_size
-    bits = rng.bits(rng.stream_key(stream, "parallelize"), torch.arange(BATCH * SEQUENCE))
-    return bits.remainder(max(1, vocabulary - 8)).view(BATCH, SEQUENCE) + min(3, vocabulary - 1)
+    bits: Tensor = rng.bits(rng.stream_key(stream, "parallelize"), torch.arange(BATCH * SEQUENCE))
+    ids: Tensor = bits.remainder(max(1, vocabulary - 8)).view(BATCH, SEQUENCE)
+    first = min(3, int(vocabulary) - 1)
+    return ids + first
 
 
 def _images(config: Any, like: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def _candidates(unit: Unit, stacked: list[str], ranks: int) -> list[tuple[str, i
     whole = Simulation(unit, Group({}, {})).whole()
     leaves = {n: x for (kind, n), x in whole.leaves.items() if kind == "parameter"}
     generator = torch.Generator().manual_seed(5)
-    total = sum(
+    total: Any = sum(
         (y * torch.randn(y.shape, generator=generator, dtype=torch.float64)).sum()
         for y in whole.results
     )
@@ -62,7 +62,7 @@ def _candidates(unit: Unit, stacked: list[str], ranks: int) -> list[tuple[str, i
             total,
             [leaves[last]],
             create_graph=True,
-            allow_unused=True,  # type: ignore[arg-type]
+            allow_unused=True,
         )
         if grad is None or not grad.requires_grad:
             continue
@@ -192,8 +192,10 @@ def _gradients(
     shared: set[str] = set()
     partial: set[Key] = set()
     for name, grad in expected.items():
-        mine = [g[name] for g in got]
         kind, key = name
+        if kind == "direct":
+            raise NotProvenError(f"{key} is used other than by its layer")
+        mine = [g[name] for g in got]
         if kind == "parameter" and key in group.parameters:
             dim, rows = group.parameters[key]
             right = near(placed(mine, dim, rows, grad), grad, scale)

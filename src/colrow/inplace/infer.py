@@ -17,6 +17,8 @@ from colrow.inplace.prove import NotProvenError, Proof, prove
 from colrow.inplace.search import Group, find_groups
 from colrow.inplace.unit import Unit, UnitError, linear_kind
 
+# Wide layers are looked at coarsely first, and more finely where heads do not fit into that.
+_FEW_UNITS, _MANY_UNITS = 128, 1024
 # Numbers of a layer that say where it is and not what it does.
 _PLACES = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx", "idx"})
 
@@ -97,10 +99,13 @@ def _look_at(
         return proofs, reasons
     try:
         unit = Unit.of(name, module, call)
-        reaches = _probe(unit, set(unit.linears))
+        reaches = _probe(unit, set(unit.linears), _FEW_UNITS)
+        found = find_groups(reaches, free, ranks)
+        if found.reasons and any(reach.grain > 1 for reach in reaches.values()):
+            reaches = _probe(unit, set(unit.linears), _MANY_UNITS)
+            found = find_groups(reaches, free, ranks)
     except UnitError as error:
         return proofs, dict.fromkeys(multiplying, f"could not be run alone: {error}")
-    found = find_groups(reaches, free, ranks)
     reasons |= found.reasons
     for group in found.groups:
         proof = _prove(unit, group, reaches, free, ranks, reasons)
@@ -133,15 +138,17 @@ def _prove(
     return None
 
 
-def _probe(unit: Unit, wanted: set[str]) -> dict[str, Reach]:
-    """What reaches what, for three sets of arguments: a ReLU lets little through for one."""
+def _probe(unit: Unit, wanted: set[str], most_units: int) -> dict[str, Reach]:
+    """What reaches what; again with other arguments where a ReLU may have let nothing through."""
     total: dict[str, Reach] = {}
     whole = unit.call
     try:
         for seed in range(3):
+            if seed and not any(map(_has_gaps, total.values())):
+                break
             if seed:
                 unit.call = whole.mapped((), lambda _, leaf: _shaken(leaf, seed))  # noqa: B023
-            for name, reach in probe(unit, wanted).items():
+            for name, reach in probe(unit, wanted, most_units).items():
                 if name not in total:
                     total[name] = reach
                     continue
@@ -155,6 +162,10 @@ def _probe(unit: Unit, wanted: set[str]) -> dict[str, Reach]:
     finally:
         unit.call = whole
     return total
+
+
+def _has_gaps(reach: Reach) -> bool:
+    return any(any(masks) and not all(masks) for masks in reach.outputs.values())
 
 
 def _merge(mine: Any, others: Any) -> None:

@@ -51,7 +51,7 @@ def _is_number(value: Any) -> bool:
 
 @contextmanager
 def _recording(target: Any, note: Any) -> Iterator[None]:
-    cls = type(target)
+    cls: Any = type(target)
 
     def __getattribute__(self: Any, name: str) -> Any:
         value = cls.__getattribute__(self, name)
@@ -106,7 +106,7 @@ def watching(module: nn.Module, skipped: set[str]) -> Iterator[list[Number]]:
 
 def local_view(config: Any, changed: Mapping[str, Any]) -> Any:
     """``config`` with some attributes changed; everything else is read from it at each access."""
-    cls = type(config)
+    cls: Any = type(config)
 
     def __getattribute__(self: Any, name: str) -> Any:
         if name in changed:
@@ -170,8 +170,9 @@ def settings(numbers: list[Number], sizes: set[tuple[int, int]]) -> Iterator[Set
     choices: list[Sequence[int]] = [all_changed, unchanged]
     if len(options) <= _MOST_NUMBERS:
         mixed = product(*(range(len(values)) for _, values in options))
-        kept = {c: sum(i == last for i, last in zip(c, unchanged, strict=True)) for c in mixed}
-        choices += sorted(kept, key=lambda c: kept[c])
+        choices += sorted(
+            mixed, key=lambda c: sum(i == last for i, last in zip(c, unchanged, strict=True))
+        )
     for choice in choices[:_LIMIT]:
         yield {
             number: values[i]

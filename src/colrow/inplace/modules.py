@@ -1,4 +1,4 @@
-"""What the modules of a parallelised model become: the same objects, of a class derived from theirs.
+"""What the modules of a parallelised model become: the same objects, of a derived class.
 
 Names of modules and parameters, hooks and training flags stay; ``isinstance`` holds as before.
 """
@@ -36,7 +36,8 @@ def _derived(mixin: type, cls: type, first: bool) -> type:
 
 def become(module: nn.Module, mixin: type, *, first: bool = True) -> None:
     """Makes ``module`` an instance of ``mixin`` as well; ``first`` puts it before the own class."""
-    module.__class__ = _derived(mixin, type(module), first)
+    own: Any = type(module)
+    module.__class__ = _derived(mixin, own, first)
 
 
 class Entry:
@@ -224,7 +225,7 @@ class GatheredMixin(nn.Module):
     bias: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., in]`` to ``[..., out]``, both whole. Forward: all-gather, backward: all-reduce."""
+        """``[..., in]`` to ``[..., out]``, both whole. Sends an all-gather, then an all-reduce."""
         how = self.colrow
         weight = self.weight.t() if how.transposed else self.weight
         y = column_linear(x, weight, self.bias, how.tp, layer=how.layer)
@@ -232,7 +233,7 @@ class GatheredMixin(nn.Module):
 
 
 class OutputCut:
-    """A forward hook: every rank has a part of the gradient of this output. Backward: all-reduce."""
+    """A forward hook: every rank has a part of this output's gradient. Backward: all-reduce."""
 
     def __init__(self, entry: Entry) -> None:
         self.entry = entry
@@ -259,7 +260,7 @@ class SharedMixin(nn.Module):
     """A module with parameters of whose gradient every rank sees a part. Backward: all-reduce."""
 
     def __getattr__(self, name: str) -> Any:
-        value = super().__getattr__(name)
+        value: Any = super().__getattr__(name)
         shared: dict[str, Shared] | None = self.__dict__.get("colrow_shared")
         if shared and name in shared and value is not None:
             how = shared[name]

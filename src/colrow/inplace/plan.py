@@ -95,17 +95,17 @@ def make_plan(
             share = 1.0
         other = theirs.style(key)
         if style in SPLIT:
-            why = (
-                "transformers' plan, proven"
-                if _agree(style, other)
-                else (why or "inferred, proven")
-            )
+            agreed = _agree(style, other)
+            why = "transformers' plan, proven" if agreed else (why or "inferred, proven")
         elif not why:
-            reason = inference.reasons.get(owner) or inference.reasons.get(name)
-            why = reason or (
-                "not in a pair of layers that can be split"
-                if parameter.dim() > 1
-                else "a vector that every rank needs whole"
+            why = (
+                inference.reasons.get(owner)
+                or inference.reasons.get(name)
+                or (
+                    "not in a pair of layers that can be split"
+                    if parameter.dim() > 1
+                    else "a vector that every rank needs whole"
+                )
             )
             if other in SPLIT:
                 why = f"transformers' plan says {other}, but: {why}"

@@ -13,7 +13,7 @@ from colrow.inplace.calls import Key
 from colrow.inplace.locals import Number, Setting, settings, watching
 from colrow.inplace.search import Group
 from colrow.inplace.simulate import Cuts, Observed, Simulation, take
-from colrow.inplace.unit import Unit, UnitError, linear_kind, output_dim
+from colrow.inplace.unit import Unit, UnitError, output_features
 
 _LIMIT = 1e-9
 
@@ -125,17 +125,13 @@ def _settings(
 
 def _sizes(simulation: Simulation, rank: int) -> frozenset[tuple[int, int]]:
     group, unit = simulation.group, simulation.unit
-    sizes = set()
-    for name, rows in group.columns.items():
-        kind = linear_kind(unit.linears[name])
-        assert kind is not None
-        weight: Any = unit.linears[name].weight
-        sizes.add((len(rows[rank]), weight.shape[output_dim(kind)]))
-    for name, rows in group.rows.items():
-        kind = linear_kind(unit.linears[name])
-        assert kind is not None
-        weight = unit.linears[name].weight
-        sizes.add((len(rows[rank]), weight.shape[1 - output_dim(kind)]))
+    sizes = {
+        (len(rows[rank]), output_features(unit.linears[name]))
+        for name, rows in group.columns.items()
+    }
+    sizes |= {
+        (len(rows[rank]), unit.factors[name].down.shape[1]) for name, rows in group.rows.items()
+    }
     for name, (dim, rows) in group.parameters.items():
         sizes.add((len(rows[rank]), unit.module.get_parameter(name).shape[dim]))
     return frozenset(sizes)
@@ -211,8 +207,10 @@ def _gradients(simulation: Simulation, whole: Observed, found: list[Setting], ra
     message = ""
     connected: dict[Any, Tensor] | None = None
     for name, grad in expected.items():
-        mine = [g[name] for g in got]
         kind = name[0]
+        if kind == "direct":
+            raise NotProvenError(f"{name[1]} is used other than by its layer")
+        mine = [g[name] for g in got]
         if kind in ("weight", "bias"):
             _check_layer(simulation, name, grad, mine, scale)
         elif kind == "cut":
@@ -296,14 +294,11 @@ def _check_layer(
     simulation: Simulation, name: Any, grad: Tensor, mine: list[Tensor], scale: float
 ) -> None:
     group, (what, layer) = simulation.group, name
-    kind = linear_kind(simulation.unit.linears[layer])
-    assert kind is not None
     if layer in group.columns:
-        dim = output_dim(kind) if what == "weight" else 0
+        dim = 1 if what == "weight" and layer not in simulation.unit.factors else 0
         right = near(placed(mine, dim, group.columns[layer], grad), grad, scale)
     elif what == "weight":
-        dim = 1 - output_dim(kind)
-        right = near(placed(mine, dim, group.rows[layer], grad), grad, scale)
+        right = near(placed(mine, 1, group.rows[layer], grad), grad, scale)
     else:
         right = all(near(g, grad, scale) for g in mine)
     if not right:

@@ -34,12 +34,13 @@ def save_pretrained(model: nn.Module, directory: str | Path, **options: Any) -> 
             "colrow.full_state_dict gives its whole weights on rank 0"
         )
     record = record_of(model)
+    writer: Any = model
     if record is None:
-        model.save_pretrained(directory, **options)
+        writer.save_pretrained(directory, **options)
         return
     whole = assemble(model, record, lambda parameter: parameter.detach())
     if record.tp.rank == 0:
-        model.save_pretrained(directory, state_dict=_with_ties(model, whole), **options)
+        writer.save_pretrained(directory, state_dict=_with_ties(model, whole), **options)
     device = next(model.parameters()).device
     primitives.all_reduce(torch.zeros(1, device=device), record.tp, layer="save")
 
@@ -53,6 +54,4 @@ def _with_ties(model: nn.Module, whole: dict[str, Tensor]) -> dict[str, Tensor]:
         name: whole[first[id(parameter)]]
         for name, parameter in model.named_parameters(remove_duplicate=False)
     }
-    return {
-        name: named[name] if name in named else value for name, value in model.state_dict().items()
-    }
+    return {name: named.get(name, value) for name, value in model.state_dict().items()}

@@ -157,7 +157,12 @@ def _group(
         group.columns[a] = holders([domain.joined(masks[a], i) for i in rows[a]], shares)
     for b in targets:
         mine = (1 << reaches[b].width) - 1
-        group.rows[b] = [members(share >> domain.offsets[b] & mine) for share in shares]
+        grain, width = reaches[b].grain, reaches[b].features
+        units = [members(share >> domain.offsets[b] & mine) for share in shares]
+        group.rows[b] = [
+            [j for unit in held for j in range(unit * grain, min((unit + 1) * grain, width))]
+            for held in units
+        ]
     _split_parameters(domain, targets, atoms, shares, group)
     if reason := _split_arguments(domain, targets, atoms, shares, group):
         for name in (*sources, *targets):
@@ -236,7 +241,7 @@ def _split_arguments(
         if joined is None:
             continue
         period = _period(joined)
-        if period >= domain.width:
+        if period >= max(reach.features for reach in domain.reaches.values()):
             return f"its input also comes from {key[0]}, without a split layer in between"
         group.arguments[key] = (dim, period, holders(joined[:period], shares))
     return None

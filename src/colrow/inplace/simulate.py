@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from colrow.inplace.calls import Key, tensors_of
 from colrow.inplace.locals import Setting, applied
 from colrow.inplace.search import Group
-from colrow.inplace.unit import Unit, linear_kind, multiply, output_dim
+from colrow.inplace.unit import Unit
 
 
 @dataclass
@@ -31,7 +31,8 @@ class Observed:
         sums: what each row-parallel layer gave.
         results: the floating-point tensors that the module gave.
         leaves: what gradients are taken of: ("weight", layer), ("bias", layer), ("parameter",
-            name), ("argument", key), ("cut", layer, call).
+            name), ("argument", key), ("cut", layer, call), ("direct", name) for the weights of
+            layers, which nothing but the layers should use.
     """
 
     inputs: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -52,6 +53,7 @@ class Observed:
         return {
             name: torch.zeros_like(self.leaves[name]) if grad is None else grad
             for name, grad in zip(names, grads, strict=True)
+            if grad is not None or name[0] != "direct"
         }
 
 
@@ -114,11 +116,13 @@ class Simulation:
             # A module may write into what it is given, but not into a leaf.
             return value.clone() if floating else value
 
-        handled = {*self.group.columns, *self.group.rows}
-        skip = {f"{name}." for name in handled}
+        others = self.unit.factors.keys() - self.group.columns.keys() - self.group.rows.keys()
+        forwards = {name: self._plain(name, seen) for name in others} | forwards
+        skip = {f"{name}." for name in (*self.unit.factors, *self.group.columns)}
         parameters = {}
         for name, parameter in self.unit.module.named_parameters():
             if any(name.startswith(prefix) for prefix in skip):
+                seen.leaves["direct", name] = parameter.detach().requires_grad_()
                 continue
             parameters[name] = local = parameter.detach()
             if rank is not None and name in self.group.parameters:
@@ -126,51 +130,64 @@ class Simulation:
                 local = take(local, dim, rows[rank])
             seen.leaves["parameter", name] = local.clone().requires_grad_()
         local_parameters = {n: seen.leaves["parameter", n] for n in parameters}
+        direct = {n: x for (kind, n, *_), x in seen.leaves.items() if kind == "direct"}
+        local_parameters |= direct
         manager = applied(self.unit.module, setting) if setting else nullcontext()
         with manager, _with_parameters(self.unit.module, local_parameters):
             seen.results = tensors_of(self.unit.run(leaf, forwards))
         return seen
 
     def _column(self, name: str, rank: int | None, seen: Observed, *, cut: bool) -> Any:
-        module = self.unit.linears[name]
-        kind = linear_kind(module)
-        assert kind is not None
-        weight, bias = self._weights(name, module, seen)
+        if name not in self.unit.factors:
+            return self._table(name, rank, seen)
+        factors = self.unit.factors[name]
+        up, bias = factors.up, factors.bias
         if rank is not None:
-            weight = take(weight, output_dim(kind), self.group.columns[name][rank])
+            up = take(up, 0, self.group.columns[name][rank])
             bias = None if bias is None else take(bias, 0, self.group.columns[name][rank])
-        seen.leaves["weight", name] = weight = weight.detach().clone().requires_grad_()
+        seen.leaves["weight", name] = up = up.clone().requires_grad_()
         if bias is not None:
-            seen.leaves["bias", name] = bias = bias.detach().clone().requires_grad_()
+            seen.leaves["bias", name] = bias = bias.clone().requires_grad_()
         calls = 0
 
         def forward(x: Tensor, *_: Any) -> Tensor:
             nonlocal calls
-            if kind == "embedding":
-                return F.embedding(x, weight)
             if cut:
                 x = x.detach().requires_grad_()
                 seen.leaves["cut", name, calls] = x
             calls += 1
-            return F.linear(x, weight if kind == "linear" else weight.t(), bias)
+            return F.linear(F.linear(x, factors.down), up, bias)
 
         return forward
 
-    def _row(self, name: str, rank: int | None, seen: Observed, whole: Observed | None) -> Any:
-        module = self.unit.linears[name]
-        kind = linear_kind(module)
-        assert kind is not None
-        weight, bias = self._weights(name, module, seen)
-        if rank is not None:
-            weight = take(weight, 1 - output_dim(kind), self.group.rows[name][rank])
-        seen.leaves["weight", name] = weight = weight.detach().clone().requires_grad_()
+    def _plain(self, name: str, seen: Observed) -> Any:
+        factors = self.unit.factors[name]
+        seen.leaves["parameter", f"{name}.weight"] = up = factors.up.clone().requires_grad_()
+        bias = factors.bias
         if bias is not None:
-            seen.leaves["bias", name] = bias = bias.detach().clone().requires_grad_()
+            seen.leaves["parameter", f"{name}.bias"] = bias = bias.clone().requires_grad_()
+        return lambda x, *_: F.linear(F.linear(x, factors.down), up, bias)
+
+    def _table(self, name: str, rank: int | None, seen: Observed) -> Any:
+        weight = self.unit.linears[name].get_parameter("weight").detach()
+        if rank is not None:
+            weight = take(weight, 1, self.group.columns[name][rank])
+        seen.leaves["weight", name] = weight = weight.clone().requires_grad_()
+        return lambda ids, *_: F.embedding(ids, weight)
+
+    def _row(self, name: str, rank: int | None, seen: Observed, whole: Observed | None) -> Any:
+        factors = self.unit.factors[name]
+        down, bias = factors.down, factors.bias
+        if rank is not None:
+            down = take(down, 1, self.group.rows[name][rank])
+        seen.leaves["weight", name] = down = down.clone().requires_grad_()
+        if bias is not None:
+            seen.leaves["bias", name] = bias = bias.clone().requires_grad_()
         calls = seen.sums.setdefault(name, [])
 
         def forward(x: Tensor, *_: Any) -> Tensor:
             seen.inputs.setdefault(name, []).append(x)
-            y = F.linear(x, weight if kind == "linear" else weight.t(), bias)
+            y = F.linear(F.linear(x, down), factors.up, bias)
             if whole is not None:
                 total = whole.sums[name][len(calls)]
                 y = y + (total - y).detach()
@@ -180,25 +197,17 @@ class Simulation:
         return forward
 
     def _output(self, name: str, seen: Observed) -> Any:
-        module = self.unit.linears[name]
-        kind = linear_kind(module)
-        assert kind is not None
+        factors = self.unit.factors[name]
         calls = 0
 
         def forward(x: Tensor, *_: Any) -> Tensor:
             nonlocal calls
-            y = multiply(kind, module, x).detach().requires_grad_()
+            y = factors(x).detach().requires_grad_()
             seen.leaves["cut", name, calls] = y
             calls += 1
             return y
 
         return forward
-
-    @staticmethod
-    def _weights(name: str, module: nn.Module, seen: Observed) -> tuple[Tensor, Tensor | None]:
-        weight: Any = module.weight
-        bias: Any = getattr(module, "bias", None)
-        return weight.detach(), None if bias is None else bias.detach()
 
 
 def take(x: Tensor, dim: int, indices: list[int]) -> Tensor:

@@ -17,6 +17,10 @@ from torch.overrides import TorchFunctionMode
 from colrow.inplace.calls import Key, ModuleCall, argument_names, as_double, private
 from colrow.inplace.capture import exact_arithmetic
 
+# Weights with more elements are represented by factors of this rank.
+_LARGE = 1 << 16
+_RANK = 8
+
 Forward = Callable[..., Any]
 
 
@@ -59,9 +63,11 @@ def _try(module: nn.Module, kind: str) -> bool:
         "weight": nn.Parameter(torch.randn(shape, generator=generator)),
         "bias": nn.Parameter(torch.randn(5, generator=generator)) if has_bias else None,
     }
-    sizes = {"in_features": 3, "out_features": 5, "nx": 3, "nf": 5}
-    sizes |= {"num_embeddings": 5, "embedding_dim": 3, "padding_idx": None}
+    sizes: dict[str, Any] = {"in_features": 3, "out_features": 5, "nx": 3, "nf": 5}
+    sizes |= {"num_embeddings": 5, "embedding_dim": 3}
     twin.__dict__.update({n: value for n, value in sizes.items() if n in twin.__dict__})
+    if "padding_idx" in twin.__dict__:
+        twin.__dict__["padding_idx"] = None
     x = torch.randn(2, 4, 3, generator=generator)
     if kind == "embedding":
         x = torch.tensor([[0, 1], [4, 2]])
@@ -77,13 +83,60 @@ def output_dim(kind: str) -> int:
     return 0 if kind == "linear" else 1
 
 
-def multiply(kind: str, module: nn.Module, x: Tensor, *, bias: bool = True) -> Tensor:
+def output_features(module: nn.Module) -> int:
+    """How many features a layer that multiplies features gives."""
+    kind = linear_kind(module)
+    assert kind is not None
+    length: int = module.get_parameter("weight").shape[output_dim(kind)]
+    return length
+
+
+class Factors:
+    """A linear map ``[.., in]`` to ``[.., out]`` in two thin matrices, for a large weight.
+
+    Where features go does not depend on the weight, so that a map of low rank shows as much as the
+    weight itself, in a fraction of the time and memory.
+
+    Attributes:
+        down: ``[rank, in]``.
+        up: ``[out, rank]``.
+        bias: ``[out]`` or None.
+    """
+
+    def __init__(self, down: Tensor, up: Tensor, bias: Tensor | None) -> None:
+        self.down, self.up, self.bias = down, up, bias
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Factors:
+        """For a layer that multiplies features: its own small weight, or random factors."""
+        kind = linear_kind(module)
+        assert kind is not None and kind != "embedding"
+        weight: Any = module.weight
+        bias: Any = getattr(module, "bias", None)
+        bias = None if bias is None else bias.detach()
+        weight = weight.detach() if kind == "linear" else weight.detach().t()
+        out, inside = weight.shape
+        if weight.numel() <= _LARGE:
+            if inside <= out:
+                return cls(torch.eye(inside, dtype=weight.dtype), weight, bias)
+            return cls(weight, torch.eye(out, dtype=weight.dtype), bias)
+        generator = torch.Generator().manual_seed(out * 31 + inside)
+        down = torch.randn(_RANK, inside, generator=generator, dtype=weight.dtype)
+        up = torch.randn(out, _RANK, generator=generator, dtype=weight.dtype)
+        return cls(down / inside**0.5, up / _RANK**0.5, bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """What the layer computes."""
+        return F.linear(F.linear(x, self.down), self.up, self.bias)
+
+
+def multiply(kind: str, module: nn.Module, x: Tensor) -> Tensor:
     """What such a layer computes."""
     weight: Any = module.weight
-    added: Any = getattr(module, "bias", None) if bias else None
+    bias: Any = getattr(module, "bias", None)
     if kind == "embedding":
         return F.embedding(x, weight)
-    return F.linear(x, weight if kind == "linear" else weight.t(), added)
+    return F.linear(x, weight if kind == "linear" else weight.t(), bias)
 
 
 class NoDropout(TorchFunctionMode):
@@ -126,6 +179,7 @@ class Unit:
         module: the copy.
         call: what it was called with.
         linears: its layers that multiply features, by name inside it.
+        factors: what stands for their weights.
         training: whether it runs as in training, but for dropout, of which there is none.
     """
 
@@ -133,13 +187,21 @@ class Unit:
     module: nn.Module
     call: ModuleCall
     linears: dict[str, nn.Module]
+    factors: dict[str, Factors]
     training: bool = False
 
     @classmethod
     def of(cls, name: str, module: nn.Module, call: ModuleCall) -> Unit:
         """A private copy of ``module``."""
+        # Large weights are not copied: factors stand for them, and this for their shape.
+        memo: dict[int, Any] = {
+            id(weight): nn.Parameter(torch.zeros(1, dtype=torch.float64).expand(weight.shape))
+            for inner in module.modules()
+            if linear_kind(inner) not in (None, "embedding")
+            and (weight := inner.get_parameter("weight")).numel() > _LARGE
+        }
         try:
-            twin = copy.deepcopy(module)
+            twin = copy.deepcopy(module, memo)
         except (RuntimeError, TypeError) as error:
             raise UnitError(f"cannot be copied: {error}") from error
         if any(p.is_meta for p in twin.parameters()) or any(b.is_meta for b in twin.buffers()):
@@ -153,7 +215,8 @@ class Unit:
         names = argument_names(module)
         call = call.mapped(names, lambda _, leaf: as_double(leaf))
         linears = {n: m for n, m in twin.named_modules() if linear_kind(m)}
-        return cls(name, twin, call, linears)
+        factors = {n: Factors.of(m) for n, m in linears.items() if linear_kind(m) != "embedding"}
+        return cls(name, twin, call, linears, factors)
 
     def run(
         self,
@@ -166,11 +229,15 @@ class Unit:
             names, lambda key, leaf: private(change(key, leaf) if change else leaf)
         )
         self.module.train(self.training)
+        forwards = {
+            n: lambda x, *_, factors=factors: factors(x) for n, factors in self.factors.items()
+        }
+        forwards |= replaced or {}
         with (
             exact_arithmetic(),
             NoDropout(),
             torch.random.fork_rng(devices=[]),
-            _replaced(self.module, replaced or {}),
+            _replaced(self.module, forwards),
         ):
             torch.manual_seed(0)
             try:
@@ -186,6 +253,8 @@ def _randomise(module: nn.Module) -> None:
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(True)
+            if parameter.numel() > 1 and not any(parameter.stride()):
+                continue  # it stands for a large weight
             generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
             scale = float(parameter.std()) if parameter.numel() > 1 else 0.0
             scale = max(scale, 0.05) if scale == scale else 0.05

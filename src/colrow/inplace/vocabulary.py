@@ -219,6 +219,8 @@ class _LocalLoss:
         )
         if mean:
             return loss
-        if isinstance(num_items_in_batch, Tensor):
-            num_items_in_batch = num_items_in_batch.to(loss.device)
-        return loss / num_items_in_batch
+        count: Any = num_items_in_batch
+        if isinstance(count, Tensor):
+            count = count.to(loss.device)
+        per_item: Tensor = loss / count
+        return per_item
