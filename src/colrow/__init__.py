@@ -22,6 +22,8 @@ if TYPE_CHECKING:
         scatter_to_tp,
     )
     from colrow.comm.ledger import Ledger, record
+    from colrow.inplace.api import parallelize, plan_for
+    from colrow.inplace.save import save_pretrained
     from colrow.layers.attention import ParallelAttention
     from colrow.layers.block import ParallelBlock
     from colrow.layers.column import (
@@ -40,8 +42,6 @@ if TYPE_CHECKING:
     from colrow.models.build import from_config
     from colrow.models.config import ModelConfig
     from colrow.models.decoder import Decoder
-    from colrow.inplace.api import parallelize, plan_for
-    from colrow.inplace.save import save_pretrained
     from colrow.partition import HeadPartition, Partition, ShardSpec
     from colrow.train.clip import clip_grad_norm_
 

@@ -10,10 +10,10 @@ from torch.distributed.tensor import DTensor
 
 from colrow.checkpoint.naming import hf_naming, pieces
 from colrow.comm import primitives
-from colrow.mesh import ParallelGroup
-from colrow.models.decoder import Decoder
 from colrow.inplace.assemble import assemble
 from colrow.inplace.record import record_of
+from colrow.mesh import ParallelGroup
+from colrow.models.decoder import Decoder
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:

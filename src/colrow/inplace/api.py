@@ -65,17 +65,28 @@ def parallelize(
             "transformers" takes the plan that comes with the model as such a dictionary.
         example_inputs: keyword arguments for one small forward pass; made up for transformers'
             models.
+        sequence_parallel: refused; only the decoder has it.
         check: compare results, loss and gradients of the split model with the whole one's.
 
     Raises:
         ValueError: when nothing can be split, when the ranks hold different weights, or when the
-            check finds a difference; the model is then as it was. On all ranks alike.
+            check finds a difference (or a plan cannot be followed); the model is then as it was. On all ranks alike.
     """
     tp = mesh.tp
     if record_of(model) is not None:
         raise ValueError("this model has been parallelised already")
+    if sequence_parallel:
+        raise ValueError(
+            "sequence_parallel: a model that is split in place keeps its activations whole between "
+            "its split layers; colrow's own decoder (colrow.from_pretrained) can divide them"
+        )
     if tp.size == 1:
         return model
+    if any(p.is_meta for p in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} is on the meta device, where it has no values to split: load its "
+            "weights first"
+        )
     check_equal_weights(model, tp)
     found = look(model, tp.size, plan, example_inputs)
     vocabulary, batch = found.vocabulary, found.batches[0]

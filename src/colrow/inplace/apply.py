@@ -101,14 +101,14 @@ class Applier:
             kind = linear_kind(target)
             assert kind is not None
             self.split(target, "weight", 1 - output_dim(kind), rows)
-            how = Row(self.tp, f"{name}.{layer}", kind == "conv1d")
+            how = Row(self.tp, _path(name, layer), kind == "conv1d")
             self.attach(target, "colrow", how)
             self.change_class(target, RowMixin)
         for path, (dim, rows) in group.parameters.items():
             owner, _, last = path.rpartition(".")
             self.split(module.get_submodule(owner), last, dim, rows)
         for layer in proof.cuts.outputs:
-            entry = Entry(self.tp, f"{name}.{layer}")
+            entry = Entry(self.tp, _path(name, layer))
             self.hook(module.get_submodule(layer).register_forward_hook(OutputCut(entry)))
         for path in sorted(proof.shared):
             self._share(name, module, path, once=path in proof.once)
@@ -153,7 +153,7 @@ class Applier:
         self.attach(
             target,
             "colrow",
-            Column(self.tp, f"{name}.{layer}", kind == "conv1d", shared, entry, alone),
+            Column(self.tp, _path(name, layer), kind == "conv1d", shared, entry, alone),
         )
         self.change_class(target, ColumnMixin)
 
@@ -165,4 +165,8 @@ class Applier:
             self.attach(target, "colrow_shared", {})
             self.change_class(target, SharedMixin)
             shared = target.__dict__["colrow_shared"]
-        shared[last] = Shared(self.tp, f"{name}.{path}", once)
+        shared[last] = Shared(self.tp, _path(name, path), once)
+
+
+def _path(module: str, inner: str) -> str:
+    return f"{module}.{inner}" if module else inner

@@ -69,7 +69,7 @@ def capture_calls(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> dic
     handles = [
         module.register_forward_pre_hook(hook(name), with_kwargs=True)
         for name, module in model.named_modules()
-        if name and next(module.parameters(), None) is not None
+        if next(module.parameters(), None) is not None
     ]
     try:
         with torch.no_grad():

@@ -52,7 +52,7 @@ def infer(
     """
     result = Inference()
     modules = dict(model.named_modules())
-    kinds = {name: kind_of(module, calls.get(name)) for name, module in modules.items() if name}
+    kinds = {name: kind_of(module, calls.get(name)) for name, module in modules.items()}
     loose: dict[Any, str] = {}  # kinds without regard to the call, for modules that were not called
     for name in kinds:
         if name in calls:
@@ -63,7 +63,7 @@ def infer(
     known: dict[Any, tuple[list[Proof], dict[str, str]]] = {}
     for name in reversed(list(kinds)):
         module = modules[name]
-        prefix = f"{name}."
+        prefix = f"{name}." if name else ""
         inside = {n.removeprefix(prefix) for n in free if n.startswith(prefix)}
         call_of = name if name in calls else loose.get(kind_of(module, None))
         if call_of is None or _is_stack(module):

@@ -137,7 +137,7 @@ def _entries(
         module = model.get_submodule(name)
         for proof in proofs:
             for inner, entry in _of_proof(module, proof, ranks).items():
-                entries[f"{name}.{inner}" if inner else name] = entry
+                entries[f"{name}.{inner}" if name else inner] = entry
     for name in vocabulary.embeddings:
         entries[name] = "embedding_rowwise", 1 / ranks, "the vocabulary"
     for name in vocabulary.heads:
