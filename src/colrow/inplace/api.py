@@ -69,8 +69,9 @@ def parallelize(
         check: compare results, loss and gradients of the split model with the whole one's.
 
     Raises:
-        ValueError: when nothing can be split, when the ranks hold different weights, or when the
-            check finds a difference (or a plan cannot be followed); the model is then as it was. On all ranks alike.
+        ValueError: when nothing can be split, a plan cannot be followed, the ranks hold different
+            weights, or the check finds a difference; the model is then as it was. On all ranks
+            alike.
     """
     tp = mesh.tp
     if record_of(model) is not None:
@@ -84,7 +85,7 @@ def parallelize(
         return model
     if any(p.is_meta for p in model.parameters()):
         raise ValueError(
-            f"{type(model).__name__} is on the meta device, where it has no values to split: load its "
+            f"{type(model).__name__} is on the meta device and has no values to split: load its "
             "weights first"
         )
     check_equal_weights(model, tp)

@@ -15,9 +15,9 @@ from torch.utils import _pytree as pytree
 from colrow.inplace.apply import Applier
 from colrow.inplace.calls import ModuleCall
 from colrow.inplace.infer import Inference
-from colrow.inplace.modules import Gathered, GatheredMixin
 from colrow.inplace.unit import linear_kind, output_dim
 from colrow.inplace.vocabulary import plain_table, rows_of, split_table
+from colrow.inplace.whole_results import Gathered, GatheredMixin
 from colrow.partition import Partition
 
 # Below this part of a model, spreading a layer is not worth a collective.

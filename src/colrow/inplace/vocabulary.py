@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from colrow.inplace.apply import Applier
-from colrow.inplace.modules import EmbeddingMixin, HeadMixin, Vocabulary
+from colrow.inplace.whole_results import EmbeddingMixin, HeadMixin, Vocabulary
 from colrow.layers.loss import vocab_parallel_cross_entropy
 from colrow.partition import Partition
 
