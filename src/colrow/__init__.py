@@ -22,6 +22,8 @@ if TYPE_CHECKING:
         scatter_to_tp,
     )
     from colrow.comm.ledger import Ledger, record
+    from colrow.inplace.api import parallelize, plan_for
+    from colrow.inplace.save import save_pretrained
     from colrow.layers.attention import ParallelAttention
     from colrow.layers.block import ParallelBlock
     from colrow.layers.column import (
@@ -77,6 +79,8 @@ _EXPORTS = {
     "colrow.models.build": ["from_config"],
     "colrow.models.config": ["ModelConfig"],
     "colrow.models.decoder": ["Decoder"],
+    "colrow.inplace.api": ["parallelize", "plan_for"],
+    "colrow.inplace.save": ["save_pretrained"],
     "colrow.partition": ["HeadPartition", "Partition", "ShardSpec"],
     "colrow.train.clip": ["clip_grad_norm_"],
 }
@@ -114,9 +118,12 @@ __all__ = [
     "gather_from_sequence",
     "gather_from_tp",
     "init_mesh",
+    "parallelize",
+    "plan_for",
     "record",
     "reduce_from_tp",
     "reduce_scatter_to_sequence",
+    "save_pretrained",
     "scatter_to_sequence",
     "scatter_to_tp",
     "vocab_parallel_cross_entropy",

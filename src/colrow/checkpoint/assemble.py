@@ -10,11 +10,13 @@ from torch.distributed.tensor import DTensor
 
 from colrow.checkpoint.naming import hf_naming, pieces
 from colrow.comm import primitives
+from colrow.inplace.assemble import assemble
+from colrow.inplace.record import record_of
 from colrow.mesh import ParallelGroup
 from colrow.models.decoder import Decoder
 
 
-def full_state_dict(model: Decoder) -> dict[str, Tensor]:
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The whole weights on tp rank 0, on the CPU; an empty dict on the other ranks.
 
     A tied head is not listed, as in transformers' saved files.
@@ -25,14 +27,23 @@ def full_state_dict(model: Decoder) -> dict[str, Tensor]:
     return _assemble(model, lambda parameter: parameter.detach())
 
 
-def full_grads(model: Decoder) -> dict[str, Tensor]:
+def full_grads(model: nn.Module) -> dict[str, Tensor]:
     """The whole gradients on tp rank 0, as :func:`full_state_dict`; parameters without one are
     left out."""
     return _assemble(model, lambda parameter: parameter.grad)
 
 
 @torch.no_grad()
-def _assemble(model: Decoder, value: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
+def _assemble(
+    model: nn.Module, value: Callable[[nn.Parameter], Tensor | None]
+) -> dict[str, Tensor]:
+    if (record := record_of(model)) is not None:
+        return assemble(model, record, value)
+    if not isinstance(model, Decoder):
+        raise TypeError(
+            f"{type(model).__name__} is neither colrow's decoder nor a model that "
+            "colrow.parallelize has split"
+        )
     naming, tp = hf_naming(model.config), model.tp
     whole: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from colrow.inplace.record import record_of
 from colrow.mesh import ParallelGroup
 from colrow.partition import Range, ShardSpec
 
@@ -111,21 +112,32 @@ class Placement:
 def placements(module: nn.Module) -> dict[str, Placement]:
     """Every parameter's placement, under the names of ``module.named_parameters()``.
 
-    colrow's layers say how a parameter is divided (``weight_spec`` beside ``weight``). Parameters
-    of other layers count as the same on every tp rank.
+    colrow's layers say how a parameter is divided (``weight_spec`` beside ``weight``), a model that
+    was split in place knows it by name. Other parameters count as the same on every tp rank.
 
     Raises:
-        ValueError: when a parameter has another shape than its placement says, or is a DTensor
-            that FSDP2 did not make.
+        ValueError: when a parameter has another shape than its placement says, is a DTensor that
+            FSDP2 did not make, or was split in place and has gone.
     """
     tp_rank = tensor_parallel_group(module).rank
     found: dict[str, Placement] = {}
     wanted = dict(module.named_parameters())
+    in_place: dict[str, ShardSpec] = {}
+    for prefix, child in module.named_modules():
+        record = record_of(child)
+        for name, divided in record.specs.items() if record is not None else ():
+            full = f"{prefix}.{name}" if prefix else name
+            if full not in wanted:
+                raise ValueError(
+                    f"{full} was split by colrow.parallelize and is not there any more: modules "
+                    "that wrap others, such as LoRA adapters, are to be added before the split"
+                )
+            in_place[full] = divided
     for prefix, child in module.named_modules():
         for name, parameter in child.named_parameters(recurse=False):
             full = f"{prefix}.{name}" if prefix else name
             if full in wanted:
-                spec = getattr(child, f"{name}_spec", None)
+                spec: object = in_place.get(full, getattr(child, f"{name}_spec", None))
                 if not isinstance(spec, ShardSpec):
                     spec = ShardSpec.replicated(*parameter.shape)
                 found[full] = _placement(full, parameter, spec, tp_rank)
@@ -139,6 +151,7 @@ def tensor_parallel_group(module: nn.Module) -> ParallelGroup:
         ValueError: when its layers have different groups.
     """
     handles = [getattr(child, "tp", None) for child in module.modules()]
+    handles += [record.tp for child in module.modules() if (record := record_of(child))]
     groups = [handle for handle in handles if isinstance(handle, ParallelGroup)]
     if any(group.group is not groups[0].group for group in groups):
         raise ValueError("the layers of this module have different tensor-parallel groups")

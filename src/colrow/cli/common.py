@@ -191,13 +191,13 @@ def destination(text: str) -> str:
     return text
 
 
-def write_json(data: object, destination: str) -> None:
+def write_json(data: object, file: str) -> None:
     """Writes ``data`` to the file, or to standard output for "-"; NaN and Inf become null."""
     text = json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    if destination == "-":
+    if file == "-":
         sys.stdout.write(text)
     else:
-        Path(destination).write_text(text, encoding="utf-8")
+        Path(file).write_text(text, encoding="utf-8")
 
 
 def _finite(data: object) -> object:

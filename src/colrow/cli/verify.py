@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from typing import TYPE_CHECKING
 
 from colrow.cli.common import (
@@ -22,6 +23,8 @@ from colrow.cli.common import (
 
 if TYPE_CHECKING:
     from colrow.verify import Report
+    from colrow.zoo.architectures import Architecture
+    from colrow.zoo.compare import Outcome
 
 HELP = "prove that the split model computes what the unsplit one does"
 DESCRIPTION = """\
@@ -33,15 +36,34 @@ tensor by tensor. Exits with 0 when everything holds; with 1, and the name of th
 differs (embedding, blocks, norm, head), when it does not. --dtype fp64 is the sharpest check: there
 a bug has nowhere to hide.
 
+A MODEL that is none of the decoder's families (colrow generate --help lists them) is split in place
+by colrow.parallelize instead, through transformers' own class; there 1e-10 is accepted in fp64.
+--architecture takes a tiny random model of any of transformers' types, sizes awkward on purpose.
+
   colrow verify SmolLM2-135M-Instruct.Q4_1.gguf --tp 2
   colrow verify ./my-model --tp 4 --sequence-parallel --dtype fp64
+  colrow verify ./my-encoder --in-place --tp 3
+  colrow verify --architecture mixtral --tp 3
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the arguments."""
     parser.add_argument(
-        "model", metavar="MODEL", help="Hugging Face directory, cached hub id, or .gguf file"
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="Hugging Face directory, cached hub id, or .gguf file",
+    )
+    parser.add_argument(
+        "--architecture",
+        metavar="NAME",
+        help="instead of MODEL, a tiny random model of this type (colrow zoo --list)",
+    )
+    parser.add_argument(
+        "--in-place",
+        action="store_true",
+        help="split transformers' own model in place, also where the decoder knows the family",
     )
     add_tp(parser, default=2)
     add_sequence_parallel(parser)
@@ -69,6 +91,10 @@ def run(args: argparse.Namespace) -> int:
     from colrow.checkpoint.pretrained import pretrained_config
     from colrow.models.config import Layout
 
+    if (args.model is None) == (args.architecture is None):
+        raise ValueError("give either MODEL or --architecture NAME")
+    if args.architecture or args.in_place or not known_to_decoder(args.model):
+        return _run_in_place(args)
     if args.sequence < 2:
         raise ValueError("--sequence must be at least 2: the loss compares a token with the next")
     Layout.create(pretrained_config(args.model), args.tp)
@@ -80,6 +106,58 @@ def run(args: argparse.Namespace) -> int:
     if args.json != "-":
         show(report, every=args.all)
     return 0 if report.passed else 1
+
+
+def _run_in_place(args: argparse.Namespace) -> int:
+    from colrow.checkpoint.locate import resolve_model_path
+    from colrow.zoo.architectures import architectures, saved_architecture
+
+    if args.tp < 2:
+        raise ValueError("--tp must be at least 2 here: one rank would hold the whole model")
+    if args.sequence_parallel:
+        raise ValueError("--sequence-parallel cannot be verified in place")
+    if args.device not in (None, "cpu"):
+        raise ValueError(f"--device {args.device}: in place is verified on the CPU")
+    if args.dtype not in ("fp32", "fp64"):
+        raise ValueError(f"--dtype {args.dtype}: verify fp32 or fp64 in place")
+    if args.architecture:
+        chosen = architectures([args.architecture])
+    else:
+        chosen = [saved_architecture(resolve_model_path(args.model))]
+    outcomes = [run_on_ranks(_compare, args, each, ranks=args.tp) for each in chosen]
+    done = [outcome for outcome in outcomes if outcome is not None]
+    if args.json:
+        write_json([outcome.as_dict() for outcome in done], args.json)
+    if args.json != "-":
+        for outcome in done:
+            _show_outcome(outcome)
+    return 0 if all(outcome.verdict == "passed" for outcome in done) else 1
+
+
+def _compare(args: argparse.Namespace, architecture: Architecture) -> Outcome | None:
+    from colrow.zoo.compare import compare
+
+    return compare(architecture, args.tp, dtype=torch_dtype(args.dtype))
+
+
+def known_to_decoder(model: str) -> bool:
+    """Whether the checkpoint is of a family that the decoder computes itself.
+
+    Raises:
+        ValueError: when there is no such checkpoint.
+    """
+    from colrow.checkpoint.locate import resolve_model_path
+    from colrow.models.families import FAMILIES
+
+    file = resolve_model_path(model)
+    config = (file if file.is_dir() else file.parent) / "config.json"
+    if file.suffix == ".gguf" or not config.is_file():
+        return True
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+    except ValueError:
+        return True  # whose reader says what is wrong with the file
+    return not isinstance(values, dict) or values.get("model_type") in FAMILIES
 
 
 def _verify(args: argparse.Namespace) -> Report | None:
@@ -97,6 +175,36 @@ def _verify(args: argparse.Namespace) -> Report | None:
         sequence=args.sequence,
         progress=say,
     )
+
+
+def _show_outcome(outcome: Outcome) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=f"{outcome.name}: split in place against whole (tp={outcome.tp})")
+    for column in ("what", "relative error"):
+        table.add_column(column, justify="left" if column == "what" else "right")
+    for what, error in (
+        ("outputs", outcome.output_error),
+        ("loss", outcome.loss_error),
+        (f"worst gradient: {outcome.worst_gradient}", outcome.gradient_error),
+    ):
+        if error is not None:
+            table.add_row(what, f"{error:.1e}")
+    if table.row_count:
+        console.print(table)
+    if outcome.share is not None:
+        console.print(f"Split over the ranks: {outcome.share:.1%} of the weights.")
+    if outcome.greedy is not None:
+        console.print(
+            f"Greedy generation {'as the' if outcome.greedy else 'differs from the'} whole model's."
+        )
+    if outcome.first_difference:
+        console.print(f"[red]First module that differs[/]: {outcome.first_difference}")
+    colour = "green" if outcome.verdict == "passed" else "red"
+    reason = f": {outcome.reason}" if outcome.reason else ""
+    console.print(f"[{colour}]{outcome.verdict.upper()}[/]{reason}", highlight=False)
 
 
 def show(report: Report, *, every: bool = False) -> None:

@@ -1,0 +1,172 @@
+"""Carries a proven split out on the model itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from colrow.inplace.atoms import spec_of_rows
+from colrow.inplace.calls import argument_names
+from colrow.inplace.locals import apply_setting
+from colrow.inplace.modules import (
+    Arguments,
+    Column,
+    ColumnMixin,
+    Entry,
+    OutputCut,
+    Row,
+    RowMixin,
+    Shared,
+    SharedMixin,
+    Sum,
+    become,
+)
+from colrow.inplace.prove import Proof
+from colrow.inplace.record import Record
+from colrow.inplace.search import Rows
+from colrow.inplace.simulate import take
+from colrow.inplace.unit import linear_kind, output_dim
+from colrow.layers.shared import SharedRows
+
+
+class Applier:
+    """Splits parameters and changes modules of one model, and keeps what would undo it."""
+
+    def __init__(self, model: nn.Module, record: Record) -> None:
+        self.model, self.record = model, record
+        self.tp = record.tp
+        self._owners: dict[int, list[tuple[nn.Module, str, str]]] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    full = f"{path}.{name}" if path else name
+                    self._owners.setdefault(id(parameter), []).append((module, name, full))
+        self._split: dict[int, nn.Parameter] = {}
+
+    def split(self, module: nn.Module, name: str, dim: int, rows: Rows) -> None:
+        """Keeps this rank's indices of a parameter, wherever it is tied to."""
+        whole = module._parameters[name]
+        if whole is None or id(whole) in self._split:
+            return
+        spec = spec_of_rows(tuple(whole.shape), dim, rows)
+        local = nn.Parameter(
+            take(whole.detach(), dim, rows[self.tp.rank]).clone(), requires_grad=whole.requires_grad
+        )
+        self._split[id(local)] = local
+        for owner, attribute, full in self._owners[id(whole)]:
+            self.record.specs[full] = spec
+            owner._parameters[attribute] = local
+            self._later(owner._parameters, attribute, whole)
+
+    def _later(self, where: dict[str, Any], name: str, value: Any) -> None:
+        def step() -> None:
+            where[name] = value
+
+        self.record.undo.append(step)
+
+    def _forget(self, module: nn.Module, name: str) -> None:
+        self.record.undo.append(lambda: module.__dict__.pop(name, None) and None)
+
+    def change_class(self, module: nn.Module, mixin: type, *, first: bool = True) -> None:
+        """See :func:`colrow.inplace.modules.become`."""
+        before = type(module)
+        become(module, mixin, first=first)
+
+        def step() -> None:
+            module.__class__ = before
+
+        self.record.undo.append(step)
+
+    def attach(self, module: nn.Module, name: str, value: Any) -> None:
+        """Sets an attribute that the module's new class reads."""
+        module.__dict__[name] = value
+        self._forget(module, name)
+
+    def hook(self, handle: Any) -> None:
+        """Keeps a hook's handle."""
+        self.record.undo.append(handle.remove)
+
+    def proof(self, name: str, proof: Proof) -> None:
+        """Splits a group of layers inside the module of this name."""
+        module = self.model.get_submodule(name)
+        group, rank = proof.group, self.tp.rank
+        names = argument_names(module)
+        entries: dict[str, Entry] = {}
+        entered = [c for c in group.columns if c not in proof.cuts.uncut]
+        for layer, rows in group.columns.items():
+            self._column(name, module, layer, rows, proof, entries, alone=len(entered) == 1)
+        for layer, rows in group.rows.items():
+            target = module.get_submodule(layer)
+            kind = linear_kind(target)
+            assert kind is not None
+            self.split(target, "weight", 1 - output_dim(kind), rows)
+            how = Row(self.tp, _path(name, layer), kind == "conv1d")
+            self.attach(target, "colrow", how)
+            self.change_class(target, RowMixin)
+        for path, (dim, rows) in group.parameters.items():
+            owner, _, last = path.rpartition(".")
+            self.split(module.get_submodule(owner), last, dim, rows)
+        for layer in proof.cuts.outputs:
+            entry = Entry(self.tp, _path(name, layer))
+            self.hook(module.get_submodule(layer).register_forward_hook(OutputCut(entry)))
+        for path in sorted(proof.shared):
+            self._share(name, module, path, once=path in proof.once)
+        if proof.summed:
+            self.hook(module.register_forward_hook(Sum(self.tp, name)))
+        partial = frozenset(proof.partial_arguments)
+        taken = {
+            key: (dim, period, rows[rank]) for key, (dim, period, rows) in group.arguments.items()
+        }
+        if partial or taken:
+            how_called = Arguments(self.tp, name, names, partial, taken)
+            self.hook(module.register_forward_pre_hook(how_called, with_kwargs=True))
+        for target, attribute, value in apply_setting(module, proof.settings[rank]):
+            self._later(target.__dict__, attribute, value)
+
+    def _column(
+        self,
+        name: str,
+        module: nn.Module,
+        layer: str,
+        rows: Rows,
+        proof: Proof,
+        entries: dict[str, Entry],
+        *,
+        alone: bool,
+    ) -> None:
+        target = module.get_submodule(layer)
+        kind = linear_kind(target)
+        assert kind is not None
+        dim = output_dim(kind)
+        weight: Any = target.weight
+        spec = spec_of_rows(tuple(weight.shape), dim, rows)
+        shared = SharedRows.of(spec, self.tp.rank)
+        self.split(target, "weight", dim, rows)
+        if target._parameters.get("bias") is not None:
+            self.split(target, "bias", 0, rows)
+        if kind == "embedding":
+            return
+        entry = None
+        if layer not in proof.cuts.uncut:
+            entry = entries.setdefault("", Entry(self.tp, name))
+        self.attach(
+            target,
+            "colrow",
+            Column(self.tp, _path(name, layer), kind == "conv1d", shared, entry, alone),
+        )
+        self.change_class(target, ColumnMixin)
+
+    def _share(self, name: str, module: nn.Module, path: str, *, once: bool) -> None:
+        owner, _, last = path.rpartition(".")
+        target = module.get_submodule(owner)
+        shared = target.__dict__.get("colrow_shared")
+        if shared is None:
+            self.attach(target, "colrow_shared", {})
+            self.change_class(target, SharedMixin)
+            shared = target.__dict__["colrow_shared"]
+        shared[last] = Shared(self.tp, _path(name, path), once)
+
+
+def _path(module: str, inner: str) -> str:
+    return f"{module}.{inner}" if module else inner

@@ -1,0 +1,62 @@
+"""Whole tensors of a parallelised model, on rank 0."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from colrow.inplace.record import Record
+from colrow.mesh import ParallelGroup
+from colrow.partition import ShardSpec
+
+
+@torch.no_grad()
+def assemble(
+    model: nn.Module, record: Record, value: Callable[[nn.Parameter], Tensor | None]
+) -> dict[str, Tensor]:
+    """A tensor for every parameter of a parallelised model, whole, under the parameter's name.
+
+    On tp rank 0, on the CPU; nothing on the other ranks. Communicates: every rank sends its shards
+    to rank 0, parameter by parameter.
+    """
+    whole: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        shard = value(parameter)
+        if shard is None:
+            continue
+        if isinstance(shard, DTensor):
+            shard = shard.full_tensor()
+        spec = record.specs.get(name)
+        if spec is None:
+            if record.tp.rank == 0:
+                whole[name] = shard.cpu()
+            continue
+        joined = join(shard, spec, record.tp)
+        if joined is not None:
+            whole[name] = joined
+    return whole
+
+
+def join(shard: Tensor, spec: ShardSpec, tp: ParallelGroup) -> Tensor | None:
+    """The whole tensor on rank 0 from every rank's shard; None on the other ranks."""
+    assert spec.dim is not None
+    if tp.rank > 0:
+        assert tp.group is not None
+        dist.send(shard.contiguous(), group=tp.group, group_dst=0)
+        return None
+    whole = torch.empty(spec.shape, dtype=shard.dtype)
+    for rank in range(tp.size):
+        part = shard
+        if rank:
+            part = shard.new_empty(spec.local_shape(rank))
+            dist.recv(part, group=tp.group, group_src=rank)
+        taken = 0
+        for start, stop in spec.global_ranges(rank):
+            piece = part.narrow(spec.dim, taken, stop - start)
+            whole.narrow(spec.dim, start, stop - start).copy_(piece)
+            taken += stop - start
+    return whole

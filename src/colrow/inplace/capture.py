@@ -1,0 +1,89 @@
+"""One forward pass of the model, and what each of its modules was called with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from colrow.inplace.calls import ModuleCall
+from colrow.reference import FullPrecision
+
+
+@contextmanager
+def exact_arithmetic() -> Iterator[None]:
+    """Where torch is asked for fp32, and where it is not asked at all, it gives fp64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with FullPrecision():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextmanager
+def arithmetic_of(model: nn.Module) -> Iterator[None]:
+    """The mode in which a model of this dtype runs: exact for fp64."""
+    first = next(model.parameters(), None)
+    exact = first is not None and first.dtype == torch.float64
+    with exact_arithmetic() if exact else nullcontext():
+        yield
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for every module, each as it was afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def run_example(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """The model's result for these keyword arguments, in eval mode."""
+    with evaluating(model), arithmetic_of(model):
+        return model(**inputs)
+
+
+def capture_calls(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> dict[str, ModuleCall]:
+    """The first call of every module inside ``model`` during forward passes, by name.
+
+    Batches after the first may be ones that the model does not take.
+    """
+    calls: dict[str, ModuleCall] = {}
+
+    def hook(name: str) -> Any:
+        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if name not in calls:
+                calls[name] = ModuleCall(args, kwargs).mapped((), lambda _, leaf: _copied(leaf))
+
+        return keep
+
+    handles = [
+        module.register_forward_pre_hook(hook(name), with_kwargs=True)
+        for name, module in model.named_modules()
+        if next(module.parameters(), None) is not None
+    ]
+    try:
+        with torch.no_grad():
+            for number, batch in enumerate(batches):
+                try:
+                    run_example(model, batch)
+                except Exception:  # whatever the model's code raises
+                    if number == 0:
+                        raise
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf

@@ -1,0 +1,143 @@
+"""The split model against the whole one: results, loss and gradients of one small batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from colrow.comm import primitives
+from colrow.inplace.atoms import indices_of
+from colrow.inplace.calls import tensors_of
+from colrow.inplace.capture import arithmetic_of, evaluating
+from colrow.inplace.record import Record
+from colrow.mesh import ParallelGroup
+
+_LIMITS = {torch.float64: 1e-9, torch.float32: 1e-3}
+_LOW_PRECISION_LIMIT = 0.2
+_MOST_ELEMENTS = 1 << 28
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a model gave for a batch.
+
+    Attributes:
+        results: its floating-point results, without gradients being recorded.
+        loss: its own loss, or a random combination of its results.
+        grads: of that loss, by parameter; empty for models too large to keep them.
+    """
+
+    results: list[Tensor]
+    loss: Tensor | None
+    grads: dict[str, Tensor]
+
+
+def observe(model: nn.Module, inputs: Mapping[str, Any], *, with_labels: bool) -> Observation:
+    """Runs the model, in eval mode; its parameters' own gradients are left alone."""
+    with evaluating(model), arithmetic_of(model):
+        with torch.no_grad():
+            results = [y.detach().clone() for y in tensors_of(model(**inputs))]
+        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        first = next(model.parameters())
+        if sum(p.numel() for p in named.values()) > _MOST_ELEMENTS or first.element_size() < 4:
+            return Observation(results, None, {})
+        with torch.enable_grad():
+            loss = _loss(model, inputs, with_labels=with_labels)
+            if loss is None or not named:
+                return Observation(results, None, {})
+            grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    found = {n: g for n, g in zip(named, grads, strict=True) if g is not None}
+    return Observation(results, loss.detach(), found)
+
+
+def _loss(model: nn.Module, inputs: Mapping[str, Any], *, with_labels: bool) -> Tensor | None:
+    if with_labels:
+        loss: Tensor = model(**inputs, labels=inputs["input_ids"]).loss
+        return loss
+    generator = torch.Generator().manual_seed(11)
+    total: Tensor | None = None
+    for y in tensors_of(model(**inputs)):
+        if y.requires_grad:
+            weight = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+            term = (y * weight.to(y)).sum()
+            total = term if total is None else total + term
+    return total
+
+
+def difference(split: Observation, whole: Observation, record: Record) -> tuple[float, str]:
+    """The largest relative error of this rank, and of what."""
+    worst, where = 0.0, "nothing"
+
+    def note(error: float, what: str) -> None:
+        nonlocal worst, where
+        if not error <= worst:
+            worst, where = (error if error == error else math.inf), what
+
+    if len(split.results) != len(whole.results):
+        return math.inf, "the number of results"
+    for number, (y, expected) in enumerate(zip(split.results, whole.results, strict=True)):
+        note(_error(y, expected, 0.0), f"result {number}")
+    if split.loss is not None and whole.loss is not None:
+        note(_error(split.loss, whole.loss, 0.0), "the loss")
+    largest = max((float(g.norm()) for g in whole.grads.values()), default=0.0)
+    for name, grad in whole.grads.items():
+        spec = record.specs.get(name)
+        if spec is not None and spec.dim is not None:
+            index = torch.tensor(indices_of(spec, record.tp.rank), device=grad.device)
+            grad = grad.index_select(spec.dim, index)
+        mine = split.grads.get(name, torch.zeros_like(grad))
+        note(_error(mine, grad, 1e-4 * largest), f"the gradient of {name}")
+    return worst, where
+
+
+def _error(a: Tensor, b: Tensor, smallest: float) -> float:
+    if a.shape != b.shape:
+        return math.inf
+    a, b = a.double(), b.double()
+    same = torch.isfinite(b) | (a != b)  # masked results are infinite in both
+    scale = max(float(b[torch.isfinite(b)].norm()), smallest)
+    error = float((a - b)[same].norm())
+    return error / scale if scale else error
+
+
+def limit_of(model: nn.Module) -> float:
+    """How large an error rounding may cause in a model of this dtype."""
+    dtype = next(model.parameters()).dtype
+    return _LIMITS.get(dtype, _LOW_PRECISION_LIMIT)
+
+
+def agreed_error(error: float, tp: ParallelGroup, device: torch.device) -> float:
+    """The largest error of any rank. Communicates: one all-reduce of a number."""
+    value = torch.tensor([min(error, 1e30)], dtype=torch.float64, device=device)
+    return float(primitives.all_reduce(value, tp, op="max", layer="check"))
+
+
+def check_equal_weights(model: nn.Module, tp: ParallelGroup) -> None:
+    """All ranks must hold the same whole model. Communicates: a few numbers for each parameter.
+
+    Raises:
+        ValueError: naming the first parameter that differs, on every rank.
+    """
+    named = [(n, p) for n, p in model.named_parameters() if not p.is_meta]
+    if not named or tp.size == 1:
+        return
+    rows = []
+    for _, parameter in named:
+        flat = parameter.detach().flatten().double()
+        position = torch.arange(1, flat.numel() + 1, device=flat.device).remainder(1009)
+        rows.append(torch.stack([flat.sum(), (flat * position).sum()]))
+    mine = torch.stack(rows)
+    top = primitives.all_reduce(mine, tp, op="max", layer="check")
+    low = -primitives.all_reduce(-mine, tp, op="max", layer="check")
+    differs = ((top != low) & ~(top.isnan() & low.isnan())).any(1)
+    if differs.any():
+        name = named[int(differs.nonzero()[0])][0]
+        raise ValueError(
+            f"the ranks hold different values of {name}: every rank must start from the same whole "
+            "model; load the same checkpoint, or set the same seed before building it"
+        )

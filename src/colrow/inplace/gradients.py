@@ -1,0 +1,53 @@
+"""Gradients that are sums over ranks, as nodes of the autograd graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from colrow.comm import primitives
+from colrow.comm.autograd import apply
+from colrow.layers.shared import SharedRows
+from colrow.mesh import ParallelGroup
+
+
+class _SumRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, tp: ParallelGroup, rows: SharedRows, dim: int, layer: str
+    ) -> Tensor:
+        ctx.tp, ctx.rows, ctx.dim, ctx.layer = tp, rows, dim, layer
+        return x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows: SharedRows = ctx.rows
+        first = grad.movedim(ctx.dim, 0)
+        buffer = first.new_zeros(rows.total, *first.shape[1:])
+        for local, start, count in rows.pieces:
+            buffer[start : start + count] = first[local : local + count]
+        total = primitives.all_reduce(
+            buffer, ctx.tp, layer=ctx.layer, phase="backward", in_place=True
+        )
+        result = first.clone()
+        for local, start, count in rows.pieces:
+            result[local : local + count] = total[start : start + count]
+        return result.movedim(0, ctx.dim), None, None, None, None
+
+
+def sum_rows(x: Tensor, tp: ParallelGroup, rows: SharedRows, dim: int, layer: str) -> Tensor:
+    """``x``; in backward the gradient of the rows that several ranks hold is summed over them.
+
+    Args:
+        x: a parameter's shard.
+        rows: which of its indices along ``dim`` other ranks hold too.
+        dim: the dimension that is divided.
+    """
+    if tp.size == 1 or not rows.total or not x.requires_grad or not torch.is_grad_enabled():
+        return x
+    result: Tensor = apply(_SumRows, x, tp, rows, dim, layer)
+    return result

@@ -1,0 +1,213 @@
+"""Every module of a model looked at, smallest first; modules of one kind are looked at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from colrow.inplace.calls import ModuleCall
+from colrow.inplace.experts import find_experts
+from colrow.inplace.probe import Reach, probe
+from colrow.inplace.prove import NotProvenError, Proof, prove
+from colrow.inplace.search import Group, find_groups
+from colrow.inplace.unit import Unit, UnitError, linear_kind
+
+# Wide layers are looked at coarsely first, and more finely where heads do not fit into that.
+_FEW_UNITS, _MANY_UNITS = 128, 1024
+# Numbers of a layer that say where it is and not what it does.
+_PLACES = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx", "idx"})
+
+
+@dataclass
+class Inference:
+    """What can be split.
+
+    Attributes:
+        proofs: by module, the groups inside it.
+        reasons: by layer, why it is not split.
+    """
+
+    proofs: dict[str, list[Proof]] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+def infer(
+    model: nn.Module,
+    calls: Mapping[str, ModuleCall],
+    ranks: int,
+    reserved: set[str],
+    allowed: Callable[[str], bool] | None = None,
+) -> Inference:
+    """Finds what can be split over ``ranks`` ranks, and proves it.
+
+    Args:
+        calls: what the modules were called with in one forward pass.
+        reserved: layers that are split otherwise.
+        allowed: whether a layer, or a module that owns experts, may be split; all by default.
+    """
+    result = Inference()
+    modules = dict(model.named_modules())
+    kinds = {name: kind_of(module, calls.get(name)) for name, module in modules.items()}
+    loose: dict[Any, str] = {}  # kinds without regard to the call, for modules that were not called
+    for name in kinds:
+        if name in calls:
+            loose.setdefault(kind_of(modules[name], None), name)
+    free = {name for name, module in modules.items() if linear_kind(module)} - reserved
+    if allowed is not None:
+        free = {name for name in free if allowed(name)}
+    known: dict[Any, tuple[list[Proof], dict[str, str]]] = {}
+    for name in reversed(list(kinds)):
+        module = modules[name]
+        prefix = f"{name}." if name else ""
+        inside = {n.removeprefix(prefix) for n in free if n.startswith(prefix)}
+        call_of = name if name in calls else loose.get(kind_of(module, None))
+        if call_of is None or _is_stack(module):
+            continue
+        whole = allowed is None or allowed(name)
+        kind = (kinds[call_of], frozenset(inside), whole)
+        if kind not in known:
+            known[kind] = _look_at(name, module, calls[call_of], inside, ranks, whole)
+        proofs, reasons = known[kind]
+        for layer, reason in reasons.items():
+            result.reasons[prefix + layer] = reason
+        if proofs:
+            result.proofs[name] = proofs
+        for proof in proofs:
+            done = {prefix + layer for layer in (*proof.group.columns, *proof.group.rows)}
+            free -= done
+            for layer in done:
+                result.reasons.pop(layer, None)
+    return result
+
+
+def _look_at(
+    name: str, module: nn.Module, call: ModuleCall, free: set[str], ranks: int, whole: bool
+) -> tuple[list[Proof], dict[str, str]]:
+    inside = dict(module.named_modules())
+    multiplying = [n for n in free if linear_kind(inside[n]) != "embedding"]
+    reasons: dict[str, str] = {}
+    proofs: list[Proof] = []
+    expert = find_experts(name, module, call, ranks, reasons) if whole else None
+    if expert is not None:
+        proofs.append(expert)
+    if len(multiplying) < 2:
+        return proofs, reasons
+    try:
+        unit = Unit.of(name, module, call)
+        reaches = _probe(unit, set(unit.linears), _FEW_UNITS)
+        found = find_groups(reaches, free, ranks)
+        if found.reasons and any(reach.grain > 1 for reach in reaches.values()):
+            reaches = _probe(unit, set(unit.linears), _MANY_UNITS)
+            found = find_groups(reaches, free, ranks)
+    except UnitError as error:
+        return proofs, dict.fromkeys(multiplying, f"could not be run alone: {error}")
+    reasons |= found.reasons
+    for group in found.groups:
+        proof = _prove(unit, group, reaches, free, ranks, reasons)
+        if proof is not None:
+            proofs.append(proof)
+    return proofs, reasons
+
+
+def _prove(
+    unit: Unit,
+    group: Group,
+    reaches: Mapping[str, Reach],
+    free: set[str],
+    ranks: int,
+    reasons: dict[str, str],
+) -> Proof | None:
+    try:
+        return prove(unit, group, ranks)
+    except NotProvenError as error:
+        first = str(error)
+    layers = {*group.columns, *group.rows}
+    for other in find_groups(reaches, free, ranks, strided=True).groups:
+        if {*other.columns, *other.rows} != layers:
+            continue
+        try:
+            return prove(unit, other, ranks)
+        except NotProvenError:
+            break
+    reasons.update(dict.fromkeys(layers, first))
+    return None
+
+
+def _probe(unit: Unit, wanted: set[str], most_units: int) -> dict[str, Reach]:
+    """What reaches what; again with other arguments where a ReLU may have let nothing through."""
+    total: dict[str, Reach] = {}
+    whole = unit.call
+    try:
+        for seed in range(3):
+            if seed and not any(map(_has_gaps, total.values())):
+                break
+            if seed:
+                unit.call = whole.mapped((), lambda _, leaf: _shaken(leaf, seed))  # noqa: B023
+            for name, reach in probe(unit, wanted, most_units).items():
+                if name not in total:
+                    total[name] = reach
+                    continue
+                known = total[name]
+                for mine, others in (
+                    (known.outputs, reach.outputs),
+                    (known.parameters, reach.parameters),
+                    (known.arguments, reach.arguments),
+                ):
+                    _merge(mine, others)
+    finally:
+        unit.call = whole
+    return total
+
+
+def _has_gaps(reach: Reach) -> bool:
+    return any(any(masks) and not all(masks) for masks in reach.outputs.values())
+
+
+def _merge(mine: Any, others: Any) -> None:
+    for key, masks in others.items():
+        before = mine.get(key, [0] * len(masks))
+        mine[key] = [a | b for a, b in zip(before, masks, strict=True)]
+
+
+def _shaken(leaf: Any, seed: int) -> Any:
+    if not isinstance(leaf, Tensor) or not leaf.is_floating_point() or leaf.numel() < 2:
+        return leaf
+    if not torch.isfinite(leaf).all() or float(leaf.abs().max()) > 1e4:
+        return leaf  # a mask
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype)
+    return leaf + noise * leaf.std().clamp_min(0.1)
+
+
+def _is_stack(module: nn.Module) -> bool:
+    """Whether it is a model of several layers, rather than a layer."""
+    return any(
+        isinstance(inner, nn.ModuleList)
+        and len(inner) > 1
+        and any(linear_kind(m) for m in inner.modules())
+        for inner in module.modules()
+    )
+
+
+def kind_of(module: nn.Module, call: ModuleCall | None) -> Any:
+    """Equal for modules that compute the same from arguments of the same shapes."""
+    inner = tuple((name, type(m), m.training, _plain(m)) for name, m in module.named_modules())
+    tensors = tuple((n, tuple(p.shape), p.dtype) for n, p in module.named_parameters())
+    if call is None:
+        return inner, tensors
+    leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
+    shapes = tuple(tuple(x.shape) if isinstance(x, Tensor) else type(x) for x in leaves)
+    return inner, tensors, shapes, str(spec)
+
+
+def _plain(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    return tuple(
+        (name, value)
+        for name, value in vars(module).items()
+        if isinstance(value, int | float | str | bool) and name not in _PLACES
+    )

@@ -1,0 +1,249 @@
+"""What the modules of a parallelised model become: the same objects, of a derived class.
+
+Names of modules and parameters, hooks and training flags stay; ``isinstance`` holds as before.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from colrow.comm import collectives
+from colrow.inplace.calls import Key, ModuleCall
+from colrow.inplace.gradients import sum_rows
+from colrow.inplace.simulate import take_periodic
+from colrow.layers.fused import column_linear, row_linear
+from colrow.layers.shared import SharedRows
+from colrow.mesh import ParallelGroup
+
+
+@cache
+def _derived(mixin: type, cls: type, first: bool) -> type:
+    bases = (mixin, cls) if first else (cls, mixin)
+    return type(
+        cls.__name__, bases, {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    )
+
+
+def become(module: nn.Module, mixin: type, *, first: bool = True) -> None:
+    """Makes ``module`` an instance of ``mixin`` as well; ``first`` puts it before the own class."""
+    own: Any = type(module)
+    module.__class__ = _derived(mixin, own, first)
+
+
+class Entry:
+    """Where replicated activations enter layers whose ranks each see a part of the gradient.
+
+    Layers with one entry that get the same tensor share one all-reduce.
+    """
+
+    def __init__(self, tp: ParallelGroup, layer: str) -> None:
+        self.tp, self.layer = tp, layer
+        self._last: tuple[Any, Any] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x``, with the gradient summed over the ranks."""
+        if not x.requires_grad or not torch.is_grad_enabled():
+            return x
+        if torch.compiler.is_compiling():
+            return collectives.copy_to_tp(x, self.tp, layer=self.layer)
+        if self._last is not None:
+            source, alias = self._last[0](), self._last[1]()
+            if source is x and alias is not None:
+                return alias  # type: ignore[no-any-return]
+        alias = collectives.copy_to_tp(x, self.tp, layer=self.layer)
+        self._last = weakref.ref(x), weakref.ref(alias)
+        return alias
+
+    def __deepcopy__(self, memo: Any) -> Entry:
+        return Entry(self.tp, self.layer)
+
+    def __reduce__(self) -> Any:
+        return Entry, (self.tp, self.layer)
+
+
+@dataclass
+class Column:
+    """How a column-parallel layer is split.
+
+    Attributes:
+        tp: the tensor-parallel group.
+        layer: its name in the model.
+        transposed: whether its weight is ``[in, out]``.
+        shared: output features that several ranks hold.
+        entry: where its input comes from; None when its gradient is summed further up.
+        alone: whether no other layer uses that entry.
+    """
+
+    tp: ParallelGroup
+    layer: str
+    transposed: bool
+    shared: SharedRows
+    entry: Entry | None
+    alone: bool
+
+
+class ColumnMixin(nn.Module):
+    """A layer ``y = x W^T + b`` of which this rank has some output features."""
+
+    colrow: Column
+    weight: Tensor
+    bias: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in]``, the same on every rank, to ``[..., out_local]``. Backward: all-reduce."""
+        how = self.colrow
+        weight, bias = self.weight, self.bias
+        weight = sum_rows(weight, how.tp, how.shared, int(how.transposed), how.layer)
+        if bias is not None:
+            bias = sum_rows(bias, how.tp, how.shared, 0, how.layer)
+        weight = weight.t() if how.transposed else weight
+        if how.entry is None:
+            return F.linear(x, weight, bias)
+        if how.alone:
+            return column_linear(x, weight, bias, how.tp, layer=how.layer)
+        return F.linear(how.entry(x), weight, bias)
+
+    def extra_repr(self) -> str:
+        """Rank and local shape."""
+        how = self.colrow
+        return (
+            f"column-parallel, local={list(self.weight.shape)}, tp_rank={how.tp.rank}/{how.tp.size}"
+        )
+
+
+@dataclass
+class Row:
+    """How a row-parallel layer is split; attributes as in :class:`Column`."""
+
+    tp: ParallelGroup
+    layer: str
+    transposed: bool
+
+
+class RowMixin(nn.Module):
+    """A layer ``y = x W^T + b`` of which this rank has some input features."""
+
+    colrow: Row
+    weight: Tensor
+    bias: Tensor | None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., in_local]`` to ``[..., out]`` on every rank. Forward: all-reduce."""
+        how = self.colrow
+        weight = self.weight.t() if how.transposed else self.weight
+        if x.shape[-1] != weight.shape[1]:
+            raise ValueError(
+                f"{how.layer} holds {weight.shape[1]} input features on this rank, but got an "
+                f"input of {x.shape[-1]}"
+            )
+        y = row_linear(x, weight, how.tp, layer=how.layer)
+        bias = self.bias
+        return y if bias is None else y + bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        """Rank and local shape."""
+        how = self.colrow
+        return f"row-parallel, local={list(self.weight.shape)}, tp_rank={how.tp.rank}/{how.tp.size}"
+
+
+class OutputCut:
+    """A forward hook: every rank has a part of this output's gradient. Backward: all-reduce."""
+
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        """The output."""
+        return self.entry(output)
+
+
+@dataclass
+class Shared:
+    """How a parameter that every rank holds whole is used.
+
+    Attributes:
+        once: whether every rank adds it to a sum over ranks, so that it counts 1/tp on each.
+    """
+
+    tp: ParallelGroup
+    layer: str
+    once: bool
+
+
+class SharedMixin(nn.Module):
+    """A module with parameters of whose gradient every rank sees a part. Backward: all-reduce."""
+
+    def __getattr__(self, name: str) -> Any:
+        value: Any = super().__getattr__(name)
+        shared: dict[str, Shared] | None = self.__dict__.get("colrow_shared")
+        if shared and name in shared and value is not None:
+            how = shared[name]
+            value = sum_rows(value, how.tp, SharedRows.whole(value.shape[0]), 0, how.layer)
+            return value / how.tp.size if how.once else value
+        return value
+
+
+class Sum:
+    """A forward hook: the ranks' results are parts of a sum. Forward: all-reduce."""
+
+    def __init__(self, tp: ParallelGroup, layer: str) -> None:
+        self.tp, self.layer = tp, layer
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """The sum."""
+
+        def change(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor) and leaf.is_floating_point():
+                return collectives.reduce_from_tp(leaf, self.tp, layer=self.layer)
+            return leaf
+
+        return pytree.tree_map(change, output)
+
+
+@dataclass
+class Arguments:
+    """What happens to the tensors that a module is given.
+
+    Attributes:
+        names: its positional arguments.
+        partial: tensors of whose gradient a rank sees a part: an all-reduce in backward.
+        taken: tensors of which a rank needs a part: dimension, period, and its indices.
+    """
+
+    tp: ParallelGroup
+    layer: str
+    names: tuple[str, ...]
+    partial: frozenset[Key]
+    taken: dict[Key, tuple[int, int, list[int]]] = field(default_factory=dict)
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments as the module should see them; a forward pre-hook."""
+
+        def change(key: Key, leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            if key in self.taken:
+                dim, period, indices = self.taken[key]
+                # What another split module made for this rank is there already.
+                if leaf.dim() > dim and leaf.shape[dim] % period == 0:
+                    if leaf.requires_grad and torch.is_grad_enabled():
+                        leaf = collectives.copy_to_tp(leaf, self.tp, layer=self.layer)
+                    return take_periodic(leaf, dim, period, indices)
+                return leaf
+            if key in self.partial and leaf.requires_grad and torch.is_grad_enabled():
+                return collectives.copy_to_tp(leaf, self.tp, layer=self.layer)
+            return leaf
+
+        wanted = {name for name, _ in (*self.partial, *self.taken)}
+        call = ModuleCall(args, kwargs).mapped(self.names, change, only=wanted)
+        return call.args, call.kwargs

@@ -1,0 +1,217 @@
+"""Which features reach which: derivatives from every input feature of a layer back to others.
+
+For one module, every layer that multiplies features is cut: its output becomes a leaf of the
+autograd graph. The derivative of input feature j of layer B with respect to such a leaf is zero
+exactly where nothing leads from there to j without passing another such layer. Parameters that are
+used directly and tensors that the module was given are leaves as well, in each of their dimensions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from colrow.inplace.calls import Key
+from colrow.inplace.unit import Unit, linear_kind, multiply
+
+_CHUNK_ELEMENTS = 1 << 25
+
+
+@dataclass
+class Reach:
+    """What reaches the input features of one layer.
+
+    A set of input features is an integer whose bit j stands for the j-th unit of them.
+
+    Attributes:
+        features: how many input features the layer has.
+        grain: how many neighbouring features are looked at as one; the last unit may be smaller.
+        outputs: for each other layer, for each of its output features, what that reaches.
+        parameters: for each parameter used directly and each of its dimensions, the same.
+        arguments: for each tensor given to the module and each of its dimensions, the same.
+    """
+
+    features: int
+    grain: int = 1
+    outputs: dict[str, list[int]] = field(default_factory=dict)
+    parameters: dict[tuple[str, int], list[int]] = field(default_factory=dict)
+    arguments: dict[tuple[Key, int], list[int]] = field(default_factory=dict)
+
+    @property
+    def width(self) -> int:
+        """How many units of input features there are."""
+        return -(-self.features // self.grain)
+
+    @property
+    def everything(self) -> int:
+        """The set of all units."""
+        return (1 << self.width) - 1
+
+
+def probe(unit: Unit, wanted: set[str], most_units: int = 512) -> dict[str, Reach]:
+    """What reaches the input of each layer in ``wanted`` that the module calls, by name.
+
+    Args:
+        most_units: neighbouring input features are taken together where there are more.
+    """
+    outputs: dict[str, list[Tensor]] = {}
+    inputs: dict[str, list[Tensor]] = {}
+
+    def cut(name: str) -> Any:
+        module = unit.linears[name]
+        kind = linear_kind(module)
+        assert kind is not None
+
+        def forward(x: Tensor, *_: Any) -> Tensor:
+            factors = unit.factors.get(name)
+            y = multiply(kind, module, x) if factors is None else factors(x.detach())
+            y = y.detach().requires_grad_()
+            outputs.setdefault(name, []).append(y)
+            if x.is_floating_point():
+                inputs.setdefault(name, []).append(x)
+            return y
+
+        return forward
+
+    arguments: dict[Key, Tensor] = {}
+
+    def leaf(key: Key, value: Any) -> Any:
+        if isinstance(value, Tensor) and value.is_floating_point():
+            value = arguments[key] = value.clone().requires_grad_()
+        return value
+
+    unit.run(leaf, {name: cut(name) for name in unit.linears})
+    owned = {id(p) for name in outputs for p in unit.linears[name].parameters(recurse=False)}
+    parameters = {
+        name: parameter
+        for name, parameter in unit.module.named_parameters()
+        if id(parameter) not in owned
+    }
+    leaves = [y for ys in outputs.values() for y in ys]
+    leaves += [*parameters.values(), *arguments.values()]
+    found = {}
+    for name in wanted & set(inputs):
+        widths = {x.shape[-1] for x in inputs[name]}
+        if len(widths) > 1 or not any(x.requires_grad for x in inputs[name]):
+            continue
+        if not _any_reaches(inputs[name], leaves[: sum(map(len, outputs.values()))]):
+            continue
+        (width,) = widths
+        grain = _grain(width, most_units)
+        reach = Reach(width, grain)
+        reached = patterns(inputs[name], leaves, grain)
+        position = 0
+        for other, ys in outputs.items():
+            reach.outputs[other] = _union([reached[position + i][-1] for i in range(len(ys))])
+            position += len(ys)
+        for other, parameter in parameters.items():
+            for dim in range(parameter.dim()):
+                reach.parameters[other, dim] = reached[position][dim]
+            position += 1
+        for key, value in arguments.items():
+            for dim in range(value.dim()):
+                reach.arguments[key, dim] = reached[position][dim]
+            position += 1
+        found[name] = reach
+    return found
+
+
+def _any_reaches(targets: list[Tensor], leaves: list[Tensor]) -> bool:
+    total: Any = sum(x.sum() for x in targets if x.requires_grad)
+    grads = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
+    return any(grad is not None for grad in grads)
+
+
+def _union(patterns: list[list[int]]) -> list[int]:
+    first, *others = patterns
+    for other in others:
+        first = [a | b for a, b in zip(first, other, strict=True)]
+    return first
+
+
+def _grain(width: int, most_units: int) -> int:
+    """How many features to take together: few enough units, and whole heads where there are any."""
+    smallest = -(-width // most_units)
+    powers = [grain for grain in (1, 2, 4, 8, 16, 32, 64) if grain >= smallest]
+    return next((grain for grain in powers if width % grain == 0), smallest)
+
+
+def patterns(
+    targets: list[Tensor], leaves: list[Tensor], grain: int = 1
+) -> list[dict[int, list[int]]]:
+    """For each leaf and dim, for each index, the set of features of the targets it reaches."""
+    whole = targets[0].shape[-1]
+    width = -(-whole // grain)
+    total = sum(leaf.numel() for leaf in leaves)
+    chunk = max(1, min(width, _CHUNK_ELEMENTS // max(1, total)))
+    rows: list[dict[int, list[Tensor]]] = [{} for _ in leaves]
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in targets]
+    for start in range(0, width, chunk):
+        features = range(start, min(width, start + chunk))
+        grads = _derivatives(targets, weights, features, leaves, grain)
+        for place, grad in enumerate(grads):
+            for dim in range(leaves[place].dim()):
+                others = tuple(d + 1 for d in range(leaves[place].dim()) if d != dim)
+                hit = torch.zeros(len(features), leaves[place].shape[dim], dtype=torch.bool)
+                if grad is not None:
+                    hit = (grad != 0).any(others) if others else grad != 0
+                rows[place].setdefault(dim, []).append(hit)
+            if not leaves[place].dim():
+                rows[place] = {}
+    return [
+        {dim: _masks(torch.cat(parts)) for dim, parts in by_dim.items()}
+        | {-1: _masks(torch.cat(by_dim[max(by_dim)])) if by_dim else []}
+        for by_dim in rows
+    ]
+
+
+def _derivatives(
+    targets: list[Tensor],
+    weights: list[Tensor],
+    features: range,
+    leaves: list[Tensor],
+    grain: int,
+) -> list[Tensor | None]:
+    """``[features, *leaf]`` for each leaf: how feature j of the targets changes with it."""
+    cotangents = []
+    for x, weight in zip(targets, weights, strict=True):
+        grad = torch.zeros(len(features), *x.shape, dtype=x.dtype)
+        for row, j in enumerate(features):
+            some = slice(j * grain, (j + 1) * grain)
+            grad[row, ..., some] = weight[..., some]
+        cotangents.append(grad)
+    live = [(x, g) for x, g in zip(targets, cotangents, strict=True) if x.requires_grad]
+    outputs, batched = [x for x, _ in live], [g for _, g in live]
+    try:
+        result = torch.autograd.grad(
+            outputs, leaves, batched, retain_graph=True, allow_unused=True, is_grads_batched=True
+        )
+        return list(result)
+    except (RuntimeError, NotImplementedError):  # a node that cannot be batched: one by one
+        each = [
+            torch.autograd.grad(
+                outputs, leaves, [g[row] for g in batched], retain_graph=True, allow_unused=True
+            )
+            for row in range(len(features))
+        ]
+        return [
+            None if column[0] is None else torch.stack([g for g in column if g is not None])
+            for column in zip(*each, strict=True)
+        ]
+
+
+def _masks(hit: Tensor) -> list[int]:
+    """``[features, rows]`` to, for each row, the set of features."""
+    rows = hit.t().to(torch.int32)
+    rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 8)).unflatten(1, (-1, 8))
+    octets = (rows << torch.arange(8, dtype=torch.int32)).sum(-1)
+    width = octets.shape[1]
+    packed = bytes(octets.flatten().tolist())
+    return [
+        int.from_bytes(packed[start : start + width], "little")
+        for start in range(0, len(packed), width)
+    ]

@@ -1,0 +1,305 @@
+"""A split is kept only if every rank's part, put together, is the whole: values and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from colrow.inplace.calls import Key
+from colrow.inplace.locals import Number, Setting, settings, watching
+from colrow.inplace.search import Group
+from colrow.inplace.simulate import Cuts, Observed, Simulation, take
+from colrow.inplace.unit import Unit, UnitError, output_features
+
+_LIMIT = 1e-9
+
+
+class NotProvenError(Exception):
+    """The parts do not make up the whole; the message says where."""
+
+
+@dataclass
+class Proof:
+    """What a rank has to do so that a group of layers may be split.
+
+    Attributes:
+        group: who holds what.
+        cuts: where gradients are added up.
+        settings: each rank's numbers.
+        shared: parameters that every rank holds whole and of whose gradient it sees a part.
+        partial_arguments: tensors given to the module of whose gradient a rank sees a part.
+        local_results: results of which a rank has a part, by number, and the dimension.
+        summed: whether the module's results are to be summed over the ranks.
+        once: parameters of ``shared`` that every rank adds: they count 1/ranks on each.
+    """
+
+    group: Group
+    cuts: Cuts = field(default_factory=Cuts)
+    settings: list[Setting] = field(default_factory=list)
+    shared: set[str] = field(default_factory=set)
+    partial_arguments: set[Key] = field(default_factory=set)
+    local_results: dict[int, int] = field(default_factory=dict)
+    summed: bool = False
+    once: set[str] = field(default_factory=set)
+
+
+def prove(unit: Unit, group: Group, ranks: int) -> Proof:
+    """The proof for this group on that many ranks.
+
+    Raises:
+        NotProvenError: when there is none; nothing is known to be wrong then, or right.
+    """
+    simulation = Simulation(unit, group)
+    with watching(unit.module, {*group.columns, *group.rows}) as numbers:
+        whole = simulation.whole()
+    found = _settings(simulation, whole, numbers, ranks)
+    try:
+        proof = _gradients(simulation, whole, found, ranks)
+    except _MixedError as mixed:
+        uncut = _downstream(unit, mixed.layers, group)
+        simulation = Simulation(unit, group, Cuts(uncut, frozenset(mixed.layers)))
+        try:
+            proof = _gradients(simulation, simulation.whole(), found, ranks)
+        except _MixedError as again:
+            raise NotProvenError(str(again)) from None
+    _prove_training(simulation, proof, ranks)
+    return proof
+
+
+def _prove_training(simulation: Simulation, proof: Proof, ranks: int) -> None:
+    """The same once more as in training, where a module's forward may take other ways."""
+    simulation.unit.training = True
+    try:
+        whole = simulation.whole()
+        if missing := [name for name in proof.group.rows if not whole.inputs.get(name)]:
+            raise NotProvenError(f"in training {missing[0]} is not called")
+        other = _gradients(simulation, whole, proof.settings, ranks)
+    except UnitError as error:
+        raise NotProvenError(f"does not run in training: {error}") from None
+    except _MixedError as error:
+        raise NotProvenError(f"in training {error}") from None
+    finally:
+        simulation.unit.training = False
+    if other.shared != proof.shared:
+        raise NotProvenError("in training other gradients are sums over the ranks")
+    proof.partial_arguments |= other.partial_arguments
+
+
+class _MixedError(Exception):
+    """Some gradients are complete on one way and partial on another."""
+
+    def __init__(self, message: str, layers: Iterable[str]) -> None:
+        super().__init__(message)
+        self.layers = frozenset(layers)
+
+
+def _settings(
+    simulation: Simulation, whole: Observed, numbers: list[Number], ranks: int
+) -> list[Setting]:
+    """For each rank numbers with which its layers get their part of what the whole's get."""
+    known: dict[frozenset[tuple[int, int]], Setting] = {}
+    found = []
+    for rank in range(ranks):
+        sizes = _sizes(simulation, rank)
+        order: list[Setting] = [known[sizes]] if sizes in known else []
+        last = "its forward does not run on a part"
+        for setting in (*order, *settings(numbers, set(sizes))):
+            try:
+                with torch.no_grad():
+                    part = simulation.rank(rank, setting, whole)
+                _compare_values(simulation.group, part, whole, rank)
+            except (UnitError, NotProvenError) as error:
+                last = str(error)
+                continue
+            known[sizes] = setting
+            found.append(setting)
+            break
+        else:
+            raise NotProvenError(f"no local sizes found with which it computes its part: {last}")
+    return found
+
+
+def _sizes(simulation: Simulation, rank: int) -> frozenset[tuple[int, int]]:
+    group, unit = simulation.group, simulation.unit
+    sizes = {
+        (len(rows[rank]), output_features(unit.linears[name]))
+        for name, rows in group.columns.items()
+    }
+    sizes |= {
+        (len(rows[rank]), unit.factors[name].down.shape[1]) for name, rows in group.rows.items()
+    }
+    for name, (dim, rows) in group.parameters.items():
+        sizes.add((len(rows[rank]), unit.module.get_parameter(name).shape[dim]))
+    return frozenset(sizes)
+
+
+def _compare_values(group: Group, part: Observed, whole: Observed, rank: int) -> dict[int, int]:
+    for name, inputs in whole.inputs.items():
+        for x, y in zip(part.inputs.get(name, []), inputs, strict=True):
+            if not close(x, take(y, y.dim() - 1, group.rows[name][rank])):
+                raise NotProvenError(f"{name} does not get its part of the input")
+    if len(part.results) != len(whole.results):
+        raise NotProvenError("it gives another number of results")
+    partial: dict[int, int] = {}
+    for number, (mine, all_) in enumerate(zip(part.results, whole.results, strict=True)):
+        if close(mine, all_):
+            continue
+        dim = _local_dim(mine, all_)
+        if dim is None or number == 0:
+            raise NotProvenError(f"result {number} differs")
+        partial[number] = dim
+    return partial
+
+
+def _local_dim(mine: Tensor, whole: Tensor) -> int | None:
+    """The one dimension in which a rank's result is smaller."""
+    if mine.dim() != whole.dim():
+        return None
+    dims = [d for d in range(mine.dim()) if mine.shape[d] != whole.shape[d]]
+    return dims[0] if len(dims) == 1 else None
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    """Equal but for rounding in fp64."""
+    if a.shape != b.shape:
+        return False
+    a, b = a.detach().double(), b.detach().double()
+    if not a.numel():
+        return True
+    if torch.equal(a, b):
+        return True
+    both = torch.isfinite(a) & torch.isfinite(b)
+    if not torch.equal(a[~both], b[~both]) and not (a[~both].isnan() & b[~both].isnan()).all():
+        return False
+    a, b = a[both], b[both]
+    scale = float(b.abs().max()) if b.numel() else 0.0
+    return not a.numel() or float((a - b).abs().max()) <= _LIMIT * max(scale, 1e-3)
+
+
+def _gradients(simulation: Simulation, whole: Observed, found: list[Setting], ranks: int) -> Proof:
+    group = simulation.group
+    generator = torch.Generator().manual_seed(3)
+    cotangents = [
+        torch.randn(y.shape, generator=generator, dtype=torch.float64) for y in whole.results
+    ]
+    parts = [simulation.rank(rank, found[rank], whole) for rank in range(ranks)]
+    locals_: dict[int, int] = {}
+    for rank, part in enumerate(parts):
+        locals_ |= _compare_values(group, part, whole, rank)
+    # What of a local result a rank has is for the whole model's check; the rest counts here.
+    for number in locals_:
+        cotangents[number].zero_()
+    expected = whole.gradients(cotangents)
+    got = []
+    for part in parts:
+        mine = [
+            torch.zeros_like(y) if number in locals_ else c
+            for number, (y, c) in enumerate(zip(part.results, cotangents, strict=True))
+        ]
+        got.append(part.gradients(mine))
+    proof = Proof(group, simulation.cuts, found, local_results=locals_)
+    scale = max((float(g.abs().max()) for g in expected.values() if g.numel()), default=1.0)
+    mixed: set[str] = set()
+    message = ""
+    connected: dict[Any, Tensor] | None = None
+    for name, grad in expected.items():
+        kind = name[0]
+        if kind == "direct":
+            raise NotProvenError(f"{name[1]} is used other than by its layer")
+        mine = [g[name] for g in got]
+        if kind in ("weight", "bias"):
+            _check_layer(simulation, name, grad, mine, scale)
+        elif kind == "cut":
+            if not near(sum_of(mine), grad, scale):
+                raise NotProvenError(f"the gradient into {name[1]} is not the sum over the ranks")
+        elif kind == "parameter" and name[1] in group.parameters:
+            dim, rows = group.parameters[name[1]]
+            if not near(placed(mine, dim, rows, grad), grad, scale):
+                raise NotProvenError(f"the gradient of {name[1]} is not that of the whole")
+        elif all(near(g, grad, scale) for g in mine):
+            continue
+        elif near(sum_of(mine), grad, scale):
+            connected = connected or simulation.whole(connected=True).gradients(cotangents)
+            if near(connected[name], grad, scale) or simulation.cuts.outputs:
+                if kind == "parameter":
+                    proof.shared.add(name[1])
+                else:
+                    proof.partial_arguments.add(name[1])
+                continue
+            message = f"the gradient of {_spoken(name)} reaches the split layers in two ways"
+            mixed |= _layer_of(simulation, name)
+            if not mixed:
+                raise NotProvenError(message)
+        else:
+            raise NotProvenError(f"the gradient of {_spoken(name)} is not that of the whole")
+    if mixed:
+        raise _MixedError(message, mixed)
+    return proof
+
+
+def _spoken(name: Any) -> str:
+    return name[1][0] if name[0] == "argument" else str(name[1])
+
+
+def _layer_of(simulation: Simulation, name: Any) -> set[str]:
+    if name[0] != "parameter":
+        return set()
+    path = name[1].rpartition(".")[0]
+    return {path} & set(simulation.unit.linears)
+
+
+def _downstream(unit: Unit, layers: frozenset[str], group: Group) -> frozenset[str]:
+    """The column-parallel layers that these layers feed."""
+    from colrow.inplace.probe import probe
+
+    reaches = probe(unit, set(group.columns))
+    return frozenset(
+        name
+        for name, reach in reaches.items()
+        if any(any(reach.outputs.get(layer, [])) for layer in layers)
+    )
+
+
+def sum_of(tensors: list[Tensor]) -> Tensor:
+    """Their sum."""
+    total = tensors[0].clone()
+    for tensor in tensors[1:]:
+        total += tensor
+    return total
+
+
+def near(a: Tensor, b: Tensor, scale: float) -> bool:
+    """Equal but for rounding, relative to themselves or to a small part of ``scale``."""
+    if a.shape != b.shape:
+        return False
+    if not a.numel():
+        return True
+    own = float(b.abs().max())
+    return float((a - b).abs().max()) <= _LIMIT * max(own, 1e-4 * scale)
+
+
+def placed(mine: list[Tensor], dim: int, rows: list[list[int]], like: Tensor) -> Tensor:
+    """The ranks' parts added where they belong."""
+    total = torch.zeros_like(like)
+    for part, indices in zip(mine, rows, strict=True):
+        total.index_add_(dim, torch.tensor(indices, dtype=torch.long), part)
+    return total
+
+
+def _check_layer(
+    simulation: Simulation, name: Any, grad: Tensor, mine: list[Tensor], scale: float
+) -> None:
+    group, (what, layer) = simulation.group, name
+    if layer in group.columns:
+        dim = 1 if what == "weight" and layer not in simulation.unit.factors else 0
+        right = near(placed(mine, dim, group.columns[layer], grad), grad, scale)
+    elif what == "weight":
+        right = near(placed(mine, 1, group.rows[layer], grad), grad, scale)
+    else:
+        right = all(near(g, grad, scale) for g in mine)
+    if not right:
+        raise NotProvenError(f"the gradient of {layer}.{what} is not that of the whole")

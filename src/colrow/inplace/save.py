@@ -1,0 +1,57 @@
+"""A parallelised model written as its whole model would be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from colrow.comm import primitives
+from colrow.inplace.assemble import assemble
+from colrow.inplace.record import record_of
+
+
+def save_pretrained(model: nn.Module, directory: str | Path, **options: Any) -> None:
+    """Writes a parallelised model of transformers: weights in safetensors, and its configuration.
+
+    The files are those that the whole model's own ``save_pretrained`` writes, bit for bit.
+
+    Communicates: every rank sends its shards to rank 0, which writes; all ranks of the tp group
+    must call it, and return when the files are there.
+
+    Args:
+        directory: where to; made if need be.
+        options: passed to the model's own ``save_pretrained``.
+
+    Raises:
+        TypeError: when the model is none of transformers'.
+    """
+    if not hasattr(model, "save_pretrained"):
+        raise TypeError(
+            f"{type(model).__name__} has no save_pretrained of its own; "
+            "colrow.full_state_dict gives its whole weights on rank 0"
+        )
+    record = record_of(model)
+    writer: Any = model
+    if record is None:
+        writer.save_pretrained(directory, **options)
+        return
+    whole = assemble(model, record, lambda parameter: parameter.detach())
+    if record.tp.rank == 0:
+        writer.save_pretrained(directory, state_dict=_with_ties(model, whole), **options)
+    device = next(model.parameters()).device
+    primitives.all_reduce(torch.zeros(1, device=device), record.tp, layer="save")
+
+
+def _with_ties(model: nn.Module, whole: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every name of the state dict: tied parameters under all of theirs, and the buffers."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters():
+        first[id(parameter)] = name
+    named = {
+        name: whole[first[id(parameter)]]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    return {name: named.get(name, value) for name, value in model.state_dict().items()}

@@ -1,0 +1,142 @@
+"""Models made parallel in place, against themselves whole."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import colrow
+from colrow.inplace.api import look, plan_for
+from colrow.mesh import Mesh, ParallelGroup
+from colrow.zoo.architectures import architectures, build
+from colrow.zoo.compare import compare_on
+from tests.ranks import RankPool
+
+LIMIT = 1e-10
+
+
+class OwnModel(nn.Module):
+    """Nobody's architecture: Q, K and V of each head side by side, and a gate behind its MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.size = 5, 4
+        self.embedding = nn.Embedding(31, 20)
+        self.mixed = nn.Linear(20, 60)
+        self.back = nn.Linear(20, 20)
+        self.norm = nn.LayerNorm(20)
+        self.both = nn.Linear(20, 26)
+        self.down = nn.Linear(13, 20)
+        self.head = nn.Linear(20, 31)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        qkv = self.mixed(x).view(*ids.shape, self.heads, 3, self.size)
+        q, k, v = qkv.transpose(1, 2).unbind(3)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.back(y.transpose(1, 2).reshape(*ids.shape, self.heads * self.size))
+        up, gate = self.both(self.norm(x)).chunk(2, -1)
+        logits: Tensor = self.head(x + self.down(up * gate.sigmoid()))
+        return logits
+
+
+def mesh_of(tp: ParallelGroup) -> Mesh:
+    single = ParallelGroup.single
+    return Mesh(tp, single("dp"), single("pp"), None, torch.device("cpu"))
+
+
+def check_own_model(tp: ParallelGroup) -> None:
+    mesh = mesh_of(tp)
+    torch.manual_seed(0)
+    model = OwnModel().double()
+    ids = torch.randint(0, 31, (2, 7))
+    expected = model(ids)
+    expected.square().sum().backward()
+    whole = {n: p.grad for n, p in model.named_parameters()}
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    assert colrow.parallelize(model, mesh, example_inputs={"ids": ids}) is model
+    result = model(ids)
+    result.square().sum().backward()
+    torch.testing.assert_close(result, expected, rtol=LIMIT, atol=LIMIT)
+    split = [n for n, p in model.named_parameters() if p.shape != weights[n].shape]
+    assert {"mixed.weight", "back.weight", "both.weight", "down.weight", "head.weight"} < {*split}
+    grads, state = colrow.full_grads(model), colrow.full_state_dict(model)
+    if mesh.tp.rank == 0:
+        for name, grad in whole.items():
+            torch.testing.assert_close(grads[name], grad, rtol=LIMIT, atol=LIMIT)
+            assert torch.equal(state[name], weights[name])
+
+
+@pytest.mark.parametrize("n", [2, 3])
+def test_a_model_of_ones_own(ranks: RankPool, n: int) -> None:
+    ranks(n, check_own_model)
+
+
+# Hard-coded heads and positions by slopes; fused Conv1D; bias tables; experts; latent attention.
+@pytest.mark.parametrize("name", ["bloom", "gpt2", "t5", "gpt_oss", "deepseek_v3"])
+def test_transformers_models(ranks: RankPool, name: str) -> None:
+    ranks(3, check_architecture, name)
+
+
+def check_architecture(tp: ParallelGroup, name: str) -> None:
+    outcome = compare_on(mesh_of(tp), architectures([name])[0], "colrow", "")
+    assert outcome is None or outcome.verdict == "passed", outcome
+
+
+def check_saving(tp: ParallelGroup, directory: str) -> None:
+    mesh = mesh_of(tp)
+    model: Any = build(architectures(["gpt2"])[0], torch.float32)
+    if mesh.tp.rank == 0:
+        model.save_pretrained(f"{directory}/whole")
+    colrow.parallelize(model, mesh)
+    colrow.save_pretrained(model, f"{directory}/split")
+
+
+def test_files_are_those_of_the_whole_model(ranks: RankPool, tmp_path: Path) -> None:
+    ranks(2, check_saving, str(tmp_path))
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert "model.safetensors" in names
+    for name in names:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "split" / name).read_bytes()
+
+
+def check_unequal_ranks(tp: ParallelGroup) -> None:
+    mesh = mesh_of(tp)
+    torch.manual_seed(mesh.tp.rank)
+    with pytest.raises(ValueError, match=r"different values of embedding\.weight"):
+        colrow.parallelize(OwnModel(), mesh, example_inputs={"ids": torch.zeros(1, 4).long()})
+
+
+def test_ranks_that_start_from_different_models(ranks: RankPool) -> None:
+    ranks(2, check_unequal_ranks)
+
+
+def plan_of(model: nn.Module, tp: int = 2) -> Any:
+    return plan_for(model, tp, example_inputs={"ids": torch.arange(12).view(2, 6) % 7})
+
+
+def test_a_plan_says_what_and_why() -> None:
+    plan = plan_of(OwnModel())
+    assert plan["mixed"] == "colwise"
+    assert plan["both"] == "packed_colwise"
+    assert plan["back"] == plan["down"] == "rowwise"
+    rows = {row.module: row for row in plan.rows}
+    assert rows["norm"].style == "replicate"
+    assert rows["mixed"].parameters == 60 * 21
+
+
+def test_plans_that_cannot_be_followed() -> None:
+    def refused(plan: dict[str, str], message: str) -> Callable[[], None]:
+        def run() -> None:
+            with pytest.raises(ValueError, match=message):
+                look(OwnModel(), 2, plan, {"ids": torch.arange(12).view(2, 6) % 7})
+
+        return run
+
+    refused({"nothing": "colwise"}, "'nothing' matches no module")()
+    refused({"mixed": "rowwise", "back": "rowwise"}, "the plan says 'rowwise' for mixed")()
+    refused({"norm": "colwise", "mixed": "colwise", "back": "rowwise"}, "'colwise' for norm")()
