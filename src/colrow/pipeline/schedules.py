@@ -1,4 +1,4 @@
-"""Pipeline schedules on paper: their orders timed without communication, and bubbles in closed form.
+"""Pipeline schedules on paper: orders timed without communication, and bubbles in closed form.
 
 The orders themselves are those of ``torch.distributed.pipelining``. Plain Python, no torch.
 """
@@ -120,3 +120,83 @@ def bubble_fraction(spans: Sequence[Sequence[Span]], seconds: float | None = Non
         seconds = max(s.end for s in everything) - min(s.start for s in everything)
     busy = sum(span.seconds for span in everything)
     return 1.0 - busy / (seconds * len(spans))
+
+
+def expected_bubble_fraction(
+    schedule: Schedule,
+    stages: int,
+    microbatches: int,
+    *,
+    chunks: int = 1,
+    forward: float = 1.0,
+    input: float = 1.0,
+    weight: float = 1.0,
+) -> float:
+    """:func:`bubble_fraction` of a schedule in closed form, for stages of equal cost.
+
+    A rank works for ``microbatches x chunks`` times one chunk's forward, input and weight part. The
+    idle time beside that is, with p ranks,
+
+    ============  =================================  =============================================
+    schedule      idle seconds of a rank             source
+    ============  =================================  =============================================
+    gpipe, 1f1b   (p-1) (forward + input + weight)   Huang et al. 2019, section 2.3; Narayanan et
+                                                     al. 2021, section 2.2.1
+    interleaved   the same, of a chunk               Narayanan et al. 2021, section 2.2.2
+    zero-bubble   (p-1) (forward + input - weight)   ZB-H1: Qi et al. 2023, Table 2; with several
+                                                     chunks a rank: of a chunk
+    zbv           (p-1) forward                      Qi et al. 2023, section 6, where the three
+                                                     parts cost the same: every rank works without
+                                                     a break, and they start one after another
+    ============  =================================  =============================================
+
+    so that with equal parts the fractions are (p-1) / (m+p-1), (p-1) / (v m+p-1) and, for both
+    zero-bubble schedules, (p-1) / (3 v m+p-1).
+
+    Args:
+        stages: ranks p of the pipeline.
+        microbatches: m; at least p, for zbv at least 2p - 1, with fewer of which a pipeline does
+            not fill.
+        chunks: stages v on each rank: 1 for gpipe and 1f1b, 2 for zbv.
+        forward, input, weight: seconds of a microbatch on one stage, or their ratios.
+
+    Raises:
+        ValueError: a number of microbatches or chunks that the schedule does not have; zbv with
+            parts of unequal cost, for which :func:`simulate` an order.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule={schedule!r}: one of {', '.join(SCHEDULES)}")
+    least = 2 * stages - 1 if schedule == "zbv" else 1 if schedule == "gpipe" else stages
+    if microbatches < least:
+        raise ValueError(
+            f"{microbatches} microbatches do not fill {stages} ranks under {schedule!r}: "
+            f"at least {least} do"
+        )
+    fixed = {"gpipe": 1, "1f1b": 1, "zbv": 2}.get(schedule)
+    if fixed is not None and chunks != fixed:
+        raise ValueError(f"{schedule!r} has {fixed} stages a rank, not {chunks}")
+    if schedule == "zbv" and not forward == input == weight:
+        raise ValueError(
+            "zbv has a closed form where forward, input and weight part cost the same; here "
+            f"they cost {forward}, {input} and {weight}"
+        )
+    one = {
+        "zero-bubble": max(0.0, forward + input - weight),
+        "zbv": forward,
+    }.get(schedule, forward + input + weight)
+    idle = (stages - 1) * one
+    return idle / (microbatches * chunks * (forward + input + weight) + idle)
+
+
+def most_in_flight(actions: Sequence[Action]) -> int:
+    """The most microbatches whose activations a rank keeps at once, each of its stages counted.
+
+    They are kept from the forward to the end of the backward, of the weight part where the two
+    parts are apart. GPipe keeps all m; 1F1B min(p - stage, m) (Narayanan et al. 2021, section
+    2.2.1).
+    """
+    kept = most = 0
+    for action in actions:
+        kept += {"forward": 1, "input": 0}.get(action.kind, -1)
+        most = max(most, kept)
+    return most
