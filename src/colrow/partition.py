@@ -281,6 +281,27 @@ class ShardSpec:
         return tuple(ranges)
 
 
+def parse_shares(given: str | Sequence[float], what: str) -> tuple[float, ...]:
+    """The numbers of "0.5,0.3,0.2", or such numbers themselves.
+
+    Args:
+        what: what they divide, for the message: "layer split".
+
+    Raises:
+        ValueError: for something else, or numbers that are not positive.
+    """
+    try:
+        numbers = tuple(float(n) for n in (given.split(",") if isinstance(given, str) else given))
+    except ValueError as error:
+        raise ValueError(
+            f"the {what} {given!r} should be numbers with commas between, such as 3,1 or "
+            "0.5,0.3,0.2"
+        ) from error
+    if not numbers or not all(n > 0 and math.isfinite(n) for n in numbers):
+        raise ValueError(f"the {what} {given!r} should have positive numbers only")
+    return numbers
+
+
 def _check_counts(length: int, parts: int) -> None:
     if length < 0 or parts < 1:
         raise ValueError(f"cannot divide a dimension of {length} over {parts} ranks")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +83,7 @@ def dry_run(
     batch: int,
     sequence: int,
     sequence_parallel: bool = False,
+    tensor_split: str | Sequence[float] | None = None,
     keep_gathered_input: bool = True,
     dtype: torch.dtype = torch.float32,
     rank: int = 0,
@@ -96,6 +97,7 @@ def dry_run(
             config,
             tp,
             sequence_parallel=sequence_parallel,
+            tensor_split=tensor_split,
             keep_gathered_input=keep_gathered_input,
             device="meta",
             dtype=dtype,

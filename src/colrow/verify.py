@@ -9,7 +9,7 @@ where its own error is above the tolerance, twice that error is accepted, tensor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,7 @@ def verify(
     *,
     dtype: torch.dtype = torch.float32,
     sequence_parallel: bool = False,
+    tensor_split: str | Sequence[float] | None = None,
     batch: int = 2,
     sequence: int = 31,
     new_tokens: int = 16,
@@ -125,6 +126,7 @@ def verify(
 
     Args:
         dtype: of the split model.
+        tensor_split: the ranks' shares of every tensor; equal by default.
         batch, sequence: shape of the batch of random tokens that is compared. An odd length also
             tests a sequence that does not divide under sequence parallelism.
         new_tokens: how many tokens are decoded greedily from the batch's first row.
@@ -140,7 +142,13 @@ def verify(
     tp = mesh.tp
     say = progress if tp.rank == 0 else lambda _: None
     say("loading the split model")
-    model = from_pretrained(path, mesh, dtype=dtype, sequence_parallel=sequence_parallel)
+    model = from_pretrained(
+        path,
+        mesh,
+        dtype=dtype,
+        sequence_parallel=sequence_parallel,
+        tensor_split=tensor_split,
+    )
     prepare(model)
     place = torch.arange(batch * sequence, device=mesh.device)
     ids = rng.bits(rng.stream_key(0, "verify"), place).remainder(model.config.vocab_size)

@@ -21,6 +21,8 @@ class BenchSettings:
         what: "layer" is each linear layer of a block alone.
         batch, sequence: of the input. When decoding, ``sequence`` tokens are cached already.
         decode: one new token at a time, without gradients, rather than forward and backward.
+        tensor_split: the ranks' shares of every tensor, for the tp sizes above 1; None for equal
+            ones.
         sequence_parallel, dtype ("float32", ...): of the layers.
         runs: how many are timed; medians are taken over them.
         warmup: runs before these.
@@ -35,6 +37,7 @@ class BenchSettings:
     sequence: int
     decode: bool = False
     sequence_parallel: bool = False
+    tensor_split: str | None = None
     dtype: str = "float32"
     runs: int = 10
     warmup: int = 2
@@ -53,6 +56,10 @@ class BenchSettings:
                 "sequence_parallel divides a sequence, and decoding has one token at a time: "
                 "leave one of the two out"
             )
+
+    def tensor_split_of(self, tp: int) -> str | None:
+        """The tensor split of one of the sizes that are measured: one process has none."""
+        return self.tensor_split if tp > 1 else None
 
 
 @dataclass(frozen=True)

@@ -54,11 +54,17 @@ def subjects(settings: BenchSettings, mesh: Mesh) -> list[Subject]:
             config,
             num_layers=1,
             windows=config.windows[:1],
-            vocab_size=max(2, mesh.tp.size),
+            vocab_size=max(2, config.num_heads),  # which every rank has one of
             pad_token_id=None,
             freeze_padding=False,
         )
-    model = from_config(config, mesh, dtype=dtype, sequence_parallel=settings.sequence_parallel)
+    model = from_config(
+        config,
+        mesh,
+        dtype=dtype,
+        sequence_parallel=settings.sequence_parallel,
+        tensor_split=settings.tensor_split_of(mesh.tp.size),
+    )
     model.train(not settings.decode)
     if settings.decode:
         model.for_decoding()

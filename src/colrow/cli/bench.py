@@ -14,6 +14,7 @@ from colrow.cli.common import (
     add_engine,
     add_json,
     add_sequence_parallel,
+    add_tensor_split,
     announce,
     destination,
     model_configuration,
@@ -68,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N,N",
         help="tensor-parallel sizes, one after the other (default 1,2)",
     )
+    add_tensor_split(parser)
     add_sequence_parallel(parser)
     parser.add_argument(
         "--batch", type=positive_int, default=1, metavar="N", help="rows (default 1)"
@@ -115,6 +117,7 @@ def run(args: argparse.Namespace) -> int:
         sequence=args.sequence,
         decode=args.decode,
         sequence_parallel=args.sequence_parallel,
+        tensor_split=args.tensor_split,
         dtype=DTYPES[args.dtype],
         runs=args.runs,
         threads=args.threads,
@@ -122,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
         engine=args.engine,
     )
     for size in args.tp:
-        Layout.create(settings.config, size)
+        Layout.create(settings.config, size, settings.tensor_split_of(size))
     if args.plot:
         from colrow.bench.plot import check_matplotlib
 

@@ -37,6 +37,17 @@ def add_tp(parser: argparse.ArgumentParser, *, default: int = 1) -> None:
     )
 
 
+def add_tensor_split(parser: argparse.ArgumentParser) -> None:
+    """``--tensor-split``; ``args.tensor_split`` is None for even shares."""
+    parser.add_argument(
+        "--tensor-split",
+        metavar="RATIO",
+        help="the ranks' shares of every tensor, for devices of unequal memory: one number for "
+        "each rank of --tp, such as 2,1 or 0.5,0.3,0.2. Query heads, MLP features and vocabulary "
+        "are divided in this ratio, each to the nearest whole one (default: equal shares)",
+    )
+
+
 def add_sequence_parallel(parser: argparse.ArgumentParser) -> None:
     """``--sequence-parallel``."""
     parser.add_argument(

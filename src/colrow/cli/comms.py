@@ -12,6 +12,7 @@ from colrow.cli.common import (
     add_engine,
     add_json,
     add_sequence_parallel,
+    add_tensor_split,
     add_tp,
     announce,
     model_configuration,
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "or a public model's name such as gpt3-175b or llama-3-70b; looked for in this order",
     )
     add_tp(parser, default=2)
+    add_tensor_split(parser)
     add_sequence_parallel(parser)
     parser.add_argument(
         "--batch", type=positive_int, default=1, metavar="N", help="rows (default 1)"
@@ -81,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     from colrow.models.config import Layout
 
     config, has_weights = model_configuration(args.model)
-    Layout.create(config, args.tp)
+    Layout.create(config, args.tp, args.tensor_split)
     if has_weights and not args.dry_run:
         traffic = run_on_ranks(_record, args, ranks=args.tp)
     elif (rank := rank_environment()) is not None and rank.rank > 0:
@@ -95,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
             batch=args.batch,
             sequence=args.sequence,
             sequence_parallel=args.sequence_parallel,
+            tensor_split=args.tensor_split,
             keep_gathered_input=not args.recompute_gather,
             dtype=torch_dtype(args.dtype),
         )
@@ -119,6 +122,7 @@ def _record(args: argparse.Namespace) -> Traffic:
         mesh,
         dtype=torch_dtype(args.dtype),
         sequence_parallel=args.sequence_parallel,
+        tensor_split=args.tensor_split,
         keep_gathered_input=not args.recompute_gather,
     )
     return record_step(model, batch=args.batch, sequence=args.sequence)

@@ -12,6 +12,7 @@ from colrow.cli.common import (
     add_engine,
     add_json,
     add_sequence_parallel,
+    add_tensor_split,
     add_tp,
     announce,
     positive_int,
@@ -66,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="split transformers' own model in place, also where the decoder knows the family",
     )
     add_tp(parser, default=2)
+    add_tensor_split(parser)
     add_sequence_parallel(parser)
     add_dtype(parser)
     add_device(parser)
@@ -97,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         return _run_in_place(args)
     if args.sequence < 2:
         raise ValueError("--sequence must be at least 2: the loss compares a token with the next")
-    Layout.create(pretrained_config(args.model), args.tp)
+    Layout.create(pretrained_config(args.model), args.tp, args.tensor_split)
     report = run_on_ranks(_verify, args, ranks=args.tp)
     if report is None:
         return 0
@@ -116,6 +118,8 @@ def _run_in_place(args: argparse.Namespace) -> int:
         raise ValueError("--tp must be at least 2 here: one rank would hold the whole model")
     if args.sequence_parallel:
         raise ValueError("--sequence-parallel cannot be verified in place")
+    if args.tensor_split:
+        raise ValueError("--tensor-split is for the decoder's families, not for models in place")
     if args.device not in (None, "cpu"):
         raise ValueError(f"--device {args.device}: in place is verified on the CPU")
     if args.dtype not in ("fp32", "fp64"):
@@ -171,6 +175,7 @@ def _verify(args: argparse.Namespace) -> Report | None:
         mesh,
         dtype=torch_dtype(args.dtype),
         sequence_parallel=args.sequence_parallel,
+        tensor_split=args.tensor_split,
         batch=args.batch,
         sequence=args.sequence,
         progress=say,

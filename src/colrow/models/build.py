@@ -25,6 +25,7 @@ class DecoderOptions(TypedDict, total=False):
     """Keyword arguments that are passed on to :class:`Decoder`."""
 
     layout: Layout
+    tensor_split: str | Sequence[float] | None
     sequence_parallel: bool
     keep_gathered_input: bool
     overlap: bool

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from colrow.layers.options import Activation, Norm, Position, RopeConfig
-from colrow.partition import HeadPartition, Partition, ShardSpec
+from colrow.partition import HeadPartition, Partition, ShardSpec, parse_shares
 
 
 @dataclass(frozen=True)
@@ -116,12 +116,18 @@ class Layout:
 
     @classmethod
     def create(
-        cls, config: ModelConfig, tp_size: int, *, weights: Sequence[float] | None = None
+        cls, config: ModelConfig, tp_size: int, tensor_split: str | Sequence[float] | None = None
     ) -> Layout:
-        """As even as possible, or in proportion to ``weights``.
+        """As even as possible, or in the ratio of ``tensor_split``.
+
+        Args:
+            tensor_split: one share for each rank, on any positive scale: "2,1" or "0.5,0.3,0.2".
+                Query heads (with the KV heads that they read), FFN features and vocabulary rows are
+                divided in this ratio, each to the nearest whole one.
 
         Raises:
-            ValueError: when there are more ranks than query heads, FFN features or vocabulary.
+            ValueError: when there are more ranks than query heads, FFN features or vocabulary; a
+                split without one share for each rank, or that leaves a rank without one of these.
         """
         for name, length in (("ffn_size", config.ffn_size), ("vocab_size", config.vocab_size)):
             if length < tp_size:
@@ -129,14 +135,38 @@ class Layout:
                     f"{name}={length} cannot be split over {tp_size} ranks; use a tensor-parallel "
                     f"size of at most {length}"
                 )
-        heads = HeadPartition.create(
-            config.num_heads, config.num_kv_heads, tp_size, weights=weights
-        )
-        if weights is None:
+        if not tensor_split:
+            heads = HeadPartition.create(config.num_heads, config.num_kv_heads, tp_size)
             ffn = Partition.even(config.ffn_size, tp_size)
             return cls(heads, ffn, Partition.even(config.vocab_size, tp_size))
-        ffn = Partition.ratio(config.ffn_size, weights)
-        return cls(heads, ffn, Partition.ratio(config.vocab_size, weights))
+        shares = parse_shares(tensor_split, "tensor split")
+        if len(shares) != tp_size:
+            raise ValueError(
+                f"the tensor split {_text(shares)} has {len(shares)} "
+                f"number{'s' if len(shares) > 1 else ''} for a tensor-parallel size of {tp_size}: "
+                "give one for each rank"
+            )
+        for what, length in (
+            ("query heads", config.num_heads),
+            ("FFN features", config.ffn_size),
+            ("vocabulary rows", config.vocab_size),
+        ):
+            sizes = Partition.ratio(length, shares).sizes
+            if 0 in sizes:
+                raise ValueError(
+                    f"the tensor split {_text(shares)} gives the ranks {_text(sizes)} of the "
+                    f"model's {length} {what}, none to rank {sizes.index(0)}: every rank needs at "
+                    "least one, so give that rank a larger share or take fewer ranks"
+                )
+        return cls(
+            HeadPartition.create(config.num_heads, config.num_kv_heads, tp_size, weights=shares),
+            Partition.ratio(config.ffn_size, shares),
+            Partition.ratio(config.vocab_size, shares),
+        )
+
+
+def _text(numbers: Sequence[float]) -> str:
+    return ",".join(f"{number:g}" for number in numbers)
 
 
 def parameter_specs(config: ModelConfig, layout: Layout) -> dict[str, ShardSpec]:

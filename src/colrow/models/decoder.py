@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,8 @@ class Decoder(nn.Module):
         tp: the tensor-parallel group.
         pipeline: which stages are here; the whole model by default.
         layout: how its dimensions are divided; as evenly as possible by default.
+        tensor_split: instead of a layout the ratio of the ranks' shares, "2,1" or (0.5, 0.3, 0.2):
+            see :meth:`Layout.create`. The same on all ranks, which compare it with the batch.
         sequence_parallel: norms, dropout and residuals work on a shard of the sequence.
         keep_gathered_input: with sequence parallelism, keep gathered inputs for backward.
         overlap: hide the collectives of backward behind weight gradients.
@@ -60,6 +63,7 @@ class Decoder(nn.Module):
         *,
         pipeline: Pipeline | None = None,
         layout: Layout | None = None,
+        tensor_split: str | Sequence[float] | None = None,
         sequence_parallel: bool = False,
         keep_gathered_input: bool = True,
         overlap: bool = True,
@@ -69,7 +73,9 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.tp = config, tp
-        self.layout = layout or Layout.create(config, tp.size)
+        if layout is not None and tensor_split:
+            raise ValueError("a layout divides the model already: leave out tensor_split")
+        self.layout = layout or Layout.create(config, tp.size, tensor_split)
         self.pipeline = pipeline or Pipeline.alone(config.num_layers)
         self.stages = self.pipeline.stages
         first, last = (
@@ -143,7 +149,8 @@ class Decoder(nn.Module):
         """
         stage, key = self.one_stage(stage), self._dropout_key(dropout_key)
         if self.check_inputs and cache is None and stage.is_first:
-            check_same_on_all_ranks(self.tp, input_ids, attention_mask, positions, dropout_key=key)
+            given = (input_ids, attention_mask, positions)
+            check_same_on_all_ranks(self.tp, *given, dropout_key=key, layout=self.layout)
         hidden = self._hidden(stage, input_ids, length, attention_mask, positions, cache, key)
         return self.logits(*hidden) if stage.is_last else hidden[0]
 
@@ -183,7 +190,8 @@ class Decoder(nn.Module):
             check_labels(input_ids, labels)
         if self.check_inputs:
             compared = (input_ids, attention_mask, positions) if stage.is_first else ()
-            check_same_on_all_ranks(self.tp, *compared, labels, dropout_key=key)
+            compared = (*compared, labels)
+            check_same_on_all_ranks(self.tp, *compared, dropout_key=key, layout=self.layout)
         check_next_token(labels)
         hidden = self._hidden(
             stage, input_ids, labels.shape[1], attention_mask, positions, None, key

@@ -109,9 +109,14 @@ def check_next_token(labels: Tensor) -> None:
 
 
 def check_same_on_all_ranks(
-    tp: ParallelGroup, *tensors: Tensor | None, dropout_key: int | Tensor | None = None
+    tp: ParallelGroup,
+    *tensors: Tensor | None,
+    dropout_key: int | Tensor | None = None,
+    layout: object = None,
 ) -> None:
     """Raises ValueError on every rank when the ranks have different tensors or dropout keys.
+
+    ``layout``, how the model is divided, is compared too, by what it prints.
 
     Sends one all-reduce of 16 bytes, see :func:`colrow.comm.agreement.require_same`.
     """
@@ -119,7 +124,7 @@ def check_same_on_all_ranks(
         return
     given = [t for t in tensors if t is not None]
     device = given[0].device
-    shapes = str([None if t is None else tuple(t.shape) for t in tensors])
+    shapes = f"{[None if t is None else tuple(t.shape) for t in tensors]} {layout}"
     digest = torch.full((), rng.stream_key(0, shapes), dtype=torch.int64, device=device)
     for index, tensor in enumerate(given):
         flat = tensor.reshape(-1).long()
@@ -137,7 +142,12 @@ def check_same_on_all_ranks(
     digest = digest + rng.bits(dropout_key, torch.ones_like(digest))
     try:
         require_same(digest, tp, message, layer="inputs", device=device)
-    except ValueError:  # on all ranks: was it the key?
+    except ValueError:  # on all ranks: was it the layout, or the key?
+        divided = (
+            f"the ranks of this {tp.name} group divide the model differently: give all of them the "
+            "same layout, tensor_split and layer_split"
+        )
+        require_same(rng.stream_key(0, str(layout)), tp, divided, layer="inputs", device=device)
         seeds = f"{different_seeds('dropout masks', tp)}, or pass all of them the same dropout_key"
         require_same(dropout_key, tp, seeds, layer="inputs", device=device)
         raise

@@ -8,12 +8,11 @@ or for ZBV to the last rank and back (Qi et al. 2024, arXiv 2405.15362).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from colrow.models.config import ModelConfig
-from colrow.partition import Partition, ShardSpec
+from colrow.partition import Partition, ShardSpec, parse_shares
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ class LayerSplit:
         if split is None:
             block, head = layer_costs(config)
             return cls(balanced(layers, stages, block, last=head), ranks, v_shaped)
-        numbers = parse_split(split)
+        numbers = parse_shares(split, "layer split")
         if len(numbers) not in (ranks, stages):
             raise ValueError(
                 f"the layer split {split!r} has {len(numbers)} numbers for {ranks} pipeline ranks"
@@ -183,24 +182,6 @@ def place(stage: int, ranks: int, v_shaped: bool) -> int:
     """The rank of a stage: round and round, or there and back."""
     turn, at = divmod(stage, ranks)
     return ranks - 1 - at if v_shaped and turn % 2 else at
-
-
-def parse_split(split: str | Sequence[float]) -> list[float]:
-    """The numbers of "0.5,0.3,0.2".
-
-    Raises:
-        ValueError: for something else, or numbers that are not positive.
-    """
-    try:
-        numbers = [float(part) for part in (split.split(",") if isinstance(split, str) else split)]
-    except ValueError as error:
-        raise ValueError(
-            f"the layer split {split!r} should be numbers with commas between, such as 3,1 or "
-            "0.5,0.3,0.2"
-        ) from error
-    if not numbers or not all(n > 0 and math.isfinite(n) for n in numbers):
-        raise ValueError(f"the layer split {split!r} should have positive numbers only")
-    return numbers
 
 
 def layer_costs(config: ModelConfig, sequence: int = 0) -> tuple[float, float]:

@@ -100,7 +100,7 @@ class ModelShape:
 
 @lru_cache(maxsize=256)
 def _division(model: ModelShape, tp: int, weights: tuple[float, ...]) -> Division:
-    return Division.create(model.config, tp, weights=weights or None)
+    return Division.create(model.config, tp, weights)
 
 
 @lru_cache(maxsize=256)

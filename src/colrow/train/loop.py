@@ -253,7 +253,7 @@ def check(settings: TrainSettings) -> None:
     Raises:
         ValueError: a model that is not there or cannot be divided, a missing tokenizer or text.
     """
-    Layout.create(model_config(settings), settings.tp)
+    Layout.create(model_config(settings), settings.tp, settings.tensor_split)
     tokenizer_name(settings)
     for text in filter(None, (settings.data, settings.eval_data)):
         if not Path(text).exists():

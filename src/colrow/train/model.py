@@ -45,10 +45,15 @@ def build_model(settings: TrainSettings, mesh: Mesh) -> Decoder:
             seed=settings.seed,
             dtype=dtype,
             sequence_parallel=settings.sequence_parallel,
+            tensor_split=settings.tensor_split,
         )
     else:
         model = from_pretrained(
-            settings.model, mesh, dtype=dtype, sequence_parallel=settings.sequence_parallel
+            settings.model,
+            mesh,
+            dtype=dtype,
+            sequence_parallel=settings.sequence_parallel,
+            tensor_split=settings.tensor_split,
         )
     if settings.dropout >= 0 or not random:
         set_dropout(model, max(0.0, settings.dropout))

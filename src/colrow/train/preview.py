@@ -10,6 +10,7 @@ from typing import Any
 from colrow.comm.ledger import Call
 from colrow.models.communication import predict_step
 from colrow.models.config import Layout, ModelConfig, num_parameters, parameter_specs
+from colrow.partition import parse_shares
 from colrow.planner.hardware import find_hardware
 from colrow.planner.layout import DTYPE as PLANNED
 from colrow.planner.layout import Layout as PlannedLayout
@@ -115,7 +116,7 @@ def preview(settings: TrainSettings) -> Preview:
 
     check(settings)
     config = model_config(settings)
-    layout = Layout.create(config, settings.tp)
+    layout = Layout.create(config, settings.tp, settings.tensor_split)
     training, held_out = training_and_held_out(settings)
     shares = tuple(
         _share(settings, config, layout, rank, activations)
@@ -171,8 +172,10 @@ def _activation_bytes(settings: TrainSettings, config: ModelConfig) -> list[int 
     """By tp rank."""
     if settings.precision not in PLANNED:
         return [None] * settings.tp
+    split = settings.tensor_split
     planned = PlannedLayout(
         tp=settings.tp,
+        tp_weights=parse_shares(split, "tensor split") if split else (),
         dp=settings.dp,
         microbatch=settings.microbatch,
         global_batch=settings.global_batch,

@@ -48,6 +48,9 @@ class TrainSettings:
     eval_sequences: int = _option(64, "sequences per evaluation, at most")
     tp: int = _option(1, "tensor-parallel size")
     dp: int = _option(1, "data-parallel size")
+    tensor_split: str = _option(
+        "", "the tp ranks' shares of every tensor, such as 2,1 or 0.5,0.3,0.2; by default equal"
+    )
     sequence_parallel: bool = _option(
         False, "divide norms, dropout and residuals over the sequence"
     )
