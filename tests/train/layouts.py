@@ -32,6 +32,7 @@ class Layout:
     dp: int = 1
     fsdp: bool = False
     sequence_parallel: bool = False
+    tensor_split: str = ""
 
     @property
     def ranks(self) -> int:
@@ -41,6 +42,7 @@ class Layout:
         parts = [f"tp{self.tp}"] if self.tp > 1 or self.dp == 1 else []
         parts += [f"dp{self.dp}"] if self.dp > 1 else []
         parts += ["fsdp"] if self.fsdp else []
+        parts += [f"split{self.tensor_split}"] if self.tensor_split else []
         return "-".join([*parts, "sp"] if self.sequence_parallel else parts)
 
 
@@ -100,7 +102,12 @@ def make_stepper(
 ) -> Stepper:
     """A model, an optimiser and an order of the text, ready for steps of 8 sequences of 17."""
     model: Decoder = colrow.from_config(
-        config, mesh, seed=seed, dtype=dtype, sequence_parallel=layout.sequence_parallel
+        config,
+        mesh,
+        seed=seed,
+        dtype=dtype,
+        sequence_parallel=layout.sequence_parallel,
+        tensor_split=layout.tensor_split,
     ).train()
     loss = parallelize(model, mesh, fsdp=layout.fsdp, **options)
     return Stepper(

@@ -69,6 +69,18 @@ def test_every_layout_continues_from_every_other(
         assert continued == pytest.approx(expected, rel=1e-12), name
 
 
+def test_unequal_shards_are_divided_anew(
+    ranks: RankPool, tokens: Path, saved: tuple[Path, dict[str, list[float]]], tmp_path: Path
+) -> None:
+    expected = saved[1]["tp1"]
+    first, second = Layout(tp=2, tensor_split="4,1"), Layout(tp=3, tensor_split="1,2,2")
+    losses = ranks(2, save, first, tokens, tmp_path)[0]
+    assert losses == pytest.approx(expected, rel=1e-12)
+    for layout in (second, Layout()):
+        found = ranks(layout.ranks, continue_from, layout, tokens, tmp_path, [str(first)])[0]
+        assert found[str(first)] == pytest.approx(expected[FIRST:], rel=1e-12)
+
+
 def whole_state(world: ParallelGroup, directory: Path, tokens: Path) -> dict[str, Tensor]:
     layout = Layout()
     stepper = make_stepper(make_mesh(world, layout), layout, tokens, seed=7)
