@@ -18,6 +18,7 @@ class KeyValueCache:
         num_layers, batch, kv_heads, head_dim: sizes on this rank.
         capacity: positions to allocate. Where more come, the capacity doubles, which copies.
         dtype, device: of keys and values.
+        first_layer: number of the first layer, on a later stage of a pipeline.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class KeyValueCache:
         *,
         dtype: torch.dtype,
         device: torch.device | str,
+        first_layer: int = 0,
     ) -> None:
         for name, size in (("num_layers", num_layers), ("batch", batch), ("capacity", capacity)):
             if size < 1:
@@ -39,20 +41,22 @@ class KeyValueCache:
             [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
             for _ in range(2)
         )
-        self._length = 0
+        self._length, self._first_layer = 0, first_layer
 
     @classmethod
     def for_model(cls, model: Decoder, batch: int, capacity: int) -> KeyValueCache:
-        """A cache for this rank's part of a decoder."""
+        """A cache for this rank's part of a decoder, which is one stage of it at most."""
+        stage = model.one_stage(None)
         parameter = next(model.parameters())
         return cls(
-            model.config.num_layers,
+            len(stage.blocks),
             batch,
             model.layout.heads.key_value.size(model.tp.rank),
             model.config.head_dim,
             capacity,
             dtype=parameter.dtype,
             device=parameter.device,
+            first_layer=stage.start,
         )
 
     @property
@@ -76,6 +80,9 @@ class KeyValueCache:
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Stores ``[batch, kv_heads_local, new, head_dim]`` behind what was there.
 
+        Args:
+            layer: its number in the whole model.
+
         Returns:
             Keys and values of all positions so far, ``[batch, kv_heads_local, length + new,
             head_dim]``: views, valid until the next update.
@@ -83,7 +90,8 @@ class KeyValueCache:
         Raises:
             ValueError: when another batch size, head count or head size is stored already.
         """
-        stored, past, new = self._keys[layer], self.length, keys.shape[2]
+        place = layer - self._first_layer
+        stored, past, new = self._keys[place], self.length, keys.shape[2]
         expected = (*stored.shape[:2], new, stored.shape[3])
         if tuple(keys.shape) != expected or keys.shape != values.shape:
             raise ValueError(
@@ -93,13 +101,13 @@ class KeyValueCache:
         total = past + new
         if total > stored.shape[2]:
             capacity = max(total, 2 * stored.shape[2])
-            self._keys[layer] = _grown(stored, past, capacity)
-            self._values[layer] = _grown(self._values[layer], past, capacity)
-        all_keys = self._keys[layer][:, :, :total]
-        all_values = self._values[layer][:, :, :total]
+            self._keys[place] = _grown(stored, past, capacity)
+            self._values[place] = _grown(self._values[place], past, capacity)
+        all_keys = self._keys[place][:, :, :total]
+        all_values = self._values[place][:, :, :total]
         all_keys[:, :, past:] = keys
         all_values[:, :, past:] = values
-        if layer == len(self._keys) - 1:
+        if place == len(self._keys) - 1:
             self._length = total
         return all_keys, all_values
 

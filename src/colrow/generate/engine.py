@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from colrow import rng
-from colrow.generate.cache import KeyValueCache
 from colrow.generate.options import Sampling
+from colrow.generate.relay import Part, Relay
+from colrow.generate.rows import Rows
 from colrow.generate.sampling import next_tokens
 from colrow.models.decoder import Decoder
 from colrow.models.inputs import check_batch, check_same_on_all_ranks
@@ -31,7 +32,7 @@ class Generation:
         time_to_first_token_seconds: from the call, all ranks being there, until the host knows the
             first token: the forward pass of the prompt.
         decode_seconds: from then until the last token; 0 for one token.
-        cache_bytes: keys and values on this rank.
+        cache_bytes: keys and values of this rank's heads and layers.
     """
 
     tokens: Tensor
@@ -66,8 +67,13 @@ def generate(
 ) -> Generation:
     """Continues a batch of prompts; all ranks of the model call it with the same arguments.
 
+    With pipeline parallelism the rows are cut into as many parts as there are stages (see
+    :mod:`colrow.generate.relay`), which keeps all stages busy where there are enough rows.
+
     Sends, for each token, what one forward pass of the decoder sends and what
-    :func:`next_tokens` sends; once, an all-reduce of 16 bytes that compares the prompts.
+    :func:`next_tokens` sends; in a pipeline, the hidden states of the new positions from stage to
+    stage and 8 bytes a row from the last stage to each other one; once, an all-reduce of 16 bytes
+    over tp, and one over pp, that compares the prompts.
 
     Args:
         input_ids: ``[batch, sequence]`` int64. Prompts of different lengths are padded on the left.
@@ -81,58 +87,88 @@ def generate(
 
     Raises:
         ValueError: a mask with padding on the right, a sequence that would outgrow learned
-            positions, ranks that were given different prompts, logits that are NaN.
+            positions, ranks that were given different prompts, logits that are NaN, a rank with
+            several pipeline stages.
     """
     batch, length = _checked_shape(model, input_ids, attention_mask, max_new_tokens)
+    relay, device = Relay(model), input_ids.device
     settings = rng.stream_key(0, max_new_tokens, sampling, tuple(eos_token_ids))
-    device = input_ids.device
-    check_same_on_all_ranks(
-        model.tp, input_ids, attention_mask, torch.tensor([settings], device=device)
-    )
+    given = (input_ids, attention_mask, torch.tensor([settings], device=device))
+    for group in (model.tp, relay.pp):
+        check_same_on_all_ranks(group, *given, layout=(model.layout, model.pipeline.split))
     started = time.perf_counter()
     if pad_token_id is None:
         pad_token_id = model.config.pad_token_id
     padding = next((t for t in (pad_token_id, *eos_token_ids) if t is not None), 0)
-    cache = KeyValueCache.for_model(model, batch, length + max_new_tokens)
     mask = None
     if attention_mask is not None and not bool(attention_mask.all()):
         mask = torch.ones(batch, length + max_new_tokens, dtype=torch.bool, device=device)
         mask[:, :length] = attention_mask.bool()
-    finished = [False] * batch
-    steps: list[list[int]] = []
-    rows: list[list[int]] = [[] for _ in range(batch)]
-    ids, first_token_at = input_ids, 0.0
+    rows, parts = (
+        Rows(batch, eos_token_ids, padding, on_tokens),
+        relay.parts(batch, length + max_new_tokens),
+    )
     was_training = model.training
     model.eval()
     try:
         for step in range(max_new_tokens):
-            seen = None if mask is None else mask[:, : length + step]
-            logits = model.last_logits(ids, attention_mask=seen, cache=cache)
-            chosen = next_tokens(logits, model.tp, model.layout.vocab, sampling, step=step).tolist()
-            tokens = [padding if finished[row] else chosen[row] for row in range(batch)]
-            if step == 0:
-                first_token_at = time.perf_counter()
-            for row, token in enumerate(tokens):
-                if not finished[row]:
-                    rows[row].append(token)
-                    finished[row] = token in eos_token_ids
-            steps.append(tokens)
-            if on_tokens is not None:
-                on_tokens(tokens)
-            if all(finished):
+            for part in parts:
+                _learn(relay, part, rows)
+                if not rows.ended(part.start, part.stop):
+                    ids = input_ids[part.start : part.stop]
+                    if step:
+                        previous = rows.step(step - 1, part.start, part.stop)
+                        ids = torch.tensor(previous, device=device).unsqueeze(1)
+                    seen = None if mask is None else mask[part.start : part.stop, : length + step]
+                    _turn(relay, part, rows, ids, seen, sampling, step)
+            if rows.ended():
                 break
-            ids = torch.tensor(tokens, device=device).unsqueeze(1)
+        for part in parts:
+            _learn(relay, part, rows)
+        relay.finish(parts)
     finally:
         model.train(was_training)
     ended = time.perf_counter()
+    steps = [rows.step(number) for number in range(rows.steps)]
     return Generation(
         tokens=torch.tensor(steps, device=device).T.contiguous(),
-        token_ids=rows,
-        finished=finished,
-        time_to_first_token_seconds=first_token_at - started,
-        decode_seconds=ended - first_token_at if len(steps) > 1 else 0.0,
-        cache_bytes=cache.bytes,
+        token_ids=rows.tokens,
+        finished=rows.finished,
+        time_to_first_token_seconds=rows.first_token_at - started,
+        decode_seconds=ended - rows.first_token_at if rows.steps > 1 else 0.0,
+        cache_bytes=sum(part.cache.bytes for part in parts),
     )
+
+
+def _learn(relay: Relay, part: Part, rows: Rows) -> None:
+    """Waits for the tokens that another stage has been choosing, if it has."""
+    tokens = relay.receive_tokens(part)
+    if tokens is not None:
+        rows.add(part.start, tokens)
+
+
+def _turn(
+    relay: Relay,
+    part: Part,
+    rows: Rows,
+    ids: Tensor,
+    mask: Tensor | None,
+    sampling: Sampling,
+    step: int,
+) -> None:
+    """One part of the batch through this rank's stage."""
+    model, stage = relay.model, relay.stage
+    x = ids if stage.is_first else relay.receive_hidden(part, ids.shape[1])
+    if not stage.is_last:
+        relay.send_hidden(part, model(x, attention_mask=mask, cache=part.cache))
+        return
+    logits = model.last_logits(x, attention_mask=mask, cache=part.cache)
+    chosen = next_tokens(
+        logits, model.tp, model.layout.vocab, sampling, step=step, first_row=part.start
+    ).cpu()
+    if not stage.is_first:
+        relay.send_tokens(part, chosen)
+    rows.add(part.start, chosen.tolist())
 
 
 def _checked_shape(

@@ -33,6 +33,7 @@ def next_tokens(
     sampling: Sampling = _GREEDY,
     *,
     step: int = 0,
+    first_row: int = 0,
 ) -> Tensor:
     """Chooses one token for each row; every rank returns the same.
 
@@ -52,6 +53,7 @@ def next_tokens(
         partition: how the vocabulary is divided, disjoint and in rank order.
         sampling: how to choose.
         step: number of the token in its sequence; a new one gives new noise.
+        first_row: number of the first row in its batch, which may come in parts; noise follows it.
 
     Raises:
         ValueError: when a logit is NaN, or there are not ``partition`` many.
@@ -67,9 +69,9 @@ def next_tokens(
     if not sampling.filters:
         start, stop = partition.bounds[tp.rank]
         tokens = torch.arange(start, stop, device=x.device).expand_as(x)
-        return _argmax(x + _gumbel(key, tokens, partition.length), tp, partition)
+        return _argmax(x + _gumbel(key, tokens, partition.length, first_row), tp, partition)
     candidates = top_candidates(x, tp, partition, sampling)
-    noise = _gumbel(key, candidates.tokens, partition.length)
+    noise = _gumbel(key, candidates.tokens, partition.length, first_row)
     noisy = (candidates.logits + noise).masked_fill(~candidates.kept, -math.inf)
     winners = noisy == noisy.amax(dim=1, keepdim=True)
     return candidates.tokens.masked_fill(~winners, partition.length).amin(dim=1)
@@ -170,9 +172,9 @@ def _argmax(x: Tensor, tp: ParallelGroup, partition: Partition) -> Tensor:
     return every[..., 1].gather(1, winner).squeeze(1).long()
 
 
-def _gumbel(key: int, tokens: Tensor, vocab_size: int) -> Tensor:
+def _gumbel(key: int, tokens: Tensor, vocab_size: int, first_row: int) -> Tensor:
     """Standard Gumbel noise for ``[batch, n]`` tokens, float64."""
-    rows = torch.arange(tokens.shape[0], device=tokens.device).unsqueeze(1)
+    rows = torch.arange(tokens.shape[0], device=tokens.device).unsqueeze(1) + first_row
     return -torch.log(-torch.log(rng.uniform(key, rows * vocab_size + tokens)))
 
 

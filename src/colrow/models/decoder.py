@@ -363,10 +363,16 @@ class Decoder(nn.Module):
         return self
 
     def weight_bytes_per_rank(self) -> list[int]:
-        """Bytes of parameters on each rank of the tp group; nothing is sent."""
+        """Bytes of parameters on each rank of the pipeline, tp innermost; nothing is sent."""
         itemsize = next(self.parameters()).element_size()
+        whole, split = parameter_specs(self.config, self.layout), self.pipeline.split
+        held = [
+            split.held(whole, rank, tied=self.config.tie_embeddings).values()
+            for rank in range(split.ranks)
+        ]
         return [
-            itemsize * sum(math.prod(spec.local_shape(rank)) for spec in self.specs.values())
+            itemsize * sum(math.prod(spec.local_shape(rank)) for spec in specs)
+            for specs in held
             for rank in range(self.tp.size)
         ]
 

@@ -1,0 +1,109 @@
+"""What the stages of a pipeline tell each other while they generate.
+
+Hidden states go from a stage to the next one, ``[rows, new, hidden]`` on each tp rank to its
+counterpart; the tokens that the last stage has chosen go to all others, which need them to know
+when a row has ended. The batch is cut into as many parts as there are stages, which take turns, so
+that every stage has one to work on while the others' are elsewhere: the token-by-token form of
+GPipe's microbatches (Huang et al. 2019, section 2.3), as inference pipelines have it (Aminabadi et
+al. 2022, "DeepSpeed Inference", section IV.B).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from colrow.comm import primitives
+from colrow.comm.primitives import Pending
+from colrow.generate.cache import KeyValueCache
+from colrow.models.decoder import Decoder
+from colrow.partition import Partition
+
+
+class Part:
+    """Rows of the batch that go through the pipeline together.
+
+    Attributes:
+        start, stop: which rows.
+        cache: their keys and values in this rank's layers.
+        awaited: whether a token of theirs has been asked for and has not come back.
+        sent: messages of their last turn, to be completed before their next one ends.
+    """
+
+    def __init__(self, start: int, stop: int, cache: KeyValueCache) -> None:
+        self.start, self.stop, self.cache = start, stop, cache
+        self.awaited = False
+        self.sent: list[Pending] = []
+
+
+class Relay:
+    """This rank's place in the pipeline of a decoder; with one stage it sends nothing.
+
+    Raises:
+        ValueError: a rank with several stages.
+    """
+
+    def __init__(self, model: Decoder) -> None:
+        if len(model.stages) > 1:
+            raise ValueError(
+                f"this rank holds {len(model.stages)} pipeline stages: generation needs one on "
+                "each rank, so load the model with a layer split of one number for each rank"
+            )
+        self.model, self.pp, self.stage = model, model.pipeline.pp, model.stages[0]
+
+    def parts(self, batch: int, capacity: int) -> list[Part]:
+        """The batch, cut so that all stages are busy where it has enough rows."""
+        bounds = Partition.even(batch, min(batch, self.pp.size)).bounds
+        return [
+            Part(start, stop, KeyValueCache.for_model(self.model, stop - start, capacity))
+            for start, stop in bounds
+        ]
+
+    def receive_hidden(self, part: Part, new: int) -> Tensor:
+        """``[rows, new, hidden]`` from the stage before."""
+        like = next(self.model.parameters())
+        shape = (part.stop - part.start, new, self.model.config.hidden_size)
+        buffer = torch.empty(shape, dtype=like.dtype, device=like.device)
+        return primitives.recv(buffer, self.pp, self.pp.rank - 1, layer=self._cut(self.stage.start))
+
+    def send_hidden(self, part: Part, hidden: Tensor) -> None:
+        """To the next stage, from which this one will hear of tokens."""
+        _complete(part)
+        message = primitives.send_async(
+            hidden, self.pp, self.pp.rank + 1, layer=self._cut(self.stage.stop)
+        )
+        part.sent, part.awaited = [message], True
+
+    def send_tokens(self, part: Part, tokens: Tensor) -> None:
+        """``[rows]`` int64 to all other stages. From the CPU: no stage needs them elsewhere."""
+        _complete(part)
+        part.sent = [
+            primitives.send_async(tokens, self.pp, rank, layer="tokens")
+            for rank in range(self.pp.size - 1)
+        ]
+
+    def receive_tokens(self, part: Part) -> list[int] | None:
+        """The tokens that the last stage chose for these rows; None when none are on their way."""
+        if not part.awaited:
+            return None
+        part.awaited = False
+        buffer = torch.empty(part.stop - part.start, dtype=torch.int64)
+        found: list[int] = primitives.recv(
+            buffer, self.pp, self.pp.size - 1, layer="tokens"
+        ).tolist()
+        return found
+
+    def finish(self, parts: list[Part]) -> None:
+        """Completes the last messages."""
+        for part in parts:
+            _complete(part)
+
+    @staticmethod
+    def _cut(block: int) -> str:
+        return f"blocks.{block - 1}|{block}"
+
+
+def _complete(part: Part) -> None:
+    for message in part.sent:
+        message.wait()
+    part.sent = []
