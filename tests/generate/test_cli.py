@@ -74,6 +74,80 @@ def test_a_real_model_on_two_ranks(smollm2: Path, tmp_path: Path) -> None:
     assert re.fullmatch(statistics + r"\d+ \+ \d+ MB on 2 ranks\n", err.decode())
 
 
+@pytest.mark.slow
+def test_a_real_model_in_stages_and_unequal_shards(smollm2: Path, tmp_path: Path) -> None:
+    prompt, file = "Name three colors.", tmp_path / "answer.json"
+
+    def run(*options: str) -> dict[str, Any]:
+        process = start(
+            str(smollm2), prompt, *options, "--max-new-tokens", "12", "--json", str(file)
+        )
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err.decode()
+        found: dict[str, Any] = json.loads(file.read_text())
+        return found
+
+    model: Any = load_reference(smollm2, torch.float32)
+    ids = torch.tensor([encode_prompt(load_tokenizer(smollm2), prompt)])
+    with torch.inference_mode():
+        whole = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
+        )
+    expected = whole[0, ids.shape[1] :].tolist()
+    head = (
+        4 * (64 * 576 * 2 + 64 * 576 * 2 + 3 * 576) * 30
+    )  # a query head with a KV head; a feature
+    layer = 4 * sum(p.numel() for p in model.model.layers[0].parameters())
+    embedding = 4 * model.model.embed_tokens.weight.numel()
+    weights = 4 * sum(p.numel() for p in model.parameters())
+
+    stages, shards = ("--pp", "2", "--layer-split", "2,1"), ("--tp", "2", "--tensor-split", "2,1")
+    found = run(*stages)
+    assert found["token_ids"] == expected and found["layers_per_stage"] == [20, 10]
+    for held, share in zip(found["weight_bytes_per_rank"], (2 / 3, 1 / 3), strict=True):
+        assert abs(held - embedding - share * (weights - embedding)) < layer
+    first, second = found["cache_bytes_per_rank"]
+    assert first == 2 * second
+
+    found = run(*shards)
+    assert found["token_ids"] == expected
+    for held, share in zip(found["weight_bytes_per_rank"], (2 / 3, 1 / 3), strict=True):
+        assert abs(held - share * weights) < head
+    first, second = found["cache_bytes_per_rank"]
+    assert first == 2 * second
+
+    found = run(*stages, *shards)
+    assert found["token_ids"] == expected
+    parts = [(stage, shard) for stage in (2 / 3, 1 / 3) for shard in (2 / 3, 1 / 3)]
+    for held, (stage, shard) in zip(found["weight_bytes_per_rank"], parts, strict=True):
+        here = embedding + stage * (weights - embedding)
+        assert abs(held - shard * here) < head + layer
+    assert sum(found["cache_bytes_per_rank"]) == first + second
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["gloo", "mpi"])
+def test_answers_to_several_prompts_through_stages(
+    chat_model: str, tmp_path: Path, engine: str
+) -> None:
+    prompts, file = tmp_path / "prompts.txt", tmp_path / "answers.json"
+    prompts.write_text("Hi\n\nHow are you?\nWhy\n")
+    options = [str(chat_model), "--prompts", str(prompts), "--max-new-tokens", "7"]
+    alone = start(*options, "--quiet")
+    out, err = alone.communicate(timeout=100)
+    assert alone.returncode == 0, err.decode()
+    staged = start(*options, "--pp", "2", "--engine", engine, "--json", str(file))
+    staged_out, err = staged.communicate(timeout=100)
+    assert staged.returncode == 0, err.decode()
+    assert staged_out == out
+    assert out.startswith(b"[1/3]\n") and b"\n[2/3]\n" in out and b"\n[3/3]\n" in out
+    found = json.loads(file.read_text())
+    assert found["engine"] == engine and found["layers_per_stage"] == [1, 1]
+    assert [answer["prompt_tokens"] for answer in found["answers"]] == [19, 29, 20]
+    assert all(len(answer["token_ids"]) == 7 for answer in found["answers"])
+    assert err.startswith(b"21 tokens, ")
+
+
 def test_json_alone_on_standard_output(
     chat_model: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,6 +193,15 @@ def test_an_answer_ends_where_the_context_ends(
         (["Hi", "--tp", "5"], "use a tensor-parallel size of at most 4"),
         ([" "], "the prompt is empty"),
         ([], "give either PROMPT or --prompt-file"),
+        (["Hi", "--prompts", "file"], "give either PROMPT or --prompt-file or --prompts"),
+        (["--prompts", os.devnull], "has no prompt: each line of it should be one"),
+        (
+            ["Hi", "--tp", "2", "--tensor-split", "9,1"],
+            "gives the ranks 4,0 of the model's 4 query",
+        ),
+        (["Hi", "--tensor-split", "2,1"], "has 2 numbers for a tensor-parallel size of 1"),
+        (["Hi", "--pp", "3"], "3 pipeline stages (3 ranks x 1) need at least as many layers"),
+        (["Hi", "--layer-split", "1,1"], "has 2 numbers for 1 pipeline ranks"),
         (["--prompt-file", "no/such/file"], "no/such/file: No such file or directory"),
         (["Hi", "--json", "no/such/file"], "there is no directory for no/such/file"),
         (["Hi", "--no-chat", "--system", "x"], "a system message has no place"),
@@ -138,8 +221,9 @@ def test_a_model_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert "there is no model at 'no/such/model.gguf'" in capsys.readouterr().err
 
 
-def test_a_rank_that_is_killed_ends_the_command(chat_model: str) -> None:
-    process = start(chat_model, "Hi", "--tp", "2", "--max-new-tokens", "90000")
+@pytest.mark.parametrize("how", ["--tp", pytest.param("--pp", marks=pytest.mark.slow)])
+def test_a_rank_that_is_killed_ends_the_command(chat_model: str, how: str) -> None:
+    process = start(chat_model, "Hi", how, "2", "--max-new-tokens", "90000")
     assert process.stdout is not None and process.stderr is not None
     try:
         assert process.stdout.read(1)  # in the middle

@@ -37,6 +37,24 @@ def add_tp(parser: argparse.ArgumentParser, *, default: int = 1) -> None:
     )
 
 
+def add_pipeline(parser: argparse.ArgumentParser) -> None:
+    """``--pp N`` and ``--layer-split``."""
+    parser.add_argument(
+        "--pp",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="pipeline-parallel size: over how many stages the layers are divided, each on --tp "
+        "ranks (default 1)",
+    )
+    parser.add_argument(
+        "--layer-split",
+        metavar="SPLIT",
+        help="layers of each stage, such as 20,10, or shares of them, such as 2,1 or 0.5,0.3,0.2 "
+        "(default: so that all stages take equally long)",
+    )
+
+
 def add_tensor_split(parser: argparse.ArgumentParser) -> None:
     """``--tensor-split``; ``args.tensor_split`` is None for even shares."""
     parser.add_argument(
@@ -188,8 +206,8 @@ def run_on_ranks(function: Callable[..., T], *args: object, ranks: int) -> T | N
         return launch(function, args, ranks=ranks)[0]
     if environment.world_size != ranks:
         raise ValueError(
-            f"{environment.launcher} started {environment.world_size} ranks, but --tp asks for "
-            f"{ranks}: make them the same"
+            f"{environment.launcher} started {environment.world_size} ranks, but the sizes that "
+            f"are asked for (--tp and others) make {ranks}: make them the same"
         )
     result = function(*args)
     return result if environment.rank == 0 else None

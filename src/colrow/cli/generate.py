@@ -13,6 +13,8 @@ from colrow.cli.common import (
     add_dtype,
     add_engine,
     add_json,
+    add_pipeline,
+    add_tensor_split,
     add_tp,
     positive_int,
     run_on_ranks,
@@ -29,16 +31,22 @@ message in a chat where the model has a chat template, and is continued where it
 
   colrow generate model.gguf "Why is the sky blue?" --tp 2
   colrow generate ./Llama-3-8B-Instruct - --tp 4 --temperature 0.7 --top-p 0.9 < question.txt
+  colrow generate ./Llama-3-8B-Instruct "Hello" --pp 2 --layer-split 20,12 --tp 2 --tensor-split 2,1
+  colrow generate model.gguf --prompts questions.txt --pp 2
   colrow generate ./gpt2 "Once upon a time" --no-chat --max-new-tokens 50 --json -
 
 The text goes to standard output, a line of statistics to standard error. No rank ever holds the
 logits of the whole vocabulary, and all ranks choose the same token without being told by one.
 
+With --pp the layers are divided over stages, and several prompts (--prompts) keep all of them busy:
+while one stage works on some prompts, the next works on others.
+
 JSON (--json): text, token_ids, finish_reason ("stop" at an end-of-sequence token, "length" at
 --max-new-tokens or the end of the context), tokens_per_second (after the first token),
 time_to_first_token_seconds (the prompt's forward pass), load_seconds, weight_bytes_per_rank and
-cache_bytes_per_rank (a list, by rank), prompt_tokens, model, tp, dtype, device, engine,
-sampling.
+cache_bytes_per_rank (a list, by rank, tp innermost), prompt_tokens, model, tp, pp,
+tensor_split, layers_per_stage, dtype, device, engine, sampling. With --prompts text, token_ids,
+finish_reason and prompt_tokens are in answers, a list with one object for each prompt.
 """
 
 
@@ -53,7 +61,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "prompt", metavar="PROMPT", nargs="?", help='the prompt; "-" reads it from standard input'
     )
     parser.add_argument("--prompt-file", metavar="FILE", help="read the prompt from a file")
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE",
+        help="answer each line of the file, which is a prompt of its own, all of them together; "
+        "the answers come in the file's order",
+    )
     add_tp(parser)
+    add_tensor_split(parser)
+    add_pipeline(parser)
     parser.add_argument(
         "--max-new-tokens",
         type=positive_int,
@@ -109,38 +125,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Checks all that can be checked here, then generates on the ranks."""
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
-    prompt = _prompt(args)
+    prompts = _prompts(args)
 
     from colrow.checkpoint.pretrained import pretrained_config
     from colrow.generate.answer import Request, answer
     from colrow.generate.tokenizer import encode_prompt, end_tokens, load_tokenizer
     from colrow.models.config import Layout
+    from colrow.models.stages import LayerSplit
 
     config = pretrained_config(args.model)
-    Layout.create(config, args.tp)
+    Layout.create(config, args.tp, args.tensor_split)
+    LayerSplit.create(config, args.pp, args.layer_split)
     tokenizer = load_tokenizer(args.model)
-    tokens = encode_prompt(tokenizer, prompt, system=args.system, chat=not args.no_chat)
-    room = config.max_positions - len(tokens)
+    tokens = [
+        encode_prompt(tokenizer, prompt, system=args.system, chat=not args.no_chat)
+        for prompt in prompts
+    ]
+    longest = max(len(prompt) for prompt in tokens)
+    room = config.max_positions - longest
     if room < 1:
         raise ValueError(
-            f"the prompt has {len(tokens)} tokens and the model's context {config.max_positions}: "
+            f"the prompt has {longest} tokens and the model's context {config.max_positions}: "
             "there is no room for an answer; shorten the prompt"
         )
     request = Request(
         model=args.model,
-        prompt_ids=tuple(tokens),
+        prompts=tuple(tuple(prompt) for prompt in tokens),
         tokenizer=pickle.dumps(tokenizer),
         max_new_tokens=min(args.max_new_tokens, room),
         sampling=sampling,
         eos_token_ids=end_tokens(args.model, config.eos_token_ids),
         tp=args.tp,
+        pp=args.pp,
+        layer_split=args.layer_split,
+        tensor_split=args.tensor_split,
         dtype=torch_dtype(args.dtype) if args.dtype else None,
         device=args.device,
         engine=args.engine,
+        listed=args.prompts is not None,
         stream=args.json != "-",
     )
     try:
-        result = run_on_ranks(answer, request, ranks=args.tp)
+        result = run_on_ranks(answer, request, ranks=args.tp * args.pp)
     except RankFailure as failure:
         if failure.error_type == "BrokenPipeError":  # the reader of a pipe has seen enough
             raise BrokenPipeError from None
@@ -154,9 +180,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _prompt(args: argparse.Namespace) -> str:
-    if (args.prompt is None) == (args.prompt_file is None):
-        raise ValueError("give either PROMPT or --prompt-file")
+def _prompts(args: argparse.Namespace) -> list[str]:
+    if [args.prompt, args.prompt_file, args.prompts].count(None) != 2:
+        raise ValueError("give either PROMPT or --prompt-file or --prompts")
+    if args.prompts is not None:
+        lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
+        prompts = [line for line in lines if line.strip()]
+        if not prompts:
+            raise ValueError(f"{args.prompts} has no prompt: each line of it should be one")
+        return prompts
     if args.prompt_file is not None:
         prompt = Path(args.prompt_file).read_text(encoding="utf-8")
     elif args.prompt == "-":
@@ -170,15 +202,16 @@ def _prompt(args: argparse.Namespace) -> str:
         prompt = str(args.prompt)
     if not prompt.strip():
         raise ValueError("the prompt is empty")
-    return prompt
+    return [prompt]
 
 
 def _statistics(result: dict[str, object]) -> str:
-    tokens = len(cast(list[int], result["token_ids"]))
+    answers = cast(list[dict[str, list[int]]], result.get("answers", [result]))
+    tokens = sum(len(answer["token_ids"]) for answer in answers)
     megabytes = [f"{size / 1e6:.0f}" for size in cast(list[int], result["weight_bytes_per_rank"])]
     return (
         f"{tokens} tokens, {result['tokens_per_second']:.1f} tokens/s, first token after "
         f"{result['time_to_first_token_seconds']:.2f} s, {result['dtype']} weights "
-        f"{' + '.join(megabytes)} MB on {result['tp']} rank{'s' if result['tp'] != 1 else ''}"
-        + (f", engine {result['engine']}" if result["tp"] != 1 else "")
+        f"{' + '.join(megabytes)} MB on {len(megabytes)} rank{'s' if len(megabytes) > 1 else ''}"
+        + (f", engine {result['engine']}" if len(megabytes) > 1 else "")
     )

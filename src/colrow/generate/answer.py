@@ -1,4 +1,4 @@
-"""``colrow generate`` on one rank: loads the model, generates, and streams the text on rank 0."""
+"""``colrow generate`` on one rank: loads the model, generates, and streams the texts on rank 0."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import os
 import pickle
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import torch
+from torch import Tensor
 
 from colrow.checkpoint.pretrained import from_pretrained
 from colrow.generate.engine import generate
 from colrow.generate.options import Sampling
 from colrow.generate.tokenizer import TextStream, Tokenizer
 from colrow.mesh import init_mesh
+from colrow.models.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -23,10 +26,12 @@ class Request:
 
     Attributes:
         model: path or hub id.
-        prompt_ids: the prompt's tokens.
+        prompts: the tokens of each prompt.
+        listed: whether the result has a list of answers, or is the one answer.
         tokenizer: pickled, for rank 0 alone: loading it a second time takes longer.
         max_new_tokens, sampling, eos_token_ids: see :func:`colrow.generate.engine.generate`.
-        tp: number of ranks.
+        tp, pp: number of ranks along each dimension.
+        tensor_split, layer_split: see :func:`colrow.from_pretrained`.
         dtype: None for bf16 on CUDA and fp32 elsewhere.
         device: None for the mesh's choice.
         engine: see :func:`colrow.init_mesh`.
@@ -34,12 +39,16 @@ class Request:
     """
 
     model: str
-    prompt_ids: tuple[int, ...]
+    prompts: tuple[tuple[int, ...], ...]
+    listed: bool
     tokenizer: bytes
     max_new_tokens: int
     sampling: Sampling
     eos_token_ids: tuple[int, ...]
     tp: int
+    pp: int
+    tensor_split: str | None
+    layer_split: str | None
     dtype: torch.dtype | None
     device: str | None
     engine: str
@@ -49,71 +58,144 @@ class Request:
 def answer(request: Request) -> dict[str, object]:
     """The result as it goes into JSON; ``text`` is empty on other ranks than 0."""
     started = time.perf_counter()
-    mesh = init_mesh(tp=request.tp, device=request.device, engine=request.engine)
+    mesh = init_mesh(tp=request.tp, pp=request.pp, device=request.device, engine=request.engine)
     dtype = request.dtype or (torch.bfloat16 if mesh.device.type == "cuda" else torch.float32)
-    model = from_pretrained(request.model, mesh, dtype=dtype).for_decoding()
+    model = from_pretrained(
+        request.model,
+        mesh,
+        dtype=dtype,
+        tensor_split=request.tensor_split,
+        layer_split=request.layer_split,
+    ).for_decoding()
     load_seconds = time.perf_counter() - started
-    writer = _Writer(request) if mesh.tp.rank == 0 else None
+    writer = None
+    if mesh.world.rank == 0:
+        tokenizer = pickle.loads(request.tokenizer)
+        writer = Writer(
+            tokenizer, len(request.prompts), request.eos_token_ids, stream=request.stream
+        )
+    ids, mask = padded(request.prompts)
     result = generate(
         model,
-        torch.tensor([request.prompt_ids], device=mesh.device),
+        ids.to(mesh.device),
+        attention_mask=mask.to(mesh.device),
         max_new_tokens=request.max_new_tokens,
         sampling=request.sampling,
         eos_token_ids=request.eos_token_ids,
         on_tokens=writer.push if writer else None,
     )
-    kv_heads = model.layout.heads.key_value.sizes
+    texts = writer.finish() if writer else [""] * len(request.prompts)
+    answers: list[dict[str, object]] = [
+        {
+            "prompt_tokens": len(prompt),
+            "text": text,
+            "token_ids": tokens,
+            "finish_reason": "stop" if finished else "length",
+        }
+        for prompt, text, tokens, finished in zip(
+            request.prompts, texts, result.token_ids, result.finished, strict=True
+        )
+    ]
     return {
         "model": request.model,
         "tp": request.tp,
+        "pp": request.pp,
+        "tensor_split": request.tensor_split,
+        "layers_per_stage": list(model.pipeline.split.sizes),
         "dtype": str(dtype).removeprefix("torch."),
         "device": mesh.device.type,
         "engine": mesh.engine.name,
         "sampling": asdict(request.sampling),
-        "prompt_tokens": len(request.prompt_ids),
-        "text": writer.finish() if writer else "",
-        "token_ids": result.token_ids[0],
-        "finish_reason": "stop" if result.finished[0] else "length",
+        **({"answers": answers} if request.listed else answers[0]),
         "tokens_per_second": result.tokens_per_second,
         "time_to_first_token_seconds": result.time_to_first_token_seconds,
         "load_seconds": load_seconds,
         "weight_bytes_per_rank": model.weight_bytes_per_rank(),
-        "cache_bytes_per_rank": [
-            result.cache_bytes * held // kv_heads[mesh.tp.rank] for held in kv_heads
-        ],
+        "cache_bytes_per_rank": _cache_bytes_per_rank(model, result.cache_bytes),
     }
 
 
-class _Writer:
-    """Collects the text, and writes it while it comes when that is asked for."""
+def padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Token ids ``[prompts, longest]`` with padding on the left, and their mask."""
+    longest = max(len(prompt) for prompt in prompts)
+    ids = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids), torch.tensor(mask)
 
-    def __init__(self, request: Request) -> None:
-        tokenizer: Tokenizer = pickle.loads(request.tokenizer)
-        self._pieces = TextStream(tokenizer)
-        self._stream = request.stream
-        self._text = ""
+
+def _cache_bytes_per_rank(model: Decoder, here: int) -> list[int]:
+    """From the bytes on this rank: a cache grows with KV heads and with layers."""
+    heads, layers = model.layout.heads.key_value.sizes, model.pipeline.split.sizes
+    unit = heads[model.tp.rank] * layers[model.pipeline.pp.rank]
+    return [here * held * count // unit for count in layers for held in heads]
+
+
+class Writer:
+    """Collects the texts, and writes them while they come, one behind the other.
+
+    Of several answers the first streams; the others wait for it, and then the next one streams.
+
+    Args:
+        count: number of answers; of several each has a line with its number above.
+        ends: tokens that end an answer; what comes behind is padding.
+        stream: whether to write to standard output.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, count: int, ends: Sequence[int], *, stream: bool
+    ) -> None:
+        self._pieces = [TextStream(tokenizer) for _ in range(count)]
+        self._texts, self._done = [""] * count, [False] * count
+        self._ends, self._stream = ends, stream
+        self._shown = self._written = 0  # the answer that streams, and how far it is written
+        self._headed = False
 
     def push(self, tokens: list[int]) -> None:
-        """Takes the next token of the one row."""
-        self._write(self._pieces.push(tokens[0]))
+        """Takes the next token of every answer."""
+        for row, token in enumerate(tokens):
+            if not self._done[row]:
+                self._texts[row] += self._pieces[row].push(token)
+                if token in self._ends:
+                    self._end(row)
+        self._write_on()
 
-    def finish(self) -> str:
-        """Ends the line; returns the whole text."""
-        self._write(self._pieces.finish())
-        text = self._text
-        if not text.endswith("\n"):
-            self._write("\n")
-        return text
+    def finish(self) -> list[str]:
+        """Ends every answer, each with a line's end behind it; returns the texts."""
+        for row, done in enumerate(self._done):
+            if not done:
+                self._end(row)
+        self._write_on()
+        return self._texts
 
-    def _write(self, piece: str) -> None:
-        self._text += piece
-        if not self._stream or not piece:
-            return
-        try:
-            encoding = sys.stdout.encoding or "utf-8"
-            sys.stdout.write(piece.encode(encoding, "replace").decode(encoding))
-            sys.stdout.flush()
-        except BrokenPipeError:
-            # Nothing more can be written, and nothing is left for the process's end to flush.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise
+    def _end(self, row: int) -> None:
+        self._done[row] = True
+        self._texts[row] += self._pieces[row].finish()
+
+    def _write_on(self) -> None:
+        """Writes what has come of the answer that streams, and of those behind it if it is done."""
+        count = len(self._texts)
+        while self._shown < count:
+            text, done = self._texts[self._shown], self._done[self._shown]
+            if count > 1 and not self._headed and (text or done):
+                self._headed = True
+                _write(f"[{self._shown + 1}/{count}]\n", self._stream)
+            _write(text[self._written :], self._stream)
+            self._written = len(text)
+            if not done:
+                return
+            if not text.endswith("\n"):
+                _write("\n", self._stream)
+            self._shown, self._written, self._headed = self._shown + 1, 0, False
+
+
+def _write(piece: str, stream: bool) -> None:
+    if not stream or not piece:
+        return
+    try:
+        encoding = sys.stdout.encoding or "utf-8"
+        sys.stdout.write(piece.encode(encoding, "replace").decode(encoding))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Nothing more can be written, and nothing is left for the process's end to flush.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise

@@ -3,9 +3,8 @@
 Hidden states go from a stage to the next one, ``[rows, new, hidden]`` on each tp rank to its
 counterpart; the tokens that the last stage has chosen go to all others, which need them to know
 when a row has ended. The batch is cut into as many parts as there are stages, which take turns, so
-that every stage has one to work on while the others' are elsewhere: the token-by-token form of
-GPipe's microbatches (Huang et al. 2019, section 2.3), as inference pipelines have it (Aminabadi et
-al. 2022, "DeepSpeed Inference", section IV.B).
+that every stage has one to work on while the others are elsewhere: GPipe's microbatches (Huang et
+al. 2019) token by token, as in Aminabadi et al. 2022, "DeepSpeed Inference".
 """
 
 from __future__ import annotations
