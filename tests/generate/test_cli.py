@@ -134,10 +134,10 @@ def test_answers_to_several_prompts_through_stages(
     prompts.write_text("Hi\n\nHow are you?\nWhy\n")
     options = [str(chat_model), "--prompts", str(prompts), "--max-new-tokens", "7"]
     alone = start(*options, "--quiet")
-    out, err = alone.communicate(timeout=100)
+    out, err = alone.communicate(timeout=300)
     assert alone.returncode == 0, err.decode()
     staged = start(*options, "--pp", "2", "--engine", engine, "--json", str(file))
-    staged_out, err = staged.communicate(timeout=100)
+    staged_out, err = staged.communicate(timeout=300)
     assert staged.returncode == 0, err.decode()
     assert staged_out == out
     assert out.startswith(b"[1/3]\n") and b"\n[2/3]\n" in out and b"\n[3/3]\n" in out
