@@ -160,7 +160,7 @@ class FusedColumnParallelLinear(nn.Module):
         elif sequence is None:
             sequence = primitives.exchange_sizes(x, self.tp, -2, layer=self.layer)
         if self.kernel is not None and sequence is None and not torch.is_grad_enabled():
-            return self.kernel(x, self.bias)
+            return self.kernel(x, self.weight, self.bias)
         shared = shared or SharedWeights.of_layer(self)
         bias = None if self.bias is None else shared(self, "bias")
         return column_linear(

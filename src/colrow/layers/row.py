@@ -147,7 +147,7 @@ class RowParallelLinear(nn.Module):
         elif sequence is None:
             sequence = Partition.even(x.shape[-2], self.tp.size)
         if self.kernel is not None and sequence is None and not torch.is_grad_enabled():
-            partial = self.kernel(x, None)
+            partial = self.kernel(x, self.weight, None)
             y = primitives.all_reduce(partial, self.tp, layer=self.layer, in_place=True)
         else:
             y = row_linear(

@@ -245,7 +245,7 @@ class Decoder(nn.Module):
             return logits
         whole = not divides_sequence(self, sequence)
         if self.tied_kernel is not None and whole and not torch.is_grad_enabled():
-            return self.tied_kernel(hidden, None)
+            return self.tied_kernel(hidden, self.embedding.weight, None)
         return column_linear(
             hidden,
             self.embedding.weight,
@@ -261,9 +261,13 @@ class Decoder(nn.Module):
     def for_decoding(self) -> Decoder:
         """Lays the weights out for generating on a CPU, see :mod:`colrow.layers.decoding`.
 
-        Shapes, values and names stay, so everything still works, training more slowly. On GPUs it
-        does nothing. Call it again after the weights have changed. Returns the model itself.
+        Shapes, values and names stay. On CPUs parameters are frozen and lose their gradients: the
+        state of an optimiser would be in another order. Returns the model itself.
         """
+        if self.embedding.weight.device.type == "cpu":
+            for parameter in self.parameters():
+                parameter.requires_grad_(False)
+                parameter.grad = None
         for module in self.modules():
             if isinstance(module, FusedColumnParallelLinear | RowParallelLinear):
                 module.kernel = lay_out_(module.weight)
