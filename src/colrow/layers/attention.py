@@ -49,7 +49,7 @@ class ParallelAttention(nn.Module):
             global head index, and is computed outside the fused kernel.
         sequence_parallel: whether input and result are shards of the sequence; the heads always
             see the whole of it.
-        keep_gathered_input, overlap: as in :class:`FusedColumnParallelLinear`.
+        keep_gathered_input, overlap, chunk_bytes: as in :class:`FusedColumnParallelLinear`.
         layer_index: row of the key-value cache.
         layer: name for messages and the ledger.
 
@@ -75,6 +75,7 @@ class ParallelAttention(nn.Module):
         sequence_parallel: bool = False,
         keep_gathered_input: bool = True,
         overlap: bool = True,
+        chunk_bytes: int | None = None,
         layer_index: int = 0,
         layer: str = "",
         device: torch.device | str | None = None,
@@ -94,6 +95,7 @@ class ParallelAttention(nn.Module):
             sequence_parallel=sequence_parallel,
             keep_gathered_input=keep_gathered_input,
             overlap=overlap,
+            chunk_bytes=chunk_bytes,
             layer=f"{prefix}qkv",
             device=device,
             dtype=dtype,
@@ -108,6 +110,7 @@ class ParallelAttention(nn.Module):
             sequence_parallel=sequence_parallel,
             partition=heads.query.scaled(head_dim),
             overlap=overlap,
+            chunk_bytes=chunk_bytes,
             layer=f"{prefix}output",
             device=device,
             dtype=dtype,
