@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from colrow.comm import primitives
 from colrow.inplace.atoms import indices_of
 from colrow.inplace.calls import tensors_of
-from colrow.inplace.capture import arithmetic_of, evaluating
+from colrow.inplace.capture import arithmetic_of, evaluating, without_cache
 from colrow.inplace.record import Record
 from colrow.mesh import ParallelGroup
 
@@ -39,7 +39,7 @@ class Observation:
 
 def observe(model: nn.Module, inputs: Mapping[str, Any], *, with_labels: bool) -> Observation:
     """Runs the model, in eval mode; its parameters' own gradients are left alone."""
-    with evaluating(model), arithmetic_of(model):
+    with evaluating(model), arithmetic_of(model), without_cache(model):
         with torch.no_grad():
             results = [y.detach().clone() for y in tensors_of(model(**inputs))]
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -88,7 +88,8 @@ def difference(split: Observation, whole: Observation, record: Record) -> tuple[
     for name, grad in whole.grads.items():
         spec = record.specs.get(name)
         if spec is not None and spec.dim is not None:
-            index = torch.tensor(indices_of(spec, record.tp.rank), device=grad.device)
+            held = indices_of(spec, record.tp.rank)
+            index = torch.tensor(held, dtype=torch.long, device=grad.device)
             grad = grad.index_select(spec.dim, index)
         mine = split.grads.get(name, torch.zeros_like(grad))
         note(_error(mine, grad, 1e-4 * largest), f"the gradient of {name}")

@@ -66,11 +66,12 @@ def gathered_layers(
             continue
         if own[0].numel() < _SMALLEST * total or any(holders[id(p)] > 1 for p in own):
             continue
+        kind = linear_kind(module)
         if isinstance(module, nn.Embedding):
-            if module.num_embeddings >= ranks and plain_table(module) and _tokens(calls[name]):
+            plain = kind == "embedding" and plain_table(module)
+            if plain and module.num_embeddings >= ranks and _tokens(calls[name]):
                 found.tables[name] = module
             continue
-        kind = linear_kind(module)
         # A router's few scores are not worth a collective.
         if kind and own[0].shape[output_dim(kind)] >= 4 * ranks:
             found.linears[name] = module

@@ -101,17 +101,32 @@ def _look_at(
         unit = Unit.of(name, module, call)
         reaches = _probe(unit, set(unit.linears), _FEW_UNITS)
         found = find_groups(reaches, free, ranks)
-        if found.reasons and any(reach.grain > 1 for reach in reaches.values()):
-            reaches = _probe(unit, set(unit.linears), _MANY_UNITS)
+        if coarse := _too_coarse(reaches, found.reasons):
+            reaches = reaches | _probe(unit, coarse, _MANY_UNITS)
             found = find_groups(reaches, free, ranks)
     except UnitError as error:
         return proofs, dict.fromkeys(multiplying, f"could not be run alone: {error}")
     reasons |= found.reasons
+    taken: set[str] = set()
     for group in found.groups:
+        layers = {*group.columns, *group.rows}
+        if layers & taken:  # the middle one of three in a row
+            continue
         proof = _prove(unit, group, reaches, free, ranks, reasons)
         if proof is not None:
+            taken |= layers
             proofs.append(proof)
     return proofs, reasons
+
+
+def _too_coarse(reaches: Mapping[str, Reach], reasons: Mapping[str, str]) -> set[str]:
+    """Layers that might be split if their input features were looked at more finely."""
+    return {
+        name
+        for name, reach in reaches.items()
+        if reach.grain > 1
+        and (name in reasons or any(any(reach.outputs.get(source, [])) for source in reasons))
+    }
 
 
 def _prove(
