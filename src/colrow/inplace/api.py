@@ -95,7 +95,7 @@ def parallelize(
     check_equal_weights(model, tp)
     found = look(model, tp.size, plan, example_inputs)
     if not check:
-        carry_out(model, tp, found, found.vocabulary)
+        carry_out(model, tp, found, found.vocabulary).settle()
         return model
     batch = found.batches[0]
     labels = "input_ids" in batch and knows_loss(model, found.vocabulary)
@@ -123,17 +123,18 @@ def _without_values(
             if check:
                 labels = "input_ids" in found.batches[0] and knows_loss(model, found.vocabulary)
                 whole = stand_in.observe(found.batches[0], with_labels=labels)
-                _split_checked(
-                    model,
-                    mesh,
-                    found,
-                    whole,
-                    lambda record: stand_in.observe_split(
-                        model, record, found.batches[0], mesh.device, with_labels=labels
-                    ),
-                )
+                emptied: list[Callable[[], None]] = []
+
+                def observed(record: Record) -> Observation:
+                    emptied[:] = stand_in.fill(model, record, mesh.device)
+                    return stand_in.observe_split(model, found.batches[0], with_labels=labels)
+
+                _split_checked(model, mesh, found, whole, observed)
+                if reader is None:
+                    for step in emptied:
+                        step()
             else:
-                carry_out(model, mesh.tp, found, found.vocabulary)
+                carry_out(model, mesh.tp, found, found.vocabulary).settle()
         if reader is not None and names is not None:
             fill(model, names, reader, mesh.device)
     finally:
@@ -165,6 +166,7 @@ def _split_checked(
             where = f"{type(problem).__name__}: {problem}"
         worst = agreed_error(error, tp, mesh.device)
         if worst <= limit_of(model):
+            record.settle()
             return
         failures.append(f"{where} is off by {worst:.1e}" if error < math.inf else where)
         record.restore()

@@ -56,7 +56,7 @@ def open_weights(path: str | Path) -> TensorReader:
     if file.suffix == ".gguf":
         raise ValueError(
             f"{file} has llama.cpp's names and layouts, which only colrow.from_pretrained reads; "
-            "write a directory from it first: colrow export FILE DIRECTORY"
+            "write a directory from it first: colrow convert FILE DIRECTORY --to hf"
         )
     return open_reader(file)
 

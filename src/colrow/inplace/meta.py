@@ -19,7 +19,9 @@ def is_on_meta(model: nn.Module) -> bool:
     Raises:
         ValueError: when some are and some are not.
     """
-    places = {parameter.is_meta: name for name, parameter in model.named_parameters()}
+    places: dict[bool, str] = {}
+    for name, parameter in model.named_parameters():
+        places.setdefault(parameter.is_meta, name)
     if len(places) == 2:
         raise ValueError(
             f"{places[True]} of {type(model).__name__} is on the meta device and {places[False]} "

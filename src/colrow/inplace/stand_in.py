@@ -111,28 +111,25 @@ class StandIn:
             )
         return seen
 
-    def observe_split(
-        self,
-        model: nn.Module,
-        record: Record,
-        batch: Mapping[str, Any],
-        device: torch.device,
-        *,
-        with_labels: bool,
-    ) -> Observation:
-        """What the split model gives with its part of these weights; it is on meta again then."""
+    def fill(
+        self, model: nn.Module, record: Record, device: torch.device
+    ) -> list[Callable[[], None]]:
+        """Gives the split model its part of these weights; returns what puts it on meta again."""
 
         def value(name: str, like: Tensor) -> Tensor:
             return self.part(name, like, record.specs.get(name), record.tp.rank).to(device)
 
-        undo = allocate(model, value)
-        dtype = next(model.parameters()).dtype
-        try:
-            inputs = pytree.tree_map(lambda leaf: _placed(leaf, device, dtype), dict(batch))
-            return observe(model, inputs, with_labels=with_labels, of=self._small)
-        finally:
-            for step in undo:
-                step()
+        emptied = allocate(model, value)
+        record.undo += emptied
+        return emptied
+
+    def observe_split(
+        self, model: nn.Module, batch: Mapping[str, Any], *, with_labels: bool
+    ) -> Observation:
+        """What the split model gives once it is filled."""
+        first = next(model.parameters())
+        inputs = pytree.tree_map(lambda leaf: _placed(leaf, first), dict(batch))
+        return observe(model, inputs, with_labels=with_labels, of=self._small)
 
     @property
     def _small(self) -> set[str]:
@@ -161,16 +158,16 @@ class StandIn:
             else:
                 down = down.index_select(1, indices)
         result = torch.empty(up.shape[0], down.shape[1], dtype=like.dtype)
-        step = max(1, (1 << 19) // max(1, down.shape[1]))
+        step = max(1, LARGE // max(1, down.shape[1]))
         for start in range(0, up.shape[0], step):
             result[start : start + step] = up[start : start + step] @ down
         return result
 
 
-def _placed(leaf: Any, device: torch.device, dtype: torch.dtype) -> Any:
+def _placed(leaf: Any, like: Tensor) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
-    return leaf.to(device, dtype) if leaf.is_floating_point() else leaf.to(device)
+    return leaf.to(like) if leaf.is_floating_point() else leaf.to(like.device)
 
 
 def _factors(name: str, shape: tuple[int, ...]) -> Factors:
