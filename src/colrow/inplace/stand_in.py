@@ -11,6 +11,7 @@ import copy
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -171,12 +172,17 @@ def _placed(leaf: Any, like: Tensor) -> Any:
 
 
 def _factors(name: str, shape: tuple[int, ...]) -> Factors:
-    """Of a weight ``[rows, columns]``."""
+    """Of a weight ``[rows, columns]``: a small matrix of its own between two shared thin ones."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+    own = torch.randn(RANK, RANK, generator=generator, dtype=torch.float64)
     rows, columns = shape
-    up = torch.randn(rows, RANK, generator=generator, dtype=torch.float64)
-    down = torch.randn(RANK, columns, generator=generator, dtype=torch.float64)
-    return Factors(down / columns**0.5, up / RANK**0.5, None)
+    return Factors(own @ _thin(columns).t() / columns**0.5, _thin(rows) / RANK, None)
+
+
+@cache
+def _thin(length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(length)
+    return torch.randn(length, RANK, generator=generator, dtype=torch.float64)
 
 
 def _random(name: str, shape: tuple[int, ...]) -> Tensor:
