@@ -28,6 +28,7 @@ from colrow.inplace.search import Rows
 from colrow.inplace.simulate import take
 from colrow.inplace.unit import linear_kind, output_dim
 from colrow.layers.shared import SharedRows
+from colrow.partition import ShardSpec
 
 
 class Applier:
@@ -43,13 +44,14 @@ class Applier:
                     full = f"{path}.{name}" if path else name
                     self._owners.setdefault(id(parameter), []).append((module, name, full))
         self._split: dict[int, nn.Parameter] = {}
+        self._specs: dict[Any, tuple[ShardSpec, Rows]] = {}  # the rows stay, so that ids are unique
 
     def split(self, module: nn.Module, name: str, dim: int, rows: Rows) -> None:
         """Keeps this rank's indices of a parameter, wherever it is tied to."""
         whole = module._parameters[name]
         if whole is None or id(whole) in self._split:
             return
-        spec = spec_of_rows(tuple(whole.shape), dim, rows)
+        spec = self._spec(tuple(whole.shape), dim, rows)
         local = nn.Parameter(
             take(whole.detach(), dim, rows[self.tp.rank]).clone(), requires_grad=whole.requires_grad
         )
@@ -58,6 +60,13 @@ class Applier:
             self.record.specs[full] = spec
             owner._parameters[attribute] = local
             self._later(owner._parameters, attribute, whole)
+
+    def _spec(self, shape: tuple[int, ...], dim: int, rows: Rows) -> ShardSpec:
+        """Computed once for all blocks of one kind, which share their rows."""
+        key = shape, dim, id(rows)
+        if key not in self._specs:
+            self._specs[key] = spec_of_rows(shape, dim, rows), rows
+        return self._specs[key][0]
 
     def _later(self, where: dict[str, Any], name: str, value: Any) -> None:
         def step() -> None:
@@ -140,7 +149,7 @@ class Applier:
         assert kind is not None
         dim = output_dim(kind)
         weight: Any = target.weight
-        spec = spec_of_rows(tuple(weight.shape), dim, rows)
+        spec = self._spec(tuple(weight.shape), dim, rows)
         shared = SharedRows.of(spec, self.tp.rank)
         self.split(target, "weight", dim, rows)
         if target._parameters.get("bias") is not None:

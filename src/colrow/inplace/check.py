@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,12 +37,24 @@ class Observation:
     grads: dict[str, Tensor]
 
 
-def observe(model: nn.Module, inputs: Mapping[str, Any], *, with_labels: bool) -> Observation:
-    """Runs the model, in eval mode; its parameters' own gradients are left alone."""
+def observe(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    with_labels: bool,
+    of: Collection[str] | None = None,
+) -> Observation:
+    """Runs the model, in eval mode; its parameters' own gradients are left alone.
+
+    Args:
+        of: the parameters whose gradients to take; all by default.
+    """
     with evaluating(model), arithmetic_of(model), without_cache(model):
         with torch.no_grad():
             results = [y.detach().clone() for y in tensors_of(model(**inputs))]
-        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        named = {
+            n: p for n, p in model.named_parameters() if p.requires_grad and (of is None or n in of)
+        }
         first = next(model.parameters())
         if sum(p.numel() for p in named.values()) > _MOST_ELEMENTS or first.element_size() < 4:
             return Observation(results, None, {})

@@ -133,10 +133,13 @@ def _entries(
 ) -> dict[str, tuple[str, float, str]]:
     """By module or parameter: style, a rank's average share, and a reason that is known here."""
     entries: dict[str, tuple[str, float, str]] = {}
+    known: dict[int, dict[str, tuple[str, float, str]]] = {}  # blocks of one kind share proofs
     for name, proofs in inference.proofs.items():
         module = model.get_submodule(name)
         for proof in proofs:
-            for inner, entry in _of_proof(module, proof, ranks).items():
+            if id(proof) not in known:
+                known[id(proof)] = _of_proof(module, proof, ranks)
+            for inner, entry in known[id(proof)].items():
                 entries[f"{name}.{inner}" if name else inner] = entry
     for name in vocabulary.embeddings:
         entries[name] = "embedding_rowwise", 1 / ranks, "the vocabulary"
