@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,17 @@ class Inference:
 
     proofs: dict[str, list[Proof]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+
+    def only(self, names: Collection[str], reason: str) -> Inference:
+        """The same with the proofs of these modules only; the others' layers get the reason."""
+        kept = Inference({n: p for n, p in self.proofs.items() if n in names}, dict(self.reasons))
+        for name in self.proofs.keys() - kept.proofs.keys():
+            prefix = f"{name}." if name else ""
+            for proof in self.proofs[name]:
+                group = proof.group
+                for layer in (*group.columns, *group.rows, *group.parameters):
+                    kept.reasons[prefix + layer] = reason
+        return kept
 
 
 def infer(

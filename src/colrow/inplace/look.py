@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from colrow.inplace.apply import Applier
 from colrow.inplace.attention_weights import refuse_attention_weights
+from colrow.inplace.calls import ModuleCall
 from colrow.inplace.capture import capture_calls
 from colrow.inplace.examples import example_batches
 from colrow.inplace.gathered import GatheredLayers, gathered_layers, split_gathered
@@ -34,13 +35,18 @@ from colrow.mesh import ParallelGroup
 
 @dataclass
 class Look:
-    """What was found in a model."""
+    """What was found in a model.
+
+    Attributes:
+        only: the same with proofs only inside modules of these classes, and a reason for the rest.
+    """
 
     batches: list[Mapping[str, Any]]
     inference: Inference
     vocabulary: VocabularyLayers
     gathered: GatheredLayers
     plan: Plan
+    only: Callable[[Collection[str], str], Look]
 
 
 def look(
@@ -83,16 +89,42 @@ def look(
     reserved = vocabulary.names
     if matcher is not None:
         vocabulary = vocabulary.only(allowed)
-    inference = infer(running, calls, ranks, reserved, None if matcher is None else allowed)
-    gathered = gathered_layers(model, calls, inference, reserved, ranks)
-    if matcher is not None:
-        gathered = gathered.only(allowed)
-    if not inference.proofs and not gathered.linears:
+    may = None if matcher is None else allowed
+    inference = infer(running, calls, ranks, reserved, may)
+    found = _rest(model, batches, calls, vocabulary, ranks, inference, reserved, may)
+    if not inference.proofs and not found.gathered.linears:
         raise ValueError(_nothing(model, inference))
-    planned = make_plan(model, inference, vocabulary, gathered, ranks)
     if matcher is not None:
-        check_followed(matcher, planned, model, inference)
-    return Look(batches, inference, vocabulary, gathered, planned)
+        check_followed(matcher, found.plan, model, inference)
+    return found
+
+
+def _rest(
+    model: nn.Module,
+    batches: list[Mapping[str, Any]],
+    calls: Mapping[str, ModuleCall],
+    vocabulary: VocabularyLayers,
+    ranks: int,
+    inference: Inference,
+    reserved: set[str],
+    allowed: Callable[[str], bool] | None,
+) -> Look:
+    gathered = gathered_layers(model, calls, inference, reserved, ranks)
+    if allowed is not None:
+        gathered = gathered.only(allowed)
+
+    def only(classes: Collection[str], reason: str) -> Look:
+        names = {n for n in inference.proofs if class_name(model, n) in classes}
+        narrowed = inference.only(names, reason)
+        return _rest(model, batches, calls, vocabulary, ranks, narrowed, reserved, allowed)
+
+    plan = make_plan(model, inference, vocabulary, gathered, ranks)
+    return Look(batches, inference, vocabulary, gathered, plan, only)
+
+
+def class_name(model: nn.Module, name: str) -> str:
+    """Of which class a module of the model is."""
+    return type(model.get_submodule(name)).__name__
 
 
 def _nothing(model: nn.Module, inference: Inference) -> str:
