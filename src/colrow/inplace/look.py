@@ -22,6 +22,8 @@ from colrow.inplace.plan import (
     transformers_plan,
 )
 from colrow.inplace.record import Record
+from colrow.inplace.sequence import Stack, find_stacks
+from colrow.inplace.sequence_modules import split_stacks
 from colrow.inplace.styles import SPLIT
 from colrow.inplace.vocabulary import (
     VocabularyLayers,
@@ -41,6 +43,7 @@ class Look:
     vocabulary: VocabularyLayers
     gathered: GatheredLayers
     plan: Plan
+    stacks: list[Stack]
 
 
 def look(
@@ -49,11 +52,14 @@ def look(
     plan: str | Mapping[str, str],
     example_inputs: Mapping[str, Any] | None,
     runnable: nn.Module | None = None,
+    *,
+    sequence_parallel: bool = False,
 ) -> Look:
     """Finds what can be split over ``ranks`` ranks.
 
     Args:
         runnable: what is run in place of a model without values.
+        sequence_parallel: whether to look for blocks whose tokens can be divided.
 
     Raises:
         ValueError: as :func:`colrow.parallelize`.
@@ -92,7 +98,10 @@ def look(
     planned = make_plan(model, inference, vocabulary, gathered, ranks)
     if matcher is not None:
         check_followed(matcher, planned, model, inference)
-    return Look(batches, inference, vocabulary, gathered, planned)
+    stacks = []
+    if sequence_parallel:
+        stacks = find_stacks(running, batches[0], calls, inference, gathered, ranks)
+    return Look(batches, inference, vocabulary, gathered, planned, stacks)
 
 
 def _nothing(model: nn.Module, inference: Inference) -> str:
@@ -116,6 +125,7 @@ def carry_out(
     split_gathered(applier, found.gathered)
     split_vocabulary(applier, vocabulary)
     split_loss(applier, vocabulary)
+    split_stacks(applier, found.stacks)
     if any(proof.local_results for proofs in found.inference.proofs.values() for proof in proofs):
         applier.hook(model.register_forward_pre_hook(refuse_attention_weights, with_kwargs=True))
     return record

@@ -22,6 +22,7 @@ from colrow.inplace.simulate import take_periodic
 from colrow.layers.fused import column_linear, row_linear
 from colrow.layers.shared import SharedRows
 from colrow.mesh import ParallelGroup
+from colrow.partition import Partition
 
 
 @cache
@@ -70,6 +71,20 @@ class Entry:
 
 
 @dataclass
+class Region:
+    """Blocks in which every rank has some tokens, while a forward pass is inside them.
+
+    Attributes:
+        layer: the name of the list of blocks.
+        partition: the tokens; None when every rank has all, as with too few of them.
+    """
+
+    tp: ParallelGroup
+    layer: str
+    partition: Partition | None = None
+
+
+@dataclass
 class Column:
     """How a column-parallel layer is split.
 
@@ -80,6 +95,7 @@ class Column:
         shared: output features that several ranks hold.
         entry: where its input comes from; None when its gradient is summed further up.
         alone: whether no other layer uses that entry.
+        region: where the gradient of its input is summed otherwise while tokens are divided.
     """
 
     tp: ParallelGroup
@@ -88,6 +104,7 @@ class Column:
     shared: SharedRows
     entry: Entry | None
     alone: bool
+    region: Region | None = None
 
 
 class ColumnMixin(nn.Module):
@@ -105,7 +122,8 @@ class ColumnMixin(nn.Module):
         if bias is not None:
             bias = sum_rows(bias, how.tp, how.shared, 0, how.layer)
         weight = weight.t() if how.transposed else weight
-        if how.entry is None:
+        divided = how.region is not None and how.region.partition is not None
+        if how.entry is None or divided:
             return F.linear(x, weight, bias)
         if how.alone:
             return column_linear(x, weight, bias, how.tp, layer=how.layer)
@@ -121,11 +139,16 @@ class ColumnMixin(nn.Module):
 
 @dataclass
 class Row:
-    """How a row-parallel layer is split; attributes as in :class:`Column`."""
+    """How a row-parallel layer is split; attributes as in :class:`Column`.
+
+    Attributes:
+        region: where its result is divided by tokens while they are.
+    """
 
     tp: ParallelGroup
     layer: str
     transposed: bool
+    region: Region | None = None
 
 
 class RowMixin(nn.Module):
@@ -136,7 +159,10 @@ class RowMixin(nn.Module):
     bias: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., in_local]`` to ``[..., out]`` on every rank. Forward: all-reduce."""
+        """``[..., in_local]`` to ``[..., out]`` on every rank. Forward: all-reduce.
+
+        To this rank's tokens where they are divided. Forward: reduce-scatter; backward: all-gather.
+        """
         how = self.colrow
         weight = self.weight.t() if how.transposed else self.weight
         if x.shape[-1] != weight.shape[1]:
@@ -144,8 +170,13 @@ class RowMixin(nn.Module):
                 f"{how.layer} holds {weight.shape[1]} input features on this rank, but got an "
                 f"input of {x.shape[-1]}"
             )
-        y = row_linear(x, weight, how.tp, layer=how.layer)
+        tokens = how.region.partition if how.region is not None else None
+        y = row_linear(x, weight, how.tp, sequence=tokens, layer=how.layer)
+        if tokens is not None and y._is_view():
+            y = y.clone()  # so that it may be written into
         bias = self.bias
+        if bias is not None and tokens is not None:
+            bias = sum_rows(bias, how.tp, SharedRows.whole(bias.shape[0]), 0, how.layer)
         return y if bias is None else y + bias.to(y.dtype)
 
     def extra_repr(self) -> str:
