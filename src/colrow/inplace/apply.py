@@ -26,6 +26,7 @@ from colrow.inplace.prove import Proof
 from colrow.inplace.record import Record
 from colrow.inplace.search import Rows
 from colrow.inplace.simulate import take
+from colrow.inplace.streams import Stream, drops_out
 from colrow.inplace.unit import linear_kind, output_dim
 from colrow.layers.shared import SharedRows
 from colrow.partition import ShardSpec
@@ -102,6 +103,7 @@ class Applier:
         group, rank = proof.group, self.tp.rank
         names = argument_names(module)
         entries: dict[str, Entry] = {}
+        stream = Stream(self.tp) if drops_out(module) else None
         entered = [c for c in group.columns if c not in proof.cuts.uncut]
         for layer, rows in group.columns.items():
             self._column(name, module, layer, rows, proof, entries, alone=len(entered) == 1)
@@ -110,9 +112,13 @@ class Applier:
             kind = linear_kind(target)
             assert kind is not None
             self.split(target, "weight", 1 - output_dim(kind), rows)
-            how = Row(self.tp, _path(name, layer), kind == "conv1d")
+            how = Row(self.tp, _path(name, layer), kind == "conv1d", stream=stream)
             self.attach(target, "colrow", how)
             self.change_class(target, RowMixin)
+        for layer in group.columns:
+            column = module.get_submodule(layer).__dict__.get("colrow")
+            if isinstance(column, Column):
+                column.stream = stream
         for path, (dim, rows) in group.parameters.items():
             owner, _, last = path.rpartition(".")
             self.split(module.get_submodule(owner), last, dim, rows)

@@ -19,6 +19,7 @@ from colrow.comm import collectives
 from colrow.inplace.calls import Key, ModuleCall
 from colrow.inplace.gradients import sum_rows
 from colrow.inplace.simulate import take_periodic
+from colrow.inplace.streams import Stream
 from colrow.layers.fused import column_linear, row_linear
 from colrow.layers.shared import SharedRows
 from colrow.mesh import ParallelGroup
@@ -96,6 +97,7 @@ class Column:
         entry: where its input comes from; None when its gradient is summed further up.
         alone: whether no other layer uses that entry.
         region: where the gradient of its input is summed otherwise while tokens are divided.
+        stream: random numbers between it and the row-parallel layer; None without dropout.
     """
 
     tp: ParallelGroup
@@ -105,6 +107,7 @@ class Column:
     entry: Entry | None
     alone: bool
     region: Region | None = None
+    stream: Stream | None = None
 
 
 class ColumnMixin(nn.Module):
@@ -118,6 +121,8 @@ class ColumnMixin(nn.Module):
         """``[..., in]``, the same on every rank, to ``[..., out_local]``. Backward: all-reduce."""
         how = self.colrow
         weight, bias = self.weight, self.bias
+        if how.stream is not None and self.training:
+            how.stream.part(x)
         weight = sum_rows(weight, how.tp, how.shared, int(how.transposed), how.layer)
         if bias is not None:
             bias = sum_rows(bias, how.tp, how.shared, 0, how.layer)
@@ -149,6 +154,7 @@ class Row:
     layer: str
     transposed: bool
     region: Region | None = None
+    stream: Stream | None = None
 
 
 class RowMixin(nn.Module):
@@ -164,6 +170,8 @@ class RowMixin(nn.Module):
         To this rank's tokens where they are divided. Forward: reduce-scatter; backward: all-gather.
         """
         how = self.colrow
+        if how.stream is not None:
+            how.stream.join(x)
         weight = self.weight.t() if how.transposed else self.weight
         if x.shape[-1] != weight.shape[1]:
             raise ValueError(
