@@ -63,7 +63,8 @@ def parallelize(
         dtype: of a model that is given as a path; by default the one that is saved with it.
         example_inputs: keyword arguments for one small forward pass; made up for transformers'
             models.
-        sequence_parallel: refused; only the decoder has it.
+        sequence_parallel: divide the tokens over the ranks between the split layers of every
+            block; refused, with the reason, where that is not proven.
         check: compare results, loss and gradients of the split model with the whole one's; on the
             meta device, results, loss and the gradients of small parameters, with made-up weights.
 
@@ -79,22 +80,19 @@ def parallelize(
     else:
         if weights is not None:
             raise ValueError(f"weights: {model} is read; leave them out")
-        model, weights = model_of(model, dtype), model
+        weights = model
+        model = model_of(model, dtype)
     if record_of(model) is not None:
         raise ValueError("this model has been parallelised already")
-    if sequence_parallel:
-        raise ValueError(
-            "sequence_parallel: a model that is split in place keeps its activations whole between "
-            "its split layers; colrow's own decoder (colrow.from_pretrained) can divide them"
-        )
+    options = _Options(plan, example_inputs, sequence_parallel, check)
     if is_on_meta(model):
-        return _without_values(model, mesh, plan, weights, example_inputs, check=check)
+        return _without_values(model, mesh, weights, options)
     if weights is not None:
         raise ValueError("weights are for a model on the meta device; this one has its own")
     if tp.size == 1:
         return model
     check_equal_weights(model, tp)
-    found = look(model, tp.size, plan, example_inputs)
+    found = look(model, tp.size, plan, example_inputs, sequence_parallel=sequence_parallel)
     if not check:
         carry_out(model, tp, found, found.vocabulary).settle()
         return model
@@ -105,14 +103,18 @@ def parallelize(
     return model
 
 
+@dataclass(frozen=True)
+class _Options:
+    """Arguments of :func:`parallelize`."""
+
+    plan: str | Mapping[str, str]
+    example_inputs: Mapping[str, Any] | None
+    sequence_parallel: bool
+    check: bool
+
+
 def _without_values(
-    model: nn.Module,
-    mesh: Mesh,
-    plan: str | Mapping[str, str],
-    weights: str | Path | None,
-    example_inputs: Mapping[str, Any] | None,
-    *,
-    check: bool,
+    model: nn.Module, mesh: Mesh, weights: str | Path | None, options: _Options
 ) -> nn.Module:
     reader = None if weights is None else open_weights(weights)
     try:
@@ -120,8 +122,14 @@ def _without_values(
         give_buffers(model, names, mesh.device)
         if mesh.tp.size > 1:
             stand_in = StandIn(model)
-            found = stand_in.look(model, mesh.tp.size, plan, example_inputs)
-            if check:
+            found = stand_in.look(
+                model,
+                mesh.tp.size,
+                options.plan,
+                options.example_inputs,
+                sequence_parallel=options.sequence_parallel,
+            )
+            if options.check:
                 labels = "input_ids" in found.batches[0] and knows_loss(model, found.vocabulary)
                 whole = stand_in.observe(found.batches[0], with_labels=labels)
                 emptied: list[Callable[[], None]] = []

@@ -17,18 +17,24 @@ from colrow.inplace.modules import (
     OutputCut,
     Row,
     RowMixin,
-    Shared,
-    SharedMixin,
     Sum,
     become,
+)
+from colrow.inplace.parameters import (
+    ParametersMixin,
+    Shared,
+    Spread,
+    begin_forward,
+    end_forward,
 )
 from colrow.inplace.prove import Proof
 from colrow.inplace.record import Record
 from colrow.inplace.search import Rows
 from colrow.inplace.simulate import take
+from colrow.inplace.streams import Stream, drops_out
 from colrow.inplace.unit import linear_kind, output_dim
 from colrow.layers.shared import SharedRows
-from colrow.partition import ShardSpec
+from colrow.partition import Partition, ShardSpec
 
 
 class Applier:
@@ -102,6 +108,7 @@ class Applier:
         group, rank = proof.group, self.tp.rank
         names = argument_names(module)
         entries: dict[str, Entry] = {}
+        stream = Stream(self.tp) if drops_out(module) else None
         entered = [c for c in group.columns if c not in proof.cuts.uncut]
         for layer, rows in group.columns.items():
             self._column(name, module, layer, rows, proof, entries, alone=len(entered) == 1)
@@ -110,9 +117,13 @@ class Applier:
             kind = linear_kind(target)
             assert kind is not None
             self.split(target, "weight", 1 - output_dim(kind), rows)
-            how = Row(self.tp, _path(name, layer), kind == "conv1d")
+            how = Row(self.tp, _path(name, layer), kind == "conv1d", stream=stream)
             self.attach(target, "colrow", how)
             self.change_class(target, RowMixin)
+        for layer in group.columns:
+            column = module.get_submodule(layer).__dict__.get("colrow")
+            if isinstance(column, Column):
+                column.stream = stream
         for path, (dim, rows) in group.parameters.items():
             owner, _, last = path.rpartition(".")
             self.split(module.get_submodule(owner), last, dim, rows)
@@ -169,12 +180,27 @@ class Applier:
     def _share(self, name: str, module: nn.Module, path: str, *, once: bool) -> None:
         owner, _, last = path.rpartition(".")
         target = module.get_submodule(owner)
-        shared = target.__dict__.get("colrow_shared")
-        if shared is None:
-            self.attach(target, "colrow_shared", {})
-            self.change_class(target, SharedMixin)
-            shared = target.__dict__["colrow_shared"]
+        self._directly(target)
+        shared = target.__dict__["colrow_shared"]
         shared[last] = Shared(self.tp, _path(name, path), once)
+
+    def spread(self, owner: nn.Module, name: str, path: str, dim: int) -> None:
+        """Divides a parameter that is gathered whenever its owner uses it."""
+        whole: Any = owner._parameters[name]
+        partition = Partition.even(whole.shape[dim], self.tp.size)
+        self.split(owner, name, dim, [list(range(a, b)) for a, b in partition.bounds])
+        self._directly(owner)
+        if "colrow_spread" not in owner.__dict__:
+            self.attach(owner, "colrow_spread", {})
+            self.hook(owner.register_forward_pre_hook(begin_forward))
+            self.hook(owner.register_forward_hook(end_forward, always_call=True))
+        owner.__dict__["colrow_spread"][name] = Spread(self.tp, path, dim, partition)
+
+    def _directly(self, target: nn.Module) -> None:
+        """Makes the module read its parameters through :class:`ParametersMixin`."""
+        if "colrow_shared" not in target.__dict__:
+            self.attach(target, "colrow_shared", {})
+            self.change_class(target, ParametersMixin)
 
 
 def _path(module: str, inner: str) -> str:

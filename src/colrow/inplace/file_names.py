@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from colrow.checkpoint.reader import TensorReader
 from colrow.inplace.sources import Cut, Joined, Source, Stacked, Stored, Swapped
@@ -159,7 +159,7 @@ def whole_shape(model: nn.Module, name: str) -> tuple[int, ...]:
         return tuple(record.specs[name].shape)
     path, _, last = name.rpartition(".")
     owner = model.get_submodule(path)
-    tensor = owner._parameters.get(last)
+    tensor: Tensor | None = owner._parameters.get(last)
     tensor = owner._buffers[last] if tensor is None else tensor
     assert tensor is not None
     return tuple(tensor.shape)

@@ -23,6 +23,8 @@ from colrow.inplace.plan import (
     transformers_plan,
 )
 from colrow.inplace.record import Record
+from colrow.inplace.sequence import Stack, find_stacks
+from colrow.inplace.sequence_modules import split_stacks
 from colrow.inplace.styles import SPLIT
 from colrow.inplace.vocabulary import (
     VocabularyLayers,
@@ -33,20 +35,73 @@ from colrow.inplace.vocabulary import (
 from colrow.mesh import ParallelGroup
 
 
-@dataclass
-class Look:
-    """What was found in a model.
+@dataclass(frozen=True)
+class _Context:
+    """What a model was looked at with.
 
     Attributes:
-        only: the same with proofs only inside modules of these classes, and a reason for the rest.
+        running: what is run in place of ``model`` where that has no values.
+        reserved: layers that have one row for each token.
+        allowed: whether a layer may be split; None where all may.
     """
 
+    model: nn.Module
+    running: nn.Module
     batches: list[Mapping[str, Any]]
-    inference: Inference
+    calls: Mapping[str, ModuleCall]
     vocabulary: VocabularyLayers
+    reserved: set[str]
+    ranks: int
+    allowed: Callable[[str], bool] | None
+    sequence_parallel: bool
+
+    def complete(self, inference: Inference) -> Look:
+        """Everything else that follows from this inference."""
+        model, ranks = self.model, self.ranks
+        gathered = gathered_layers(model, self.calls, inference, self.reserved, ranks)
+        if self.allowed is not None:
+            gathered = gathered.only(self.allowed)
+        if self.sequence_parallel:
+            # Between divided tokens a parameter's gradient would be a part on every rank.
+            gathered.parameters.clear()
+        plan = make_plan(model, inference, self.vocabulary, gathered, ranks)
+        stacks: list[Stack] = []
+        if self.sequence_parallel:
+            batch = self.batches[0]
+            stacks = find_stacks(self.running, batch, self.calls, inference, gathered, ranks)
+        return Look(self, inference, gathered, plan, stacks)
+
+
+@dataclass
+class Look:
+    """What was found in a model."""
+
+    context: _Context
+    inference: Inference
     gathered: GatheredLayers
     plan: Plan
-    only: Callable[[Collection[str], str], Look]
+    stacks: list[Stack]
+
+    @property
+    def batches(self) -> list[Mapping[str, Any]]:
+        """Keyword arguments of the forward passes that were looked at."""
+        return self.context.batches
+
+    @property
+    def vocabulary(self) -> VocabularyLayers:
+        """Layers that may be divided over the vocabulary."""
+        return self.context.vocabulary
+
+    def only(self, classes: Collection[str], reason: str) -> Look:
+        """The same with pairs inside modules of these classes only; other layers get the reason."""
+        proofs = self.inference.proofs
+        names = {n for n in proofs if class_name(self.context.model, n) in classes}
+        return self.context.complete(self.inference.only(names, reason))
+
+
+def class_name(model: nn.Module, name: str) -> str:
+    """Of which class a module of the model is."""
+    return type(model.get_submodule(name)).__name__
 
 
 def look(
@@ -55,11 +110,14 @@ def look(
     plan: str | Mapping[str, str],
     example_inputs: Mapping[str, Any] | None,
     runnable: nn.Module | None = None,
+    *,
+    sequence_parallel: bool = False,
 ) -> Look:
     """Finds what can be split over ``ranks`` ranks.
 
     Args:
         runnable: what is run in place of a model without values.
+        sequence_parallel: whether to look for blocks whose tokens can be divided.
 
     Raises:
         ValueError: as :func:`colrow.parallelize`.
@@ -91,40 +149,15 @@ def look(
         vocabulary = vocabulary.only(allowed)
     may = None if matcher is None else allowed
     inference = infer(running, calls, ranks, reserved, may)
-    found = _rest(model, batches, calls, vocabulary, ranks, inference, reserved, may)
-    if not inference.proofs and not found.gathered.linears:
+    context = _Context(
+        model, running, batches, calls, vocabulary, reserved, ranks, may, sequence_parallel
+    )
+    found = context.complete(inference)
+    if not inference.proofs and not found.gathered.linears and not found.gathered.parameters:
         raise ValueError(_nothing(model, inference))
     if matcher is not None:
         check_followed(matcher, found.plan, model, inference)
     return found
-
-
-def _rest(
-    model: nn.Module,
-    batches: list[Mapping[str, Any]],
-    calls: Mapping[str, ModuleCall],
-    vocabulary: VocabularyLayers,
-    ranks: int,
-    inference: Inference,
-    reserved: set[str],
-    allowed: Callable[[str], bool] | None,
-) -> Look:
-    gathered = gathered_layers(model, calls, inference, reserved, ranks)
-    if allowed is not None:
-        gathered = gathered.only(allowed)
-
-    def only(classes: Collection[str], reason: str) -> Look:
-        names = {n for n in inference.proofs if class_name(model, n) in classes}
-        narrowed = inference.only(names, reason)
-        return _rest(model, batches, calls, vocabulary, ranks, narrowed, reserved, allowed)
-
-    plan = make_plan(model, inference, vocabulary, gathered, ranks)
-    return Look(batches, inference, vocabulary, gathered, plan, only)
-
-
-def class_name(model: nn.Module, name: str) -> str:
-    """Of which class a module of the model is."""
-    return type(model.get_submodule(name)).__name__
 
 
 def _nothing(model: nn.Module, inference: Inference) -> str:
@@ -148,6 +181,7 @@ def carry_out(
     split_gathered(applier, found.gathered)
     split_vocabulary(applier, vocabulary)
     split_loss(applier, vocabulary)
+    split_stacks(applier, found.stacks)
     if any(proof.local_results for proofs in found.inference.proofs.values() for proof in proofs):
         applier.hook(model.register_forward_pre_hook(refuse_attention_weights, with_kwargs=True))
     return record

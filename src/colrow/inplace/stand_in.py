@@ -8,6 +8,7 @@ weight exists. The same product, of a rank's rows alone, fills the split model f
 from __future__ import annotations
 
 import copy
+import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -89,12 +90,21 @@ class StandIn:
         ranks: int,
         plan: str | Mapping[str, str],
         example_inputs: Mapping[str, Any] | None,
+        *,
+        sequence_parallel: bool = False,
     ) -> Look:
         """What can be split in the model that this stands for."""
         if example_inputs is not None:
             example_inputs = pytree.tree_map(as_double, dict(example_inputs))
         with self.running():
-            return look(model, ranks, plan, example_inputs, self.model)
+            return look(
+                model,
+                ranks,
+                plan,
+                example_inputs,
+                self.model,
+                sequence_parallel=sequence_parallel,
+            )
 
     def observe(self, batch: Mapping[str, Any], *, with_labels: bool) -> Observation:
         """What the whole model gives, with these weights.
@@ -191,7 +201,8 @@ def _random(name: str, shape: tuple[int, ...]) -> Tensor:
     if len(shape) < 2:
         noise *= 0.1
         return noise if "bias" in name.rpartition(".")[2] else noise + 1
-    return noise / (noise.numel() / shape[0]) ** 0.5
+    fan_in: float = noise.numel() / shape[0]
+    return noise / math.sqrt(fan_in)
 
 
 def _forward(factors: Factors, bias: Tensor | None, *, transposed: bool) -> Callable[..., Tensor]:
@@ -223,7 +234,8 @@ class _Tables(TorchFunctionMode):
             named = dict(zip(("input", "weight", "third"), args, strict=False)) | options
             factors = self.tables.get(id(named["weight"]))
             if factors is not None and func is F.embedding:
-                return F.embedding(named["input"], factors.up) @ factors.down
+                vectors: Tensor = F.embedding(named["input"], factors.up) @ factors.down
+                return vectors
             if factors is not None:
                 bias = named.get("third", named.get("bias"))
                 return F.linear(F.linear(named["input"], factors.down), factors.up, bias)

@@ -150,7 +150,7 @@ class NoDropout(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Replaces dropout by the identity, and the dropout of fused attention by none."""
-        if func in _DROPOUTS:
+        if func in DROPOUTS:
             return args[0] if args else (kwargs or {})["input"]
         options = dict(kwargs or {})
         if func is F.scaled_dot_product_attention:
@@ -161,7 +161,7 @@ class NoDropout(TorchFunctionMode):
         return func(*args, **options)
 
 
-_DROPOUTS = frozenset(
+DROPOUTS = frozenset(
     {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout}
 )
 
