@@ -21,6 +21,7 @@ from colrow.inplace.modules import (
     become,
 )
 from colrow.inplace.parameters import (
+    LessMixin,
     ParametersMixin,
     Shared,
     Spread,
@@ -132,6 +133,9 @@ class Applier:
             self.hook(module.get_submodule(layer).register_forward_hook(OutputCut(entry)))
         for path in sorted(proof.shared):
             self._share(name, module, path, once=path in proof.once)
+        if proof.less and rank:
+            self.attach(module, "colrow_less", proof.less)
+            self.change_class(module, LessMixin)
         if proof.summed:
             self.hook(module.register_forward_hook(Sum(self.tp, name)))
         partial = frozenset(proof.partial_arguments)

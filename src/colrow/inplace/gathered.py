@@ -72,7 +72,11 @@ def gathered_layers(
         if kind is None or name not in calls:
             for last, parameter in module.named_parameters(recurse=False):
                 free = id(parameter) not in taken and holders[id(parameter)] == 1
-                if free and parameter.numel() >= _SMALLEST * total and _worth(module, parameter):
+                if (
+                    free
+                    and parameter.numel() >= _SMALLEST * total
+                    and _worth(module, parameter, ranks)
+                ):
                     found.parameters[f"{name}.{last}" if name else last] = _dim(parameter, ranks)
             continue
         if any(id(p) in taken | shared or holders[id(p)] > 1 for p in own):
@@ -90,9 +94,11 @@ def gathered_layers(
     return found
 
 
-def _worth(module: nn.Module, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is a matrix or a stack of them: not a filter, nor a table of places."""
-    return parameter.dim() > 1 and not isinstance(module, nn.Embedding | _ConvNd)
+def _worth(module: nn.Module, parameter: nn.Parameter, ranks: int) -> bool:
+    """Whether it is a matrix or a stack of them: no filter, table of places, or few scores."""
+    if isinstance(module, nn.Embedding | _ConvNd) or parameter.dim() < 2:
+        return False
+    return parameter.dim() > 2 or min(parameter.shape) >= 4 * ranks
 
 
 def _dim(parameter: nn.Parameter, ranks: int) -> int:

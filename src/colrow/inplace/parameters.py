@@ -1,11 +1,13 @@
-"""Parameters that modules use directly: their gradients summed, or their shards gathered."""
+"""Modules that use parameters directly: gradients summed, shards gathered, results less a base."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from colrow.comm import collectives
 from colrow.inplace.gradients import sum_rows
@@ -88,3 +90,32 @@ def begin_forward(module: nn.Module, args: tuple[Any, ...]) -> None:
 def end_forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
     """A forward hook: what was gathered is let go."""
     module.__dict__.pop("colrow_whole", None)
+
+
+class LessMixin(nn.Module):
+    """A module whose result is a part of a sum to which another rank adds what it has without
+    its last parameter: here that is computed too, and subtracted.
+    """
+
+    colrow_less: str
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own result, less what it is when the parameter is 0."""
+        own = super().forward
+        result = own(*args, **kwargs)
+        path, _, name = self.colrow_less.rpartition(".")
+        parameters: dict[str, Any] = self.get_submodule(path)._parameters
+        whole = parameters[name]
+        parameters[name] = torch.zeros((), dtype=whole.dtype, device=whole.device).expand_as(whole)
+        try:
+            base = own(*args, **kwargs)
+        finally:
+            parameters[name] = whole
+        leaves, spec = pytree.tree_flatten(result)
+        return pytree.tree_unflatten(
+            [
+                y - y0 if isinstance(y, Tensor) and y.is_floating_point() else y
+                for y, y0 in zip(leaves, pytree.tree_leaves(base), strict=True)
+            ],
+            spec,
+        )
