@@ -115,7 +115,7 @@ class Block(nn.Module):
         if self.kind == "scale":
             y = y * self.scale
         result: Tensor = x + self.dropout(self.mlp(y))
-        return result
+        return result - x.mean(1, keepdim=True) if self.kind == "end" else result
 
 
 class Blocks(nn.Module):
@@ -140,8 +140,9 @@ IDS = torch.arange(14).view(2, 7) % 13
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("mean", "depends on other tokens"),
-        ("position", "depends on other tokens"),
+        ("mean", "input of mlp depends on other tokens"),
+        ("position", "input of mlp depends on other tokens"),
+        ("end", "its result for a token depends on other tokens"),
         ("gradient", "the gradient of x is not made of the tokens' own"),
         ("layer", "extra is split by its output features"),
         ("dropout", r"drops out activations between its split layers \(p=0.1\)"),
