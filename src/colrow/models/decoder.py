@@ -21,6 +21,7 @@ from colrow.mesh import ParallelGroup
 from colrow.models.config import Layout, ModelConfig, parameter_specs
 from colrow.models.decoder_parts import DecoderParts, allocate
 from colrow.models.inputs import check_batch, check_same_on_all_ranks
+from colrow.models.one_token import OneToken
 from colrow.partition import Partition
 
 
@@ -84,6 +85,7 @@ class Decoder(nn.Module):
         self.norm = parts.norm("norm")
         self.head = parts.head()
         self.tied_kernel: Kernel | None = None
+        self.one_token: OneToken | None = None
         allocate(self, torch.device(device))
         self._shared_layers = SharedLayers(self)
 
@@ -227,6 +229,10 @@ class Decoder(nn.Module):
                 partition=sequence if split else None,
                 rank=self.tp.rank,
             )
+        one_token = self.one_token
+        if cache is not None and one_token and one_token.serves(input_ids, attention_mask):
+            x = one_token(x, context, cache)
+            return self.norm(x, shared=shared), sequence, shared
         for index, block in enumerate(self.blocks):
             x = block(
                 x,
@@ -273,6 +279,7 @@ class Decoder(nn.Module):
                 module.kernel = lay_out_(module.weight)
         if self.head is None:
             self.tied_kernel = lay_out_(self.embedding.weight)
+        self.one_token = OneToken(self.blocks) if OneToken.fits(self) else None
         return self
 
     def weight_bytes_per_rank(self) -> list[int]:
