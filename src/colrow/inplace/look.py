@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,18 +54,19 @@ def look(
     example_inputs: Mapping[str, Any] | None,
     runnable: nn.Module | None = None,
     *,
+    running: Callable[[], AbstractContextManager[None]] = nullcontext,
     sequence_parallel: bool = False,
 ) -> Look:
     """Finds what can be split over ``ranks`` ranks.
 
     Args:
-        runnable: what is run in place of a model without values.
+        runnable: what is run in place of a model without values, inside ``running``.
         sequence_parallel: whether to look for blocks whose tokens can be divided.
 
     Raises:
         ValueError: as :func:`colrow.parallelize`.
     """
-    running = model if runnable is None else runnable
+    runnable = model if runnable is None else runnable
     if plan == "transformers":
         plan = transformers_plan(model)
         if not plan:
@@ -82,14 +84,15 @@ def look(
         return any(matcher.style(n) in SPLIT for n in names)
 
     batches: list[Mapping[str, Any]] = (
-        [*example_batches(running)] if example_inputs is None else [example_inputs]
+        [*example_batches(runnable)] if example_inputs is None else [example_inputs]
     )
-    calls = capture_calls(running, batches)
+    with running():
+        calls = capture_calls(runnable, batches)
     vocabulary = vocabulary_layers(model, set(calls), ranks)
     reserved = vocabulary.names
     if matcher is not None:
         vocabulary = vocabulary.only(allowed)
-    inference = infer(running, calls, ranks, reserved, None if matcher is None else allowed)
+    inference = infer(runnable, calls, ranks, reserved, None if matcher is None else allowed)
     gathered = gathered_layers(model, calls, inference, reserved, ranks)
     if matcher is not None:
         gathered = gathered.only(allowed)
@@ -100,7 +103,8 @@ def look(
         check_followed(matcher, planned, model, inference)
     stacks = []
     if sequence_parallel:
-        stacks = find_stacks(running, batches[0], calls, inference, gathered, ranks)
+        with running():
+            stacks = find_stacks(runnable, batches[0], calls, inference, gathered, ranks)
     return Look(batches, inference, vocabulary, gathered, planned, stacks)
 
 
