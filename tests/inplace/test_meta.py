@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import colrow
 from colrow.checkpoint.reader import open_reader
 from colrow.differences import relative_error
+from colrow.inplace.api import plan_for
 from colrow.inplace.file_names import file_names
 from colrow.inplace.sources import Cut, Joined, Source, Stacked, Stored, Swapped
 from colrow.mesh import ParallelGroup
@@ -146,6 +147,27 @@ def test_large_weights_and_tokens_divided(ranks: RankPool, tmp_path: Path) -> No
     del tensors["head.weight"]
     save_file(tensors, tmp_path / "wide.safetensors")
     ranks(2, check_wide, str(tmp_path / "wide.safetensors"))
+
+
+class Flat(nn.Module):
+    """Its table lies beside its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(701, 128)
+        self.up, self.down = nn.Linear(128, 600), nn.Linear(600, 128)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        result: Tensor = self.down(self.up(self.embedding(ids)).relu())
+        return result
+
+
+def test_large_tables_beside_layers_are_named() -> None:
+    with torch.device("meta"):
+        model = Flat()
+    plan = plan_for(model, 2, example_inputs={"ids": torch.arange(14).view(2, 7)})
+    reasons = {row.module: row.why for row in plan.rows}
+    assert "embedding.weight is too large to be made up" in reasons["up"]
 
 
 def alone(model: nn.Module, path: Path) -> nn.Module:
