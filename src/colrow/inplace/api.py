@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from colrow.inplace.check import (
     observe,
 )
 from colrow.inplace.load import checked_names, fill, open_weights
-from colrow.inplace.look import Look, carry_out, look
+from colrow.inplace.look import Look, carry_out, class_name, look
 from colrow.inplace.meta import give_buffers, is_on_meta, model_of
 from colrow.inplace.plan import Plan
 from colrow.inplace.record import Record, record_of
@@ -164,26 +164,70 @@ def _split_checked(
     Raises:
         ValueError: when it does not; the model is as it was.
     """
-    tp = mesh.tp
-    failures = []
-    for layers in (found.vocabulary, VocabularyLayers({}, {})):
-        record = carry_out(model, tp, found, layers)
-        error, where = math.inf, ""
-        try:
-            error, where = difference(observed(record), whole, record)
-        except Exception as problem:
-            where = f"{type(problem).__name__}: {problem}"
-        worst = agreed_error(error, tp, mesh.device)
-        if worst <= limit_of(model):
-            record.settle()
-            return
-        failures.append(f"{where} is off by {worst:.1e}" if error < math.inf else where)
-        record.restore()
-        model.__dict__.pop("colrow_record", None)
+    attempt = _Attempt(model, mesh, found, whole, observed)
+    if not (first := attempt.split(found.vocabulary)):
+        return attempt.settle()
+    if not (second := attempt.split(VocabularyLayers({}, {}))):
+        return attempt.settle()
+    kept: list[str] = []
+    for name in dict.fromkeys(class_name(model, n) for n in found.inference.proofs):
+        if not attempt.split(found.vocabulary, [*kept, name], first):
+            kept.append(name)
+    if not attempt.split(found.vocabulary, kept, first):
+        return attempt.settle()
     raise ValueError(
         f"{type(model).__name__} was split, but does not give what the whole model gives "
-        f"({'; without embedding and head: '.join(failures)}); it is whole again"
+        f"({first}; without embedding and head: {second}); it is whole again"
     )
+
+
+@dataclass
+class _Attempt:
+    """Splits a model, and makes it whole again before the next time."""
+
+    model: nn.Module
+    mesh: Mesh
+    found: Look
+    whole: Observation
+    observed: Callable[[Record], Observation]
+    record: Record | None = None
+
+    def split(
+        self, layers: VocabularyLayers, classes: Collection[str] | None = None, problem: str = ""
+    ) -> str:
+        """What is wrong, with the model whole again; or "" with the model split.
+
+        Args:
+            layers: those to divide over the vocabulary.
+            classes: of modules whose layers may be split; all by default.
+            problem: what is wrong when all are.
+        """
+        self._restore()
+        look = self.found
+        if classes is not None:
+            look = look.only(classes, f"the model differs when it is split: {problem}")
+        self.record = carry_out(self.model, self.mesh.tp, look, layers)
+        error, where = math.inf, ""
+        try:
+            error, where = difference(self.observed(self.record), self.whole, self.record)
+        except Exception as raised:
+            where = f"{type(raised).__name__}: {raised}"
+        worst = agreed_error(error, self.mesh.tp, self.mesh.device)
+        if worst <= limit_of(self.model):
+            return ""
+        self._restore()
+        return f"{where} is off by {worst:.1e}" if error < math.inf else where
+
+    def _restore(self) -> None:
+        if self.record is not None:
+            self.record.restore()
+            self.model.__dict__.pop("colrow_record", None)
+        self.record = None
+
+    def settle(self) -> None:
+        """Keeps the model as it is now."""
+        assert self.record is not None
+        self.record.settle()
 
 
 def plan_for(

@@ -17,10 +17,16 @@ from colrow.inplace.modules import (
     OutputCut,
     Row,
     RowMixin,
-    Shared,
-    SharedMixin,
     Sum,
     become,
+)
+from colrow.inplace.parameters import (
+    LessMixin,
+    ParametersMixin,
+    Shared,
+    Spread,
+    begin_forward,
+    end_forward,
 )
 from colrow.inplace.prove import Proof
 from colrow.inplace.record import Record
@@ -29,7 +35,7 @@ from colrow.inplace.simulate import take
 from colrow.inplace.streams import Stream, drops_out
 from colrow.inplace.unit import linear_kind, output_dim
 from colrow.layers.shared import SharedRows
-from colrow.partition import ShardSpec
+from colrow.partition import Partition, ShardSpec
 
 
 class Applier:
@@ -127,6 +133,9 @@ class Applier:
             self.hook(module.get_submodule(layer).register_forward_hook(OutputCut(entry)))
         for path in sorted(proof.shared):
             self._share(name, module, path, once=path in proof.once)
+        if proof.less and rank:
+            self.attach(module, "colrow_less", proof.less)
+            self.change_class(module, LessMixin)
         if proof.summed:
             self.hook(module.register_forward_hook(Sum(self.tp, name)))
         partial = frozenset(proof.partial_arguments)
@@ -175,12 +184,27 @@ class Applier:
     def _share(self, name: str, module: nn.Module, path: str, *, once: bool) -> None:
         owner, _, last = path.rpartition(".")
         target = module.get_submodule(owner)
-        shared = target.__dict__.get("colrow_shared")
-        if shared is None:
-            self.attach(target, "colrow_shared", {})
-            self.change_class(target, SharedMixin)
-            shared = target.__dict__["colrow_shared"]
+        self._directly(target)
+        shared = target.__dict__["colrow_shared"]
         shared[last] = Shared(self.tp, _path(name, path), once)
+
+    def spread(self, owner: nn.Module, name: str, path: str, dim: int) -> None:
+        """Divides a parameter that is gathered whenever its owner uses it."""
+        whole: Any = owner._parameters[name]
+        partition = Partition.even(whole.shape[dim], self.tp.size)
+        self.split(owner, name, dim, [list(range(a, b)) for a, b in partition.bounds])
+        self._directly(owner)
+        if "colrow_spread" not in owner.__dict__:
+            self.attach(owner, "colrow_spread", {})
+            self.hook(owner.register_forward_pre_hook(begin_forward))
+            self.hook(owner.register_forward_hook(end_forward, always_call=True))
+        owner.__dict__["colrow_spread"][name] = Spread(self.tp, path, dim, partition)
+
+    def _directly(self, target: nn.Module) -> None:
+        """Makes the module read its parameters through :class:`ParametersMixin`."""
+        if "colrow_shared" not in target.__dict__:
+            self.attach(target, "colrow_shared", {})
+            self.change_class(target, ParametersMixin)
 
 
 def _path(module: str, inner: str) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from colrow.inplace.calls import ModuleCall
+from colrow.inplace.calls import ModuleCall, private
 from colrow.reference import FullPrecision
 
 
@@ -75,9 +75,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Configurations that ask for a cache do not, for a while."""
+    configs = {id(c): c for m in model.modules() if (c := vars(m).get("config")) is not None}
+    asking = [c for c in configs.values() if vars(c).get("use_cache") is True]
+    for config in asking:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in asking:
+            config.use_cache = True
+
+
 def run_example(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
-    """The model's result for these keyword arguments, in eval mode."""
-    with evaluating(model), arithmetic_of(model):
+    """The model's result for these keyword arguments, in eval mode and without a cache."""
+    with evaluating(model), arithmetic_of(model), without_cache(model):
         return model(**inputs)
 
 
@@ -115,4 +129,5 @@ def capture_calls(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> dic
 
 
 def _copied(leaf: Any) -> Any:
-    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+    """The leaf as it is now: the model may go on to change it, as it does a cache."""
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else private(leaf)

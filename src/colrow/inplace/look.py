@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ from torch import nn
 
 from colrow.inplace.apply import Applier
 from colrow.inplace.attention_weights import refuse_attention_weights
+from colrow.inplace.calls import ModuleCall
 from colrow.inplace.capture import capture_calls
 from colrow.inplace.examples import example_batches
 from colrow.inplace.gathered import GatheredLayers, gathered_layers, split_gathered
@@ -35,16 +36,75 @@ from colrow.inplace.vocabulary import (
 from colrow.mesh import ParallelGroup
 
 
+@dataclass(frozen=True)
+class _Context:
+    """What a model was looked at with.
+
+    Attributes:
+        runnable: what is run in place of ``model`` where that has no values, inside ``running``.
+        reserved: layers that have one row for each token.
+        allowed: whether a layer may be split; None where all may.
+    """
+
+    model: nn.Module
+    runnable: nn.Module
+    running: Callable[[], AbstractContextManager[None]]
+    batches: list[Mapping[str, Any]]
+    calls: Mapping[str, ModuleCall]
+    vocabulary: VocabularyLayers
+    reserved: set[str]
+    ranks: int
+    allowed: Callable[[str], bool] | None
+    sequence_parallel: bool
+
+    def complete(self, inference: Inference) -> Look:
+        """Everything else that follows from this inference."""
+        model, ranks = self.model, self.ranks
+        gathered = gathered_layers(model, self.calls, inference, self.reserved, ranks)
+        if self.allowed is not None:
+            gathered = gathered.only(self.allowed)
+        if self.sequence_parallel:
+            # Between divided tokens a parameter's gradient would be a part on every rank.
+            gathered.parameters.clear()
+        plan = make_plan(model, inference, self.vocabulary, gathered, ranks)
+        stacks: list[Stack] = []
+        if self.sequence_parallel:
+            batch = self.batches[0]
+            with self.running():
+                stacks = find_stacks(self.runnable, batch, self.calls, inference, gathered, ranks)
+        return Look(self, inference, gathered, plan, stacks)
+
+
 @dataclass
 class Look:
     """What was found in a model."""
 
-    batches: list[Mapping[str, Any]]
+    context: _Context
     inference: Inference
-    vocabulary: VocabularyLayers
     gathered: GatheredLayers
     plan: Plan
     stacks: list[Stack]
+
+    @property
+    def batches(self) -> list[Mapping[str, Any]]:
+        """Keyword arguments of the forward passes that were looked at."""
+        return self.context.batches
+
+    @property
+    def vocabulary(self) -> VocabularyLayers:
+        """Layers that may be divided over the vocabulary."""
+        return self.context.vocabulary
+
+    def only(self, classes: Collection[str], reason: str) -> Look:
+        """The same with pairs inside modules of these classes only; other layers get the reason."""
+        proofs = self.inference.proofs
+        names = {n for n in proofs if class_name(self.context.model, n) in classes}
+        return self.context.complete(self.inference.only(names, reason))
+
+
+def class_name(model: nn.Module, name: str) -> str:
+    """Of which class a module of the model is."""
+    return type(model.get_submodule(name)).__name__
 
 
 def look(
@@ -92,20 +152,26 @@ def look(
     reserved = vocabulary.names
     if matcher is not None:
         vocabulary = vocabulary.only(allowed)
-    inference = infer(runnable, calls, ranks, reserved, None if matcher is None else allowed)
-    gathered = gathered_layers(model, calls, inference, reserved, ranks)
-    if matcher is not None:
-        gathered = gathered.only(allowed)
-    if not inference.proofs and not gathered.linears:
+    may = None if matcher is None else allowed
+    inference = infer(runnable, calls, ranks, reserved, may)
+    context = _Context(
+        model,
+        runnable,
+        running,
+        batches,
+        calls,
+        vocabulary,
+        reserved,
+        ranks,
+        may,
+        sequence_parallel,
+    )
+    found = context.complete(inference)
+    if not inference.proofs and not found.gathered.linears and not found.gathered.parameters:
         raise ValueError(_nothing(model, inference))
-    planned = make_plan(model, inference, vocabulary, gathered, ranks)
     if matcher is not None:
-        check_followed(matcher, planned, model, inference)
-    stacks = []
-    if sequence_parallel:
-        with running():
-            stacks = find_stacks(runnable, batches[0], calls, inference, gathered, ranks)
-    return Look(batches, inference, vocabulary, gathered, planned, stacks)
+        check_followed(matcher, found.plan, model, inference)
+    return found
 
 
 def _nothing(model: nn.Module, inference: Inference) -> str:

@@ -204,32 +204,6 @@ class OutputCut:
         return self.entry(output)
 
 
-@dataclass
-class Shared:
-    """How a parameter that every rank holds whole is used.
-
-    Attributes:
-        once: whether every rank adds it to a sum over ranks, so that it counts 1/tp on each.
-    """
-
-    tp: ParallelGroup
-    layer: str
-    once: bool
-
-
-class SharedMixin(nn.Module):
-    """A module with parameters of whose gradient every rank sees a part. Backward: all-reduce."""
-
-    def __getattr__(self, name: str) -> Any:
-        value: Any = super().__getattr__(name)
-        shared: dict[str, Shared] | None = self.__dict__.get("colrow_shared")
-        if shared and name in shared and value is not None:
-            how = shared[name]
-            value = sum_rows(value, how.tp, SharedRows.whole(value.shape[0]), 0, how.layer)
-            return value / how.tp.size if how.once else value
-        return value
-
-
 class Sum:
     """A forward hook: the ranks' results are parts of a sum. Forward: all-reduce."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from colrow.comm.ledger import Call, Phase
+from colrow.layers.chunks import chunk_count, chunk_partition, row_chunks, sequence_chunks
 from colrow.models.config import Layout, ModelConfig, parameter_specs
 from colrow.partition import Partition, ShardSpec
 
@@ -19,6 +20,7 @@ def predict_step(
     sequence: int,
     sequence_parallel: bool = False,
     keep_gathered_input: bool = True,
+    chunk_bytes: int | None = None,
     dtype: str = "float32",
 ) -> list[Call]:
     """Every collective of ``model.loss(...).backward()`` on one rank, in no particular order.
@@ -30,7 +32,8 @@ def predict_step(
     Args:
         config, layout: the model and how it is divided.
         batch, sequence: shape of ``input_ids``; each is a count of one microbatch on one rank.
-        keep_gathered_input: see :class:`colrow.layers.FusedColumnParallelLinear`.
+        keep_gathered_input, chunk_bytes: see :class:`colrow.layers.FusedColumnParallelLinear`; a
+            message in chunks is as many calls.
         dtype: element type of parameters and activations.
     """
     ranks = layout.vocab.parts
@@ -38,8 +41,15 @@ def predict_step(
         return []
     itemsize = ITEMSIZE[dtype]
     full = batch * sequence * config.hidden_size * itemsize
-    padded = Partition.even(sequence, ranks).largest * ranks
-    split = batch * padded * config.hidden_size * itemsize
+    row_bytes = config.hidden_size * itemsize
+    divided = Partition.even(sequence, ranks)
+    split = batch * divided.largest * ranks * row_bytes
+    rows = row_chunks(batch * sequence, chunk_count(full, batch * sequence, chunk_bytes))
+    positions = sequence_chunks(divided, chunk_count(split, min(divided.sizes), chunk_bytes))
+    in_rows = [(stop - start) * row_bytes for start, stop in rows]
+    in_positions = [
+        batch * chunk_partition(ranges).largest * ranks * row_bytes for ranges in positions
+    ]
     calls = [
         _call("all_reduce", "forward", "inputs", 8 * INPUT_CHECK_ELEMENTS, "int64"),
     ]
@@ -47,23 +57,31 @@ def predict_step(
     def add(op: str, phase: Phase, layer: str) -> None:
         calls.append(_call(op, phase, layer, full if op == "all_reduce" else split, dtype))
 
+    def add_chunks(op: str, phase: Phase, layer: str) -> None:
+        sizes = in_rows if op == "all_reduce" else in_positions
+        calls.extend(_call(op, phase, layer, size, dtype) for size in sizes)
+
     def column(layer: str) -> None:
         if not sequence_parallel:
             add("all_reduce", "backward", layer)
             return
-        add("all_gather", "forward", layer)
+        add_chunks("all_gather", "forward", layer)
         if not keep_gathered_input:
             add("all_gather", "backward", layer)
         add("reduce_scatter", "backward", layer)
 
     def row(layer: str) -> None:
         if not sequence_parallel:
-            add("all_reduce", "forward", layer)
+            add_chunks("all_reduce", "forward", layer)
             return
-        add("reduce_scatter", "forward", layer)
-        add("all_gather", "backward", layer)
+        add_chunks("reduce_scatter", "forward", layer)
+        add_chunks("all_gather", "backward", layer)
 
-    row("embedding")
+    if sequence_parallel:
+        add("reduce_scatter", "forward", "embedding")
+        add("all_gather", "backward", "embedding")
+    else:
+        add("all_reduce", "forward", "embedding")
     for index in range(config.num_layers):
         column(f"blocks.{index}.attention.qkv")
         row(f"blocks.{index}.attention.output")

@@ -21,6 +21,7 @@ from colrow.mesh import ParallelGroup
 from colrow.models.config import Layout, ModelConfig, parameter_specs
 from colrow.models.decoder_parts import DecoderParts, allocate
 from colrow.models.inputs import check_batch, check_same_on_all_ranks
+from colrow.models.one_token import OneToken
 from colrow.partition import Partition
 
 
@@ -34,6 +35,8 @@ class Decoder(nn.Module):
         sequence_parallel: norms, dropout and residuals work on a shard of the sequence.
         keep_gathered_input: with sequence parallelism, keep gathered inputs for backward.
         overlap: hide the collectives of backward behind weight gradients.
+        chunk_bytes: multiply and send in chunks of at least so many bytes, so that collectives of
+            forward hide behind matmuls too, see :class:`colrow.layers.RowParallelLinear`.
         check_inputs: compare the batch, and the dropout key if there is one, over the ranks in
             every forward pass that is not decoding (one all-reduce of 16 bytes), since different
             ones give wrong numbers silently.
@@ -50,6 +53,7 @@ class Decoder(nn.Module):
         sequence_parallel: bool = False,
         keep_gathered_input: bool = True,
         overlap: bool = True,
+        chunk_bytes: int | None = None,
         check_inputs: bool = True,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
@@ -60,6 +64,7 @@ class Decoder(nn.Module):
         self.specs = parameter_specs(config, self.layout)
         self.sequence_parallel = sequence_parallel = sequence_parallel and tp.size > 1
         self.keep_gathered_input, self.overlap = keep_gathered_input, overlap
+        self.chunk_bytes = chunk_bytes
         self.check_inputs = check_inputs
         # Built without memory, then allocated once: no layer draws values that are replaced anyway.
         parts = DecoderParts(
@@ -69,6 +74,7 @@ class Decoder(nn.Module):
             sequence_parallel=sequence_parallel,
             keep_gathered_input=keep_gathered_input,
             overlap=overlap,
+            chunk_bytes=chunk_bytes,
             device=torch.device("meta"),
             dtype=dtype,
         )
@@ -79,6 +85,7 @@ class Decoder(nn.Module):
         self.norm = parts.norm("norm")
         self.head = parts.head()
         self.tied_kernel: Kernel | None = None
+        self.one_token: OneToken | None = None
         allocate(self, torch.device(device))
         self._shared_layers = SharedLayers(self)
 
@@ -222,6 +229,10 @@ class Decoder(nn.Module):
                 partition=sequence if split else None,
                 rank=self.tp.rank,
             )
+        one_token = self.one_token
+        if cache is not None and one_token and one_token.serves(input_ids, attention_mask):
+            x = one_token(x, context, cache)
+            return self.norm(x, shared=shared), sequence, shared
         for index, block in enumerate(self.blocks):
             x = block(
                 x,
@@ -240,7 +251,7 @@ class Decoder(nn.Module):
             return logits
         whole = not divides_sequence(self, sequence)
         if self.tied_kernel is not None and whole and not torch.is_grad_enabled():
-            return self.tied_kernel(hidden, None)
+            return self.tied_kernel(hidden, self.embedding.weight, None)
         return column_linear(
             hidden,
             self.embedding.weight,
@@ -249,20 +260,26 @@ class Decoder(nn.Module):
             sequence=None if whole else sequence,
             keep_gathered_input=self.keep_gathered_input,
             overlap=self.overlap,
+            chunk_bytes=self.chunk_bytes,
             layer="head",
         )
 
     def for_decoding(self) -> Decoder:
         """Lays the weights out for generating on a CPU, see :mod:`colrow.layers.decoding`.
 
-        Shapes, values and names stay, so everything still works, training more slowly. On GPUs it
-        does nothing. Call it again after the weights have changed. Returns the model itself.
+        Shapes, values and names stay. On CPUs parameters are frozen and lose their gradients: the
+        state of an optimiser would be in another order. Returns the model itself.
         """
+        if self.embedding.weight.device.type == "cpu":
+            for parameter in self.parameters():
+                parameter.requires_grad_(False)
+                parameter.grad = None
         for module in self.modules():
             if isinstance(module, FusedColumnParallelLinear | RowParallelLinear):
                 module.kernel = lay_out_(module.weight)
         if self.head is None:
             self.tied_kernel = lay_out_(self.embedding.weight)
+        self.one_token = OneToken(self.blocks) if OneToken.fits(self) else None
         return self
 
     def weight_bytes_per_rank(self) -> list[int]:
