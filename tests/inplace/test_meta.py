@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import colrow
 from colrow.checkpoint.reader import open_reader
 from colrow.differences import relative_error
+from colrow.inplace.api import plan_for
 from colrow.inplace.file_names import file_names
 from colrow.inplace.sources import Cut, Joined, Source, Stacked, Stored, Swapped
 from colrow.mesh import ParallelGroup
@@ -97,6 +98,76 @@ def test_a_model_of_ones_own_on_meta(ranks: RankPool, tmp_path: Path, later: boo
     torch.manual_seed(3)
     save_file(OwnModel().double().state_dict(), tmp_path / "own.safetensors")
     ranks(2, check_own, str(tmp_path / "own.safetensors"), later)
+
+
+class Wide(nn.Module):
+    """Weights that are two thin matrices in the copy that is looked at; a tied head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(701, 128)
+        self.blocks = nn.ModuleList([Block(128, 600), Block(128, 600)])
+        self.head = nn.Linear(128, 701, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x: Tensor = self.embedding(ids)
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.head(x)
+        return logits
+
+
+class Block(nn.Module):
+    def __init__(self, size: int, inner: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(size)
+        self.mlp = nn.Sequential(nn.Linear(size, inner), nn.GELU(), nn.Linear(inner, size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = x + self.mlp(self.norm(x))
+        return result
+
+
+def check_wide(tp: ParallelGroup, path: str) -> None:
+    whole = Wide().double()
+    with torch.device("meta"):
+        model: nn.Module = Wide().double()
+    whole.load_state_dict(load_file(path) | {"head.weight": load_file(path)["embedding.weight"]})
+    ids = torch.randint(0, 701, (2, 7))
+    options: Any = {"weights": path, "example_inputs": {"ids": ids}, "sequence_parallel": True}
+    colrow.parallelize(model, mesh_of(tp), **options)
+    assert relative_error(model(ids), whole(ids)) < LIMIT
+    assert model.get_submodule("head").weight is model.get_submodule("embedding").weight
+    assert model.get_parameter("embedding.weight").shape[0] in (350, 351)
+
+
+def test_large_weights_and_tokens_divided(ranks: RankPool, tmp_path: Path) -> None:
+    tensors = Wide().double().state_dict()
+    del tensors["head.weight"]
+    save_file(tensors, tmp_path / "wide.safetensors")
+    ranks(2, check_wide, str(tmp_path / "wide.safetensors"))
+
+
+class Flat(nn.Module):
+    """Its table lies beside its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(701, 128)
+        self.up, self.down = nn.Linear(128, 600), nn.Linear(600, 128)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        result: Tensor = self.down(self.up(self.embedding(ids)).relu())
+        return result
+
+
+def test_large_tables_beside_layers_are_named() -> None:
+    with torch.device("meta"):
+        model = Flat()
+    plan = plan_for(model, 2, example_inputs={"ids": torch.arange(14).view(2, 7)})
+    reasons = {row.module: row.why for row in plan.rows}
+    assert "embedding.weight is too large to be made up" in reasons["up"]
 
 
 def alone(model: nn.Module, path: Path) -> nn.Module:

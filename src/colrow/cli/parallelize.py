@@ -12,9 +12,10 @@ if TYPE_CHECKING:
 
 HELP = "show how a model of transformers would be split in place, and why"
 DESCRIPTION = """\
-Takes a directory that transformers saved, of which only the configuration is read, or with --architecture the name of a model type, of which
-a tiny random model is made, and shows for each kind of layer what colrow.parallelize would do with
-it on --tp ranks. Nothing is sent and nothing is written. The styles are those of colrow's plans.
+Takes a directory that transformers saved, of which only the configuration is read, or with
+--architecture the name of a model type, of which a tiny random model is made, and shows for each
+kind of layer what colrow.parallelize would do with it on --tp ranks. Nothing is sent and nothing is
+written. The styles are those of colrow's plans.
 
   colrow parallelize path/to/model --tp 4 --explain
   colrow parallelize --architecture bloom --tp 3 --explain --json plan.json

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,13 +41,14 @@ class _Context:
     """What a model was looked at with.
 
     Attributes:
-        running: what is run in place of ``model`` where that has no values.
+        runnable: what is run in place of ``model`` where that has no values, inside ``running``.
         reserved: layers that have one row for each token.
         allowed: whether a layer may be split; None where all may.
     """
 
     model: nn.Module
-    running: nn.Module
+    runnable: nn.Module
+    running: Callable[[], AbstractContextManager[None]]
     batches: list[Mapping[str, Any]]
     calls: Mapping[str, ModuleCall]
     vocabulary: VocabularyLayers
@@ -68,7 +70,8 @@ class _Context:
         stacks: list[Stack] = []
         if self.sequence_parallel:
             batch = self.batches[0]
-            stacks = find_stacks(self.running, batch, self.calls, inference, gathered, ranks)
+            with self.running():
+                stacks = find_stacks(self.runnable, batch, self.calls, inference, gathered, ranks)
         return Look(self, inference, gathered, plan, stacks)
 
 
@@ -111,18 +114,19 @@ def look(
     example_inputs: Mapping[str, Any] | None,
     runnable: nn.Module | None = None,
     *,
+    running: Callable[[], AbstractContextManager[None]] = nullcontext,
     sequence_parallel: bool = False,
 ) -> Look:
     """Finds what can be split over ``ranks`` ranks.
 
     Args:
-        runnable: what is run in place of a model without values.
+        runnable: what is run in place of a model without values, inside ``running``.
         sequence_parallel: whether to look for blocks whose tokens can be divided.
 
     Raises:
         ValueError: as :func:`colrow.parallelize`.
     """
-    running = model if runnable is None else runnable
+    runnable = model if runnable is None else runnable
     if plan == "transformers":
         plan = transformers_plan(model)
         if not plan:
@@ -140,17 +144,27 @@ def look(
         return any(matcher.style(n) in SPLIT for n in names)
 
     batches: list[Mapping[str, Any]] = (
-        [*example_batches(running)] if example_inputs is None else [example_inputs]
+        [*example_batches(runnable)] if example_inputs is None else [example_inputs]
     )
-    calls = capture_calls(running, batches)
+    with running():
+        calls = capture_calls(runnable, batches)
     vocabulary = vocabulary_layers(model, set(calls), ranks)
     reserved = vocabulary.names
     if matcher is not None:
         vocabulary = vocabulary.only(allowed)
     may = None if matcher is None else allowed
-    inference = infer(running, calls, ranks, reserved, may)
+    inference = infer(runnable, calls, ranks, reserved, may)
     context = _Context(
-        model, running, batches, calls, vocabulary, reserved, ranks, may, sequence_parallel
+        model,
+        runnable,
+        running,
+        batches,
+        calls,
+        vocabulary,
+        reserved,
+        ranks,
+        may,
+        sequence_parallel,
     )
     found = context.complete(inference)
     if not inference.proofs and not found.gathered.linears and not found.gathered.parameters:

@@ -96,15 +96,15 @@ class StandIn:
         """What can be split in the model that this stands for."""
         if example_inputs is not None:
             example_inputs = pytree.tree_map(as_double, dict(example_inputs))
-        with self.running():
-            return look(
-                model,
-                ranks,
-                plan,
-                example_inputs,
-                self.model,
-                sequence_parallel=sequence_parallel,
-            )
+        return look(
+            model,
+            ranks,
+            plan,
+            example_inputs,
+            self.model,
+            running=self.running,
+            sequence_parallel=sequence_parallel,
+        )
 
     def observe(self, batch: Mapping[str, Any], *, with_labels: bool) -> Observation:
         """What the whole model gives, with these weights.
