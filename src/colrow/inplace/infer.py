@@ -63,25 +63,27 @@ def infer(
     """
     result = Inference()
     modules = dict(model.named_modules())
-    kinds = {name: kind_of(module, calls.get(name)) for name, module in modules.items()}
-    loose: dict[Any, str] = {}  # kinds without regard to the call, for modules that were not called
-    for name in kinds:
-        if name in calls:
-            loose.setdefault(kind_of(modules[name], None), name)
     free = {name for name, module in modules.items() if linear_kind(module)} - reserved
     if allowed is not None:
         free = {name for name in free if allowed(name)}
     weights = {n for n in used_directly(model) if allowed is None or allowed(n.rpartition(".")[0])}
+    layers, tensors = _Below(free), _Below(weights)
+    loose: dict[Any, str] | None = None  # kinds without regard to the call
     known: dict[Any, tuple[list[Proof], dict[str, str]]] = {}
-    for name in reversed(list(kinds)):
+    for name in reversed(list(modules)):
         module = modules[name]
         prefix = f"{name}." if name else ""
-        inside = {n.removeprefix(prefix) for n in free if n.startswith(prefix)}
-        own = {n.removeprefix(prefix) for n in weights if n.startswith(prefix)}
-        call_of = name if name in calls else loose.get(kind_of(module, None))
-        if call_of is None or _is_stack(module):
+        inside, own = layers.of(name), tensors.of(name)
+        if not (inside or own) or _is_stack(module):
             continue
-        kind = (kinds[call_of], frozenset(inside), frozenset(own))
+        call_of: str | None = name
+        if name not in calls:
+            if loose is None:
+                loose = _kinds(modules, calls)
+            call_of = loose.get(kind_of(module, None))
+        if call_of is None:
+            continue
+        kind = (kind_of(modules[call_of], calls[call_of]), frozenset(inside), frozenset(own))
         if kind not in known:
             known[kind] = _look_at(name, module, calls[call_of], inside, own, ranks)
         proofs, reasons = known[kind]
@@ -91,12 +93,51 @@ def infer(
             result.proofs[name] = proofs
         for proof in proofs:
             done = {prefix + layer for layer in (*proof.group.columns, *proof.group.rows)}
-            free -= done
+            layers.remove(done)
             done |= {prefix + n for n in proof.group.parameters}
-            weights -= done
+            tensors.remove(done)
             for layer in done:
                 result.reasons.pop(layer, None)
     return result
+
+
+class _Below:
+    """Names of layers or parameters, by the modules in which they lie."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        self._names: dict[str, set[str]] = {}
+        for name in names:
+            for path in _above(name):
+                self._names.setdefault(path, set()).add(_inside(name, path))
+
+    def of(self, path: str) -> set[str]:
+        """Those inside a module, by their names there."""
+        return self._names.get(path, set())
+
+    def remove(self, names: Collection[str]) -> None:
+        """Takes these away."""
+        for name in names:
+            for path in _above(name):
+                if path in self._names:
+                    self._names[path].discard(_inside(name, path))
+
+
+def _above(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts))]
+
+
+def _inside(name: str, path: str) -> str:
+    return name[len(path) + 1 :] if path else name
+
+
+def _kinds(modules: Mapping[str, nn.Module], calls: Mapping[str, ModuleCall]) -> dict[Any, str]:
+    """The first module of each kind that was called."""
+    found: dict[Any, str] = {}
+    for name, module in modules.items():
+        if name in calls:
+            found.setdefault(kind_of(module, None), name)
+    return found
 
 
 def _look_at(

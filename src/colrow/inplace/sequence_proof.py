@@ -96,6 +96,8 @@ def prove_block(
             if len(inner) == 1 and not below:
                 _shorten(boundary, unit, inner[0], calls[boundary.name])
     except UnitError as error:
+        if isinstance(error.__cause__, SequenceError):
+            raise error.__cause__ from None
         raise SequenceError(f"it could not be run alone: {error}") from error
     shared = [n for n, _ in module.named_parameters() if not _inside(n, whole_inside)]
     return Block(boundaries, shared)
