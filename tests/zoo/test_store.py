@@ -25,6 +25,9 @@ def test_outcomes_are_found_again_by_system_sizes_and_ranks(tmp_path: Path) -> N
     assert again.find(Architecture("llama"), "colrow", 3) is None
     assert again.find(Architecture("llama"), "transformers", 2) is None
     assert again.find(Architecture("llama", even=True), "colrow", 2) is None
+    store.add(Outcome("opt", "causal LM", "transformers", True, 2, "passed"))
+    assert Store(file).find(Architecture("opt"), "transformers", 2) is None
+    assert Store(file).find(Architecture("opt", even=True), "transformers", 2) is not None
     newest = again.find(Architecture("gpt2"), "colrow", 2)
     assert newest is not None and newest.verdict == "passed"
 
