@@ -153,11 +153,12 @@ def test_experts_in_several_modules_are_split_together() -> None:
 class Mixed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
+        self.places = nn.Parameter(torch.randn(1, 3, 12))  # as small as it is in a real model
         self.mix = nn.Parameter(torch.randn(12, 12))
         self.up, self.down = nn.Linear(12, 9), nn.Linear(9, 12)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = (x @ self.mix).softmax(-1)
+        x = ((x + self.places) @ self.mix).softmax(-1)
         result: Tensor = self.down(self.up(x).relu())
         return result
 

@@ -96,7 +96,7 @@ def gathered_layers(
 
 def _worth(module: nn.Module, parameter: nn.Parameter, ranks: int) -> bool:
     """Whether it is a matrix or a stack of them: no filter, table of places, or few scores."""
-    if isinstance(module, nn.Embedding | _ConvNd) or parameter.dim() < 2:
+    if isinstance(module, nn.Embedding | _ConvNd) or parameter.dim() < 2 or 1 in parameter.shape:
         return False
     return parameter.dim() > 2 or min(parameter.shape) >= 4 * ranks
 
