@@ -79,7 +79,7 @@ def test_a_model_of_ones_own(ranks: RankPool, n: int) -> None:
 
 
 # Hard-coded heads and positions by slopes; fused Conv1D; bias tables; experts; latent attention.
-@pytest.mark.parametrize("name", ["bloom", "gpt2", "t5", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["bloom", "gpt2", "t5", "gpt_oss", "deepseek_v3", "rwkv"])
 def test_transformers_models(ranks: RankPool, name: str) -> None:
     ranks(3, check_architecture, name)
 

@@ -81,10 +81,10 @@ def make_plan(
         entries[name] = "embedding_rowwise", 1 / ranks, "a large table"
     for name in gathered.parameters:
         owner = name.rpartition(".")[0]
-        reason = inference.reasons.get(name) or inference.reasons.get(owner)
-        if reason is None:
-            reason = entries[name][2] if name in entries else "in no pair that can be split"
-        entries[name] = "gathered_parameter", 1 / ranks, f"gathered where it is used: {reason}"
+        known = inference.reasons.get(name) or inference.reasons.get(owner)
+        if known is None:
+            known = entries[name][2] if name in entries else "in no pair that can be split"
+        entries[name] = "gathered_parameter", 1 / ranks, f"gathered where it is used: {known}"
     theirs = Matcher(transformers_plan(model))
     styles: dict[str, str] = {}
     rows: dict[tuple[str, str, str], tuple[int, float]] = {}
