@@ -52,6 +52,7 @@ def check_directory(tp: ParallelGroup, name: str, directory: str) -> None:
         assert max(gradient_errors(grads, theirs).values()) < 1e-10
         for parameter, value in whole.named_parameters():
             assert torch.equal(state[parameter], value)
+    colrow.save_pretrained(model, f"{directory}/again")
     split = sum(p.numel() for p in model.parameters())
     assert split < 0.7 * sum(p.numel() for p in whole.parameters())
 
@@ -70,6 +71,10 @@ def test_a_directory_is_read_part_by_part(
     else:
         assert any("experts.1.w1.weight" in name for name in tensors)
     ranks(n, check_directory, name, str(tmp_path))
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    again = {n.removeprefix("transformer."): t for n, t in again.items()}
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(t, tensors[n].to(t.dtype)) for n, t in again.items())
 
 
 def check_own(tp: ParallelGroup, path: str, later: bool) -> None:

@@ -78,11 +78,13 @@ class Region:
     Attributes:
         layer: the name of the list of blocks.
         partition: the tokens; None when every rank has all, as with too few of them.
+        inside: whether the pass is in a module that sees whole sequences.
     """
 
     tp: ParallelGroup
     layer: str
     partition: Partition | None = None
+    inside: bool = False
 
 
 @dataclass

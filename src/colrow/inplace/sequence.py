@@ -172,17 +172,16 @@ def _block(
     prefix = f"{name}."
     proofs: dict[str, list[Proof]] = {}
     for path, found in inference.proofs.items():
-        if path == name:
-            raise SequenceError("the block itself calls split layers")
-        if path.startswith(prefix):
+        if f"{path}.".startswith(prefix):
             if path not in calls:
                 raise SequenceError(f"{path} was not called")
-            proofs[path.removeprefix(prefix)] = found
+            proofs["" if path == name else path.removeprefix(prefix)] = found
     if not proofs:
         raise SequenceError(f"no layer of {name} is split")
     module = model.get_submodule(name)
-    outermost = [p for p in proofs if not any(p.startswith(f"{other}.") for other in proofs)]
-    inner_calls = {p: calls[prefix + p] for p in proofs}
+    inner = [p for p in proofs if p]
+    outermost = [p for p in inner if not any(p.startswith(f"{other}.") for other in inner)]
+    inner_calls = {p: calls[prefix + p] for p in inner}
     others = {n.removeprefix(prefix) for n in (*gathered.linears, *gathered.tables)}
     reason = ""
     for whole in (outermost, sorted({p.partition(".")[0] for p in outermost})):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from colrow.comm import collectives
@@ -15,6 +18,8 @@ from colrow.inplace.calls import Key, ModuleCall, argument_names
 from colrow.inplace.gradients import sum_rows
 from colrow.inplace.modules import Column, Region, Row
 from colrow.inplace.sequence import Stack
+from colrow.inplace.sequence_boundary import Boundary
+from colrow.inplace.unit import DROPOUTS
 from colrow.layers.shared import SharedRows
 from colrow.partition import Partition
 
@@ -37,7 +42,7 @@ class Enter:
             if key != self.hidden:
                 return leaf
             length = leaf.shape[-2]
-            region.partition = None
+            region.partition, region.inside = None, False
             if length >= region.tp.size:
                 region.partition = Partition.even(length, region.tp.size)
                 leaf = collectives.scatter_to_sequence(
@@ -94,6 +99,7 @@ class Whole:
         region = self.region
         if region.partition is None:
             return args, kwargs
+        region.inside = True
 
         def change(key: Key, leaf: Any) -> Any:
             if key not in self.gathered:
@@ -113,15 +119,21 @@ class Whole:
 
 @dataclass
 class Part:
-    """A forward hook of such a module: this rank's tokens of its result. Backward: all-gather."""
+    """A forward hook of such a module: this rank's tokens of its result. Backward: all-gather.
+
+    Attributes:
+        divided: whether the result has this rank's tokens already.
+    """
 
     region: Region
     layer: str
+    divided: bool
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The module's result."""
         region = self.region
-        if region.partition is None:
+        region.inside = False
+        if region.partition is None or self.divided:
             return output
         return _first_changed(
             output,
@@ -154,6 +166,45 @@ class TokensMixin(nn.Module):
         if region.partition is None:
             return value
         return sum_rows(value, region.tp, SharedRows.whole(value.shape[0]), 0, layer)
+
+
+class DropoutMixin(nn.Module):
+    """A block that drops out tokens between its split layers."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the block's own; masks are this rank's part of those of whole sequences."""
+        region: Region = self.__dict__["colrow_region"]
+        if not self.training or region.partition is None:
+            return super().forward(*args, **kwargs)
+        with _DropoutOfTokens(region):
+            return super().forward(*args, **kwargs)
+
+
+class _DropoutOfTokens(TorchFunctionMode):
+    """Inside it, all ranks draw one mask for whole sequences, and each takes its tokens of it."""
+
+    def __init__(self, region: Region) -> None:
+        super().__init__()
+        self.region = region
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Replaces dropout outside the modules that see whole sequences."""
+        options, partition = dict(kwargs or {}), self.region.partition
+        if func not in DROPOUTS or partition is None or self.region.inside:
+            return func(*args, **options)
+        named = dict(zip(("input", "p", "training"), args, strict=False)) | options
+        x, p = named["input"], named.get("p", 0.5)
+        if not named.get("training", True) or p == 0:
+            return x
+        start, stop = partition.bounds[self.region.tp.rank]
+        whole = x.new_ones(*x.shape[:-2], partition.length, x.shape[-1])
+        return x * F.dropout(whole, p)[..., start:stop, :]
 
 
 def refuse_recomputation(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -196,26 +247,37 @@ def split_stacks(applier: Applier, stacks: list[Stack]) -> None:
             module = model.get_submodule(name)
             applier.hook(module.register_forward_pre_hook(refuse_recomputation, with_kwargs=True))
             _share(applier, name, block.shared, region)
+            if block.drops:
+                block_module = model.get_submodule(name)
+                applier.attach(block_module, "colrow_region", region)
+                applier.change_class(block_module, DropoutMixin)
             for boundary in block.boundaries:
-                path = f"{name}.{boundary.name}"
-                inner = model.get_submodule(path)
-                whole = Whole(region, argument_names(inner), path, boundary.gathered)
-                applier.hook(inner.register_forward_pre_hook(whole, with_kwargs=True, prepend=True))
-                if any(boundary.gathered.values()):
-                    for module_inside in inner.modules():
-                        if isinstance(how := module_inside.__dict__.get("colrow"), Column):
-                            how.region = region
-                if boundary.row is None:
-                    applier.hook(inner.register_forward_hook(Part(region, path)))
-                else:
-                    row: Row = inner.get_submodule(boundary.row).__dict__["colrow"]
-                    row.region = region
+                _bound(applier, f"{name}.{boundary.name}", boundary, region)
         first, last = model.get_submodule(stack.names[0]), model.get_submodule(stack.names[-1])
         enter = Enter(region, argument_names(first), stack.hidden)
         applier.hook(first.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
         applier.hook(last.register_forward_hook(Leave(region)))
     if stacks:
         applier.hook(model.register_forward_pre_hook(refuse_hidden_states, with_kwargs=True))
+
+
+def _bound(applier: Applier, path: str, boundary: Boundary, region: Region) -> None:
+    inner = applier.model.get_submodule(path)
+    names, gathered = argument_names(inner), boundary.gathered
+    if not boundary.cut:  # a column-parallel layer, whose argument has another name now
+        gathered = {(names[0], 0): True}
+    if gathered:
+        whole = Whole(region, names, path, gathered)
+        applier.hook(inner.register_forward_pre_hook(whole, with_kwargs=True, prepend=True))
+    if any(gathered.values()):
+        for module in inner.modules():
+            if isinstance(how := module.__dict__.get("colrow"), Column):
+                how.region = region
+    if boundary.row is not None:
+        row: Row = inner.get_submodule(boundary.row).__dict__["colrow"]
+        row.region = region
+    if boundary.cut:
+        applier.hook(inner.register_forward_hook(Part(region, path, boundary.row is not None)))
 
 
 def _share(applier: Applier, block: str, parameters: list[str], region: Region) -> None:

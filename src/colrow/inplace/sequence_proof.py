@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from colrow.inplace.calls import Key, ModuleCall, tensors_of
 from colrow.inplace.prove import Proof, close, near, sum_of
-from colrow.inplace.simulate import Simulation
-from colrow.inplace.unit import DROPOUTS, Unit, UnitError
+from colrow.inplace.sequence_boundary import Boundary, DropoutSpy, shorten
+from colrow.inplace.unit import Unit, UnitError
 from colrow.partition import Partition
 
 _TOKENS = 1
@@ -26,33 +25,18 @@ class SequenceError(Exception):
 
 
 @dataclass
-class Boundary:
-    """A module inside a block that sees whole sequences.
-
-    Attributes:
-        name: inside the block.
-        gathered: what is gathered for it; whether its gradient is then summed over the ranks, in
-            place of the all-reduce at its column-parallel layers.
-        row: the row-parallel layer whose result is the module's own, to be reduce-scattered;
-            None when the module's result is whole on every rank, and cut.
-    """
-
-    name: str
-    gathered: dict[Key, bool]
-    row: str | None = None
-
-
-@dataclass
 class Block:
     """What was proven of a block.
 
     Attributes:
         boundaries: the modules inside it that see whole sequences.
         shared: its parameters outside those; each rank has their gradient for its own tokens.
+        drops: whether it drops out activations outside those.
     """
 
     boundaries: list[Boundary]
     shared: list[str]
+    drops: bool
 
 
 @dataclass
@@ -64,6 +48,7 @@ class _Run:
     trees: dict[str, Any] = field(default_factory=dict)
     results: list[Tensor] = field(default_factory=list)
     arguments: dict[Key, Tensor] = field(default_factory=dict)
+    dropped: list[tuple[int, ...]] = field(default_factory=list)  # shapes of what is dropped out
 
 
 def prove_block(
@@ -78,37 +63,65 @@ def prove_block(
 ) -> Block:
     """The proof that all outside ``whole_inside`` works on tokens one by one.
 
+    Args:
+        proofs: of the modules inside the block, and ("") of the block itself.
+
     Raises:
         SequenceError: when it does not.
     """
+    own = _own_layers(proofs.get("", []))
+    whole_inside = [*whole_inside, *own]
     try:
         unit = Unit.of(name, module, call)
         loose = [n for n in unit.linears if not _inside(n, whole_inside)]
         if loose:
             raise SequenceError(f"{loose[0]} lies outside the modules that are split")
         boundaries: list[Boundary] = []
+        drops = False
         for training in (False, True):
             unit.training = training
-            boundaries = _prove(unit, hidden, whole_inside, ranks)
+            boundaries, drops = _prove(unit, hidden, whole_inside, own, ranks)
         for boundary in boundaries:
+            if boundary.name in own:
+                continue
             inner = proofs.get(boundary.name, [])
             below = [p for p in proofs if p.startswith(f"{boundary.name}.")]
             if len(inner) == 1 and not below:
-                _shorten(boundary, unit, inner[0], calls[boundary.name])
+                shorten(boundary, unit, inner[0], calls[boundary.name])
     except UnitError as error:
         if isinstance(error.__cause__, SequenceError):
             raise error.__cause__ from None
         raise SequenceError(f"it could not be run alone: {error}") from error
     shared = [n for n, _ in module.named_parameters() if not _inside(n, whole_inside)]
-    return Block(boundaries, shared)
+    return Block(boundaries, shared, drops)
+
+
+def _own_layers(proofs: Sequence[Proof]) -> dict[str, bool]:
+    """Split layers of the block itself, and whether they are row-parallel.
+
+    Raises:
+        SequenceError: when more than these is split.
+    """
+    found: dict[str, bool] = {}
+    for proof in proofs:
+        group = proof.group
+        more = [*group.parameters, *(name for name, _ in group.arguments), *proof.shared]
+        more += [*proof.cuts.outputs, *proof.cuts.uncut, *(n for n, _ in proof.partial_arguments)]
+        if proof.summed or more:
+            raise SequenceError("the block itself holds split parameters")
+        found |= dict.fromkeys(group.columns, False) | dict.fromkeys(group.rows, True)
+    return found
 
 
 def _inside(name: str, paths: Sequence[str]) -> bool:
     return any(name == path or name.startswith(f"{path}.") for path in paths)
 
 
-def _prove(unit: Unit, hidden: Key, inside: Sequence[str], ranks: int) -> list[Boundary]:
-    whole = _run(unit, inside, None, {}, hidden)
+def _prove(
+    unit: Unit, hidden: Key, inside: Sequence[str], own: Mapping[str, bool], ranks: int
+) -> tuple[list[Boundary], bool]:
+    columns = {n for n, is_row in own.items() if not is_row}
+    whole = _run(unit, inside, columns, None, {}, hidden)
     if not whole.results or whole.results[0].dim() != 3:
         raise SequenceError("its result is not [batch, sequence, hidden]")
     if missing := [n for n in inside if n not in whole.outputs]:
@@ -122,7 +135,7 @@ def _prove(unit: Unit, hidden: Key, inside: Sequence[str], ranks: int) -> list[B
     parts = []
     gathered: dict[str, set[Key]] = {}
     for bounds in partition.bounds:
-        part = _run(unit, inside, bounds, whole.trees, hidden)
+        part = _run(unit, inside, columns, bounds, whole.trees, hidden)
         if set(part.outputs) != set(whole.outputs):
             raise SequenceError("it calls other modules for a part of the tokens")
         for path, given in part.inputs.items():
@@ -133,8 +146,18 @@ def _prove(unit: Unit, hidden: Key, inside: Sequence[str], ranks: int) -> list[B
             if not close(mine, other):
                 raise SequenceError("another of its results depends on the tokens")
         parts.append(part)
-    _compare_gradients(unit, hidden, inside, whole, parts, partition, gathered)
-    return [Boundary(path, dict.fromkeys(sorted(gathered[path]), False)) for path in inside]
+    if any(shape[1:2] != (length,) or len(shape) != 3 for shape in whole.dropped):
+        raise SequenceError("it drops out something other than tokens")
+    for path, is_row in own.items():
+        if bool(gathered[path]) == is_row:
+            raise SequenceError(f"{path} does not get {'whole' if is_row else 'divided'} sequences")
+    _compare_gradients(unit, hidden, inside, columns, whole, parts, partition, gathered)
+    boundaries = []
+    for path in inside:
+        keys = dict.fromkeys(sorted(gathered[path]), path in columns)
+        row = "" if own.get(path) else None
+        boundaries.append(Boundary(path, keys, row, path not in columns))
+    return boundaries, bool(whole.dropped)
 
 
 def _cut(x: Tensor, bounds: tuple[int, int]) -> Tensor:
@@ -144,6 +167,7 @@ def _cut(x: Tensor, bounds: tuple[int, int]) -> Tensor:
 def _run(
     unit: Unit,
     inside: Sequence[str],
+    columns: set[str],
     bounds: tuple[int, int] | None,
     trees: Mapping[str, Any],
     hidden: Key,
@@ -161,7 +185,9 @@ def _run(
 
     def replaced(path: str) -> Callable[..., Any]:
         module = unit.module.get_submodule(path)
-        own = type(module).forward
+        names = _argument_names(type(module).forward)
+        factors = unit.factors.get(path)
+        own = type(module).forward if factors is None else lambda _, x: factors(x)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             if path in seen.inputs:
@@ -173,11 +199,14 @@ def _run(
                     given[key] = value
                 return value
 
-            ModuleCall(args, kwargs).mapped(argument_names_of(own), keep)
+            ModuleCall(args, kwargs).mapped(names, keep)
             if bounds is None:
-                with spy.paused():
-                    seen.trees[path] = pytree.tree_map(_detached, own(module, *args, **kwargs))
-            return _as_leaf(trees.get(path, seen.trees.get(path)), path, seen, bounds)
+                spy.elsewhere = True
+                seen.trees[path] = pytree.tree_map(_detached, own(module, *args, **kwargs))
+            # Between layers of the block itself there are whole sequences, up to the last.
+            spy.elsewhere = path in columns
+            part = None if path in columns else bounds
+            return _as_leaf(trees.get(path, seen.trees.get(path)), path, seen, part)
 
         return forward
 
@@ -187,14 +216,11 @@ def _run(
 
     forwards = {path: replaced(path) for path in inside} | {"": root}
     seen.results = tensors_of(unit.run(leaf, forwards))
-    if spy.seen and unit.training:
-        raise SequenceError(
-            f"it drops out activations between its split layers (p={spy.seen[0]}): set that to 0"
-        )
+    seen.dropped = spy.seen
     return seen
 
 
-def argument_names_of(forward: Any) -> tuple[str, ...]:
+def _argument_names(forward: Any) -> tuple[str, ...]:
     """The names of the positional arguments of a class's forward."""
     names = [
         p.name
@@ -241,6 +267,7 @@ def _compare_gradients(
     unit: Unit,
     hidden: Key,
     inside: Sequence[str],
+    columns: set[str],
     whole: _Run,
     parts: list[_Run],
     partition: Partition,
@@ -248,6 +275,8 @@ def _compare_gradients(
 ) -> None:
     parameters = {n: p for n, p in unit.module.named_parameters() if not _inside(n, inside)}
     places = [(path, key) for path in inside for key in sorted(gathered[path])]
+    # The row-parallel layers of the block itself, which get whole sequences.
+    uncut = [(p, k) for p in inside if columns and not gathered[p] for k in whole.inputs[p]]
     generator = torch.Generator().manual_seed(7)
 
     def random(x: Tensor) -> Tensor:
@@ -255,10 +284,13 @@ def _compare_gradients(
 
     targets = [whole.results[0], *(whole.inputs[path][key] for path, key in places)]
     cotangents = [random(x) for x in targets]
+    whole_cotangents = [random(whole.inputs[path][key]) for path, key in uncut]
 
     def gradients(run: _Run, bounds: tuple[int, int] | None) -> dict[Any, Tensor]:
         ends = [run.results[0], *(run.inputs[path][key] for path, key in places)]
         given = [c if bounds is None else _cut(c, bounds) for c in cotangents]
+        ends += [run.inputs[path][key] for path, key in uncut]
+        given += whole_cotangents
         live = [(y, c) for y, c in zip(ends, given, strict=True) if y.requires_grad]
         leaves: dict[Any, Tensor] = {("argument", k): x for k, x in run.arguments.items()}
         leaves |= {("output", path): x for path, x in run.outputs.items()}
@@ -276,7 +308,9 @@ def _compare_gradients(
     scale = max(float(g.abs().max()) for g in expected.values() if g.numel())
     for name, grad in expected.items():
         mine = [g[name] for g in got]
-        if name == ("argument", hidden) or name[0] == "output":
+        if name[0] == "output" and name[1] in columns:
+            right = all(near(g, grad, scale) for g in mine)
+        elif name == ("argument", hidden) or name[0] == "output":
             right = all(
                 near(g, _cut(grad, b), scale) for g, b in zip(mine, partition.bounds, strict=True)
             )
@@ -287,100 +321,3 @@ def _compare_gradients(
         if not right:
             what = name[1][0] if name[0] == "argument" else name[1]
             raise SequenceError(f"the gradient of {what} is not made of the tokens' own")
-
-
-def _shorten(boundary: Boundary, block: Unit, proof: Proof, call: ModuleCall) -> None:
-    """Where the collectives of a boundary may take the place of those of the layers inside."""
-    if proof.summed or proof.cuts.outputs or proof.cuts.uncut:
-        return
-    unit = Unit.of(boundary.name, block.module.get_submodule(boundary.name), call)
-    group = proof.group
-    given: dict[Key, Tensor] = {}
-    inputs: dict[str, list[Tensor]] = {}
-    rows: list[Tensor] = []
-    spy = DropoutSpy()
-
-    def leaf(key: Key, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            given[key] = value
-        return value
-
-    def column(name: str) -> Callable[..., Tensor]:
-        def forward(x: Tensor, *_: Any) -> Tensor:
-            inputs.setdefault(name, []).append(x)
-            return unit.factors[name](x)
-
-        return forward
-
-    def row(name: str) -> Callable[..., Tensor]:
-        def forward(x: Tensor, *_: Any) -> Tensor:
-            rows.append(unit.factors[name](x))
-            return rows[-1]
-
-        return forward
-
-    def root(*args: Any, **kwargs: Any) -> Any:
-        with spy:
-            return type(unit.module).forward(unit.module, *args, **kwargs)
-
-    tables = [name for name in group.columns if name not in unit.factors]
-    if tables:
-        return
-    forwards = {name: column(name) for name in group.columns}
-    forwards |= {name: row(name) for name in group.rows} | {"": root}
-    unit.training = True
-    results = tensors_of(unit.run(leaf, forwards))
-    if len(rows) == 1 and results and results[0] is rows[0]:
-        (boundary.row,) = group.rows
-    unit.training = False
-    simulation = Simulation(unit, group, proof.cuts).whole()
-    ones = [torch.ones_like(y) for y in simulation.results]
-    elsewhere = simulation.gradients(ones)
-    for key in boundary.gathered:
-        alone = all(x is given.get(key) for xs in inputs.values() for x in xs)
-        used = elsewhere.get(("argument", key))
-        free = key not in proof.partial_arguments and key not in group.arguments
-        boundary.gathered[key] = alone and free and (used is None or not used.any())
-
-
-class DropoutSpy(TorchFunctionMode):
-    """Notes dropout that would drop something; results of it are other tensors than its input."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[float] = []
-        self._paused = False
-
-    def paused(self) -> _Pause:
-        """Within it nothing is noted."""
-        return _Pause(self)
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Passes everything on."""
-        options = dict(kwargs or {})
-        result = func(*args, **options)
-        if func not in DROPOUTS:
-            return result
-        named = dict(zip(("input", "p", "training"), args, strict=False)) | options
-        p, training = float(named.get("p", 0.5)), bool(named.get("training", True))
-        if not training or p == 0 or self._paused:
-            return result
-        self.seen.append(p)
-        return result * 1
-
-
-class _Pause:
-    def __init__(self, spy: DropoutSpy) -> None:
-        self.spy = spy
-
-    def __enter__(self) -> None:
-        self.spy._paused = True
-
-    def __exit__(self, *_: object) -> None:
-        self.spy._paused = False
