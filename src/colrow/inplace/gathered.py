@@ -70,6 +70,8 @@ def gathered_layers(
         own = list(module.parameters(recurse=False))
         kind = linear_kind(module)
         if kind is None or name not in calls:
+            if not {name, name.rpartition(".")[0]} & calls.keys():
+                continue
             for last, parameter in module.named_parameters(recurse=False):
                 free = id(parameter) not in taken and holders[id(parameter)] == 1
                 if (
