@@ -182,12 +182,11 @@ def _block(
     inner = [p for p in proofs if p]
     outermost = [p for p in inner if not any(p.startswith(f"{other}.") for other in inner)]
     inner_calls = {p: calls[prefix + p] for p in inner}
-    others = [n for n in (*gathered.linears, *gathered.tables) if n.startswith(prefix)]
-    others = [n.removeprefix(prefix) for n in others]
-    children = {p.partition(".")[0] for p in (*outermost, *others)}
+    others = {n.removeprefix(prefix) for n in (*gathered.linears, *gathered.tables)}
     reason = ""
-    for whole in (outermost, sorted(children)):
-        outside = [n for n in others if not any(f"{n}.".startswith(f"{p}.") for p in whole)]
+    for whole in (outermost, sorted({p.partition(".")[0] for p in outermost})):
+        outside = [n for n in others if n in dict(module.named_modules())]
+        outside = [n for n in outside if not any(f"{n}.".startswith(f"{p}.") for p in whole)]
         if outside:
             reason = f"{outside[0]} is split by its output features"
             continue
