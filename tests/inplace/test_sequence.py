@@ -176,6 +176,9 @@ def check_own(tp: ParallelGroup, kind: str) -> None:
     whole, model = Blocks(kind).double(), Blocks(kind).double()
     model.load_state_dict(whole.state_dict())
     colrow.parallelize(model, mesh_of(tp), example_inputs={"ids": IDS}, sequence_parallel=True)
+    lengths: list[int] = []
+    norm = model.get_submodule("blocks.1.norm")
+    norm.register_forward_hook(lambda _, args, __: lengths.append(args[0].shape[1]))
     for length in (7, 5, 1):
         torch.manual_seed(length)
         expected = whole(IDS[:, :length])
@@ -190,6 +193,7 @@ def check_own(tp: ParallelGroup, kind: str) -> None:
         if tp.rank == 0:
             theirs = {n: p.grad for n, p in whole.named_parameters()}
             assert max(relative_error(grads[n], g) for n, g in theirs.items()) < LIMIT
+    assert lengths == ([4, 3, 1] if tp.rank == 0 else [3, 2, 1])
 
 
 # Dropout of what every rank has part of is that of the whole model.

@@ -243,6 +243,8 @@ def split_stacks(applier: Applier, stacks: list[Stack]) -> None:
     model = applier.model
     for stack in stacks:
         region = Region(applier.tp, stack.names[0].rpartition(".")[0])
+        first, last = model.get_submodule(stack.names[0]), model.get_submodule(stack.names[-1])
+        enter = Enter(region, argument_names(first), stack.hidden)
         for name, block in zip(stack.names, stack.blocks, strict=True):
             module = model.get_submodule(name)
             applier.hook(module.register_forward_pre_hook(refuse_recomputation, with_kwargs=True))
@@ -253,8 +255,6 @@ def split_stacks(applier: Applier, stacks: list[Stack]) -> None:
                 applier.change_class(block_module, DropoutMixin)
             for boundary in block.boundaries:
                 _bound(applier, f"{name}.{boundary.name}", boundary, region)
-        first, last = model.get_submodule(stack.names[0]), model.get_submodule(stack.names[-1])
-        enter = Enter(region, argument_names(first), stack.hidden)
         applier.hook(first.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
         applier.hook(last.register_forward_hook(Leave(region)))
     if stacks:
