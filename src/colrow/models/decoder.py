@@ -16,7 +16,7 @@ from colrow.layers.fused import column_linear
 from colrow.layers.linear import divides_sequence
 from colrow.layers.loss import Reduction, vocab_parallel_cross_entropy
 from colrow.layers.row import RowParallelLinear
-from colrow.layers.shared import SharedLayers, SharedWeights
+from colrow.layers.shared import SharedLayers, SharedWeights, sum_gradients_
 from colrow.mesh import ParallelGroup
 from colrow.models.config import Layout, ModelConfig, parameter_specs
 from colrow.models.decoder_parts import DecoderParts, allocate
@@ -51,6 +51,11 @@ class Decoder(nn.Module):
             ones give wrong numbers silently.
         device, dtype: of the parameters, which hold arbitrary values until they are initialised
             or loaded; "meta" allocates nothing.
+
+    Attributes:
+        sums_shared_later: gradients that are sums over tp ranks are left as this rank's parts,
+            until :meth:`sum_shared_gradients_` is called: for schedules that go backward in two
+            parts, which would run the sum in the graph more than once.
     """
 
     def __init__(
@@ -103,6 +108,7 @@ class Decoder(nn.Module):
         self.blocks = Blocks({number: parts.block(number) for number in numbers})
         self.norm = parts.norm("norm") if last else None
         self.head = parts.head() if last else None
+        self.sums_shared_later = False
         self.tied_kernel: Kernel | None = None
         allocate(self, torch.device(device))
         self._shared_layers = [SharedLayers(self.layers_of(stage)) for stage in self.stages]
@@ -258,7 +264,9 @@ class Decoder(nn.Module):
         if self.sequence_parallel:
             divide = Partition.even if cache is None else Partition.replicated
             sequence = divide(length, self.tp.size)
-        shared = self._shared_layers[self.stages.index(stage)].weights(self.tp, "shared")
+        shared = SharedWeights({})
+        if not self.sums_shared_later:
+            shared = self._shared_layers[self.stages.index(stage)].weights(self.tp, "shared")
         context = AttentionContext(
             length,
             past=past,
@@ -328,6 +336,10 @@ class Decoder(nn.Module):
             overlap=self.overlap,
             layer="head",
         )
+
+    def sum_shared_gradients_(self) -> None:
+        """With ``sums_shared_later``: the sums over tp that the graph left out, in one bucket."""
+        sum_gradients_([at for layers in self._shared_layers for at in layers.all()], self.tp)
 
     def for_decoding(self) -> Decoder:
         """Lays the weights out for generating on a CPU, see :mod:`colrow.layers.decoding`.
