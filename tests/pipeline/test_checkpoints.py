@@ -17,7 +17,10 @@ from colrow.checkpoint.training import TrainingCheckpoints
 from colrow.mesh import Mesh, ParallelGroup
 from colrow.models.decoder import Decoder
 from colrow.train.optimizer import adamw
+from tests.pipeline.layouts import TIED, Pipe, make_stepper
+from tests.pipeline.layouts import make_mesh as pipe_mesh
 from tests.ranks import RankPool
+from tests.train import layouts as train_layouts
 
 FIRST, SECOND = 3, 2
 # Four layers, so that four ranks have one each; vocabulary and MLP that do not divide; a tied
@@ -168,3 +171,43 @@ def test_names_and_boxes_are_those_of_one_rank(saved: tuple[Path, dict[str, Tens
         assert tensor["shape"] == alone["tensors"][name]["shape"]
         assert len(tensor["chunks"]) == len(alone["tensors"][name]["chunks"]), name
     assert len(stages["files"]) == 4
+
+
+def losses_of(
+    world: ParallelGroup,
+    pipe: Pipe | None,
+    tokens: Path,
+    directory: Path,
+    first: int,
+    last: int,
+    saves: bool,
+) -> list[float]:
+    """Steps of training in a pipeline, or with ``world`` as tp; from the checkpoint at ``first``,
+    and with one at ``last`` where it ``saves``."""
+    if pipe is None:
+        plain = train_layouts.Layout(tp=world.size)
+        mesh = train_layouts.make_mesh(world, plain)
+        stepper = train_layouts.make_stepper(
+            mesh, plain, tokens, config=TIED, clip=train_layouts.CLIP
+        )
+    else:
+        mesh = pipe_mesh(world, pipe)
+        stepper = make_stepper(mesh, pipe, tokens)
+    checkpoints = TrainingCheckpoints(directory, mesh, group=world.group)
+    if first:
+        checkpoints.load(first, stepper.model, stepper.optimizer)
+    found = [stepper.step(index, 1e-3).loss for index in range(first, last)]
+    if saves:
+        checkpoints.save(last, stepper.model, stepper.optimizer, {})
+        checkpoints.wait()
+    return found
+
+
+def test_training_goes_on_in_another_layout(ranks: RankPool, tokens: Path, tmp_path: Path) -> None:
+    """Begun on tp 2 x pp 2, continued as tp 4, on one rank, and as pp 4, against no break."""
+    whole = ranks(1, losses_of, None, tokens, tmp_path, 0, 5, False)[0]
+    begun = ranks(4, losses_of, Pipe(pp=2, tp=2), tokens, tmp_path, 0, 3, True)[0]
+    assert begun == pytest.approx(whole[:3], rel=1e-12)
+    for size, pipe in ((4, None), (1, None), (4, Pipe(pp=4)), (4, Pipe(pp=2, tp=2))):
+        found = ranks(size, losses_of, pipe, tokens, tmp_path, 3, 5, False)[0]
+        assert found == pytest.approx(whole[3:], rel=1e-12), (size, pipe)
