@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 import colrow
 from colrow.mesh import Mesh, ParallelGroup
@@ -70,12 +69,9 @@ def make_mesh(world: ParallelGroup, pipe: Pipe) -> Mesh:
     if pipe.ranks in (4, 8):
         return colrow.init_mesh(pp=pipe.pp, tp=pipe.tp, dp=pipe.dp, device="cpu")
     assert pipe.ranks == pipe.pp, "the pool's other sizes have one dimension"
+    assert pipe.pp == 2 or not pipe.tied, "a group of the ends needs all ranks of the pool"
     one, pp = ParallelGroup.single, ParallelGroup(world.group, world.rank, world.size, "pp")
-    ends = pp if pp.size == 2 else None
-    if pp.size > 2 and pp.rank in (0, pp.size - 1):
-        pair = dist.new_group([0, pp.size - 1], use_local_synchronization=True)
-        ends = ParallelGroup(pair, int(pp.rank > 0), 2, "pp")
-    return Mesh(one(), one("dp"), pp, None, torch.device("cpu"), ends=ends)
+    return Mesh(one(), one("dp"), pp, None, torch.device("cpu"), ends=pp if pp.size == 2 else None)
 
 
 def make_stepper(
