@@ -97,8 +97,9 @@ def hosts(tmp_path: Path) -> Iterator[TwoHosts]:
 def test_a_host_that_dies_comes_back_and_the_run_ends_as_if_nothing_had_happened(
     hosts: TwoHosts, tmp_path: Path
 ) -> None:
+    """A stage on each host, tensor-parallel inside it."""
     write_inputs(tmp_path)
-    options: dict[str, Any] = {"tp": 2, "dp": 2, "steps": STEPS, "save_every": 2, "keep": 2}
+    options: dict[str, Any] = {"tp": 2, "pp": 2, "steps": STEPS, "save_every": 2, "keep": 2}
     alone = Run(tmp_path, "alone", **options, engine="gloo")
     assert alone.end() == 0
     agents = [Agent(hosts, host, tmp_path, options) for host in (0, 1)]
