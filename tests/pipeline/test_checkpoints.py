@@ -208,6 +208,7 @@ def test_training_goes_on_in_another_layout(ranks: RankPool, tokens: Path, tmp_p
     whole = ranks(1, losses_of, None, tokens, tmp_path, 0, 5, False)[0]
     begun = ranks(4, losses_of, Pipe(pp=2, tp=2), tokens, tmp_path, 0, 3, True)[0]
     assert begun == pytest.approx(whole[:3], rel=1e-12)
-    for size, pipe in ((4, None), (1, None), (4, Pipe(pp=4)), (4, Pipe(pp=2, tp=2))):
+    sharded = Pipe(pp=2, dp=2, fsdp=True)
+    for size, pipe in ((4, None), (1, None), (4, Pipe(pp=4)), (4, Pipe(pp=2, tp=2)), (4, sharded)):
         found = ranks(size, losses_of, pipe, tokens, tmp_path, 3, 5, False)[0]
         assert found == pytest.approx(whole[3:], rel=1e-12), (size, pipe)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.hosts import TwoHosts, kill_tree
+from tests.hosts import OneHost, TwoHosts, kill_tree
 from tests.train.curves import OPTIONS, write_inputs
 from tests.train.test_faults import Run, weights
 
@@ -27,7 +27,9 @@ SCRIPTS = Path(__file__).parents[2] / "examples" / "multi_node"
 class Agent:
     """The script of docs/multi_node.md on one of the hosts."""
 
-    def __init__(self, hosts: TwoHosts, host: int, directory: Path, options: dict[str, Any]):
+    def __init__(
+        self, hosts: TwoHosts | OneHost, host: int, directory: Path, options: dict[str, Any]
+    ):
         words = ["--model", directory / "config.json", "--data", directory / "topics.txt"]
         words += ["--output", directory / "run", "--token-cache", directory / "tokens"]
         for name, value in {**OPTIONS, **options}.items():
@@ -43,7 +45,8 @@ class Agent:
                 **os.environ,
                 "PATH": path,
                 "OMP_NUM_THREADS": "1",
-                "HEAD": "host0",
+                "HEAD": hosts.head,
+                "PORT": str(hosts.port),
                 "HOSTS": "2",
                 "RANKS": "2",
             },
@@ -83,8 +86,12 @@ class Agent:
         return code
 
 
-@pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[TwoHosts]:
+@pytest.fixture(params=["namespaces", "launchers"])
+def hosts(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[TwoHosts | OneHost]:
+    """Two hosts, or two launchers on one, which any machine permits."""
+    if request.param == "launchers":
+        yield OneHost()
+        return
     made = TwoHosts(tmp_path)
     try:
         made.start()
@@ -95,15 +102,17 @@ def hosts(tmp_path: Path) -> Iterator[TwoHosts]:
 
 
 def test_a_host_that_dies_comes_back_and_the_run_ends_as_if_nothing_had_happened(
-    hosts: TwoHosts, tmp_path: Path
+    hosts: TwoHosts | OneHost, tmp_path: Path
 ) -> None:
     """A stage on each host, tensor-parallel inside it."""
     write_inputs(tmp_path)
     options: dict[str, Any] = {"tp": 2, "pp": 2, "steps": STEPS, "save_every": 2, "keep": 2}
     alone = Run(tmp_path, "alone", **options, engine="gloo")
     assert alone.end() == 0
-    agents = [Agent(hosts, host, tmp_path, options) for host in (0, 1)]
+    agents = [Agent(hosts, 0, tmp_path, options)]
     try:
+        hosts.ready()
+        agents.append(Agent(hosts, 1, tmp_path, options))
         agents[0].until(r"step 7/")
         kill_tree(agents[1].process)
         agents[1] = Agent(hosts, 1, tmp_path, options)

@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tp",
         type=_sizes,
         metavar="N,N",
-        help="tensor-parallel sizes, one after the other (default 1,2)",
+        help="tensor-parallel sizes, one after the other (default 1,2; with --pp 1)",
     )
     add_sequence_parallel(parser)
     parser.add_argument(
