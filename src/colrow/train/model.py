@@ -19,6 +19,7 @@ from colrow.models.build import from_config
 from colrow.models.config import ModelConfig
 from colrow.models.decoder import Decoder
 from colrow.models.stages import LayerSplit
+from colrow.pipeline.balance import planned_costs
 from colrow.pipeline.settings import ZERO_BUBBLE, check_schedule, schedule_named, split_for
 from colrow.train.settings import TrainSettings
 from colrow.train.tokenize import BYTES
@@ -73,7 +74,16 @@ def pipeline_split(settings: TrainSettings, config: ModelConfig) -> LayerSplit:
         ValueError: a pipeline that cannot run, with the reason.
     """
     schedule = schedule_named(settings.schedule)
-    split = split_for(config, settings.pp, schedule, settings.layer_split, settings.stages_per_rank)
+    costs = planned_costs(
+        config,
+        tp=settings.tp,
+        microbatch=settings.microbatch,
+        sequence=settings.sequence,
+        precision=settings.precision,
+    )
+    split = split_for(
+        config, settings.pp, schedule, settings.layer_split, settings.stages_per_rank, costs
+    )
     check_schedule(
         schedule,
         split,
