@@ -7,9 +7,12 @@ from typing import Any
 
 from colrow.models.config import ModelConfig
 from colrow.models.stages import LayerSplit
+from colrow.pipeline.balance import planned_costs
 from colrow.pipeline.schedules import Schedule, expected_bubble_fraction
 from colrow.pipeline.settings import check_schedule, split_for
 from colrow.pipeline.timeline import Timeline
+
+_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,16 @@ class PipelineSettings:
 
     @property
     def split(self) -> LayerSplit:
-        """Which layers are where."""
+        """Which layers are where; balanced as ``colrow train`` does it."""
+        costs = planned_costs(
+            self.config,
+            tp=self.tp,
+            microbatch=self.batch,
+            sequence=self.sequence,
+            precision=_PRECISIONS[self.dtype],
+        )
         return split_for(
-            self.config, self.pp, self.schedule, self.layer_split or None, self.stages_per_rank
+            self.config, self.pp, self.schedule, self.layer_split, self.stages_per_rank, costs
         )
 
     @property
