@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import os
+import pydoc_data.topics
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from colrow.train.tokens import Encoded, write_tokens
 from tests.models import tiny
 from tests.ranks import RankPool
 
@@ -43,3 +45,13 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
             expected = tiny.evaluate(model, tiny.batch(), dtype)
             torch.save(vars(expected), root / f"{name}-{dtype}.pt")
     return root
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Python's help topics as bytes; every third token does not count, as a prompt's would not."""
+    path = tmp_path_factory.mktemp("tokens") / "topics"
+    text = "".join(text for _, text in sorted(pydoc_data.topics.topics.items()))[:20000]
+    ids = list(text.encode())
+    write_tokens(path, [Encoded(ids, [i % 3 > 0 for i in range(len(ids))])], vocab_size=257)
+    return path

@@ -65,6 +65,8 @@ class Mesh:
             that has no process group.
         device: where this rank computes.
         engine: what carries the bytes, and why it was chosen.
+        ends: the first and the last rank along pp, on these two; None on the others and without
+            pipeline parallelism.
     """
 
     tp: ParallelGroup
@@ -73,6 +75,12 @@ class Mesh:
     device_mesh: DeviceMesh | None
     device: torch.device
     engine: Engine = _ALONE
+    ends: ParallelGroup | None = None
+
+    @property
+    def groups(self) -> tuple[ParallelGroup, ...]:
+        """All handles of this rank, for :func:`colrow.record`."""
+        return (self.tp, self.dp, self.pp, *([] if self.ends is None else [self.ends]))
 
     @property
     def world_size(self) -> int:
@@ -121,8 +129,9 @@ def init_mesh(
     Warns:
         UserWarning: on rank 0 of the world, when a tp group spans hosts.
 
-    Communicates: initialises the process group and one group for each dimension; all ranks must
-    call it. On several hosts the ranks also exchange the hosts' names.
+    Communicates: initialises the process group and one group for each dimension, and with more than
+    two pipeline stages one for the ends of each pipeline; all ranks must call it. On several hosts
+    the ranks also exchange the hosts' names.
     """
     for name, size in (("tp", tp), ("pp", pp), ("dp", dp)):
         if size is not None and size < 1:
@@ -153,7 +162,23 @@ def init_mesh(
         size = dist.get_world_size(group)
         return ParallelGroup(group, dist.get_rank(group), size, name)
 
-    return Mesh(handle("tp"), handle("dp"), handle("pp"), device_mesh, chosen, carrier)
+    stages = handle("pp")
+    ends = _pipeline_ends(grid, stages, timeout)
+    return Mesh(handle("tp"), handle("dp"), stages, device_mesh, chosen, carrier, ends)
+
+
+def _pipeline_ends(
+    grid: torch.Tensor, pp: ParallelGroup, timeout: timedelta
+) -> ParallelGroup | None:
+    """The group of the first and the last rank of this rank's pipeline; all ranks take part."""
+    if pp.size <= 2:
+        return pp if pp.size == 2 else None
+    found = None
+    for first, last in zip(grid[0].flatten().tolist(), grid[-1].flatten().tolist(), strict=True):
+        group = dist.new_group([first, last], timeout=timeout)
+        if dist.get_rank() in (first, last):
+            found = ParallelGroup(group, int(dist.get_rank() == last), 2, "pp")
+    return found
 
 
 def _backend(engine: Engine) -> str:

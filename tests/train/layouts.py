@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 import colrow
 from colrow.mesh import Mesh, ParallelGroup
 from colrow.models.decoder import Decoder
+from colrow.reference import precision, quiet_transformers
 from colrow.train.batches import Order, Windows
 from colrow.train.optimizer import adamw
 from colrow.train.parallel import parallelize
 from colrow.train.step import Stepper
 from colrow.train.tokens import TokenFile
+
+STEPS, RATE, CLIP = 3, 1e-2, 0.5
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,50 @@ def make_stepper(
         global_batch=8,
         clip=clip,
     )
+
+
+def reference(
+    tokens: Path,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    *,
+    config: dict[str, Any] = CONFIG,
+    steps: int = STEPS,
+    **_: Any,
+) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
+    """The same steps by transformers' model, torch's loss, clipping and optimiser."""
+    initial = colrow.full_state_dict(colrow.from_config(config, seed=0, dtype=torch.float64))
+    with quiet_transformers():
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        keys = {name: value for name, value in config.items() if name != "model_type"}
+        theirs = AutoConfig.for_model(config["model_type"], **keys)
+        model = AutoModelForCausalLM.from_config(theirs, dtype=torch.float64)
+        model.load_state_dict(initial, strict=False)
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+        lr=RATE,
+        betas=(0.9, 0.95),
+    )
+    order, found = Order(Windows.of(TokenFile.open(tokens), 17), seed=1), []
+    for step in range(steps):
+        ids, labels = order.batch(step * 8, 8)
+        with precision(torch.float64):
+            logits = model(input_ids=ids).logits[:, :-1]
+        targets = labels[:, 1:]
+        loss = nn.functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), label_smoothing=label_smoothing
+        )
+        loss = loss + z_loss * torch.logsumexp(logits, -1).square()[targets != -100].mean()
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        found.append((loss.item(), norm.item()))
+    names = initial.keys()
+    return found, {n: p.detach() for n, p in model.state_dict().items() if n in names}
 
 
 def config_file(directory: Path) -> Path:

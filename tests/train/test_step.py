@@ -11,15 +11,23 @@ from torch import Tensor, nn
 
 import colrow
 from colrow.mesh import ParallelGroup
-from colrow.reference import precision, quiet_transformers
 from colrow.train.batches import Order, Windows
 from colrow.train.model import set_dropout
 from colrow.train.step import evaluate
 from colrow.train.tokens import TokenFile
 from tests.ranks import RankPool
-from tests.train.layouts import CONFIG, LAYOUTS, Layout, make_mesh, make_stepper
+from tests.train.layouts import (
+    CLIP,
+    CONFIG,
+    LAYOUTS,
+    RATE,
+    STEPS,
+    Layout,
+    make_mesh,
+    make_stepper,
+    reference,
+)
 
-STEPS, RATE, CLIP = 3, 1e-2, 0.5
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "smoothing-z": {"label_smoothing": 0.1, "z_loss": 1e-3},
@@ -36,44 +44,6 @@ def take_steps(
     found = [stepper.step(index, RATE) for index in range(STEPS)]
     whole = colrow.full_state_dict(stepper.model)
     return [(result.loss, result.grad_norm) for result in found], whole
-
-
-def reference(
-    tokens: Path, label_smoothing: float = 0.0, z_loss: float = 0.0, **_: Any
-) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
-    """The same steps by transformers' model, torch's loss, clipping and optimiser."""
-    initial = colrow.full_state_dict(colrow.from_config(CONFIG, seed=0, dtype=torch.float64))
-    with quiet_transformers():
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        keys = {name: value for name, value in CONFIG.items() if name != "model_type"}
-        config = AutoConfig.for_model("qwen2", **keys)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
-        model.load_state_dict(initial, strict=False)
-    decayed = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-        lr=RATE,
-        betas=(0.9, 0.95),
-    )
-    order, found = Order(Windows.of(TokenFile.open(tokens), 17), seed=1), []
-    for step in range(STEPS):
-        ids, labels = order.batch(step * 8, 8)
-        with precision(torch.float64):
-            logits = model(input_ids=ids).logits[:, :-1]
-        targets = labels[:, 1:]
-        loss = nn.functional.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), label_smoothing=label_smoothing
-        )
-        loss = loss + z_loss * torch.logsumexp(logits, -1).square()[targets != -100].mean()
-        optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-        found.append((loss.item(), norm.item()))
-    names = initial.keys()
-    return found, {n: p.detach() for n, p in model.state_dict().items() if n in names}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

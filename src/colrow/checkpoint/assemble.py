@@ -13,23 +13,27 @@ from colrow.comm import primitives
 from colrow.inplace.assemble import assemble
 from colrow.inplace.record import record_of
 from colrow.mesh import ParallelGroup
+from colrow.models.config import parameter_specs
 from colrow.models.decoder import Decoder
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The whole weights on tp rank 0, on the CPU; an empty dict on the other ranks.
+    """The whole weights on rank 0 of tp and pp, on the CPU; an empty dict on the other ranks.
 
     A tied head is not listed, as in transformers' saved files.
 
-    Communicates: every rank sends its shards to rank 0, parameter by parameter; all ranks of the
-    group must call it. What FSDP2 divides is gathered over dp first.
+    Communicates: every tp rank sends its shards to tp rank 0, parameter by parameter, and these
+    send what they have to the first one of the pipeline; all ranks of the groups must call it. What
+    FSDP2 divides is gathered over dp first.
     """
     return _assemble(model, lambda parameter: parameter.detach())
 
 
 def full_grads(model: nn.Module) -> dict[str, Tensor]:
-    """The whole gradients on tp rank 0, as :func:`full_state_dict`; parameters without one are
-    left out."""
+    """The whole gradients on rank 0 of tp and pp, as :func:`full_state_dict`.
+
+    Parameters without a gradient are left out.
+    """
     return _assemble(model, lambda parameter: parameter.grad)
 
 
@@ -74,7 +78,45 @@ def _assemble(
                         source.narrow(piece.dim, taken, last - first)
                     )
                     taken += last - first
-    return whole
+    return _join_stages(whole, model)
+
+
+def _join_stages(mine: dict[str, Tensor], model: Decoder) -> dict[str, Tensor]:
+    """The tensors of all stages on the first rank of the pipeline; nothing elsewhere."""
+    pp, split, config = model.pipeline.pp, model.pipeline.split, model.config
+    if pp.size == 1 or model.tp.rank > 0:
+        return mine
+    naming, specs, like = hf_naming(config), parameter_specs(config, model.layout), _like(model)
+    known = split.held(specs, 0, tied=config.tie_embeddings)
+    for rank in range(1, pp.size):
+        held = split.held(specs, rank, tied=config.tie_embeddings)
+        shapes = {
+            piece.name: piece.shape
+            for name, spec in held.items()
+            if name not in known  # a tied embedding is on both ends
+            for piece in pieces(naming, config, name, spec, 0)
+        }
+        layer = f"stage of rank {rank}"
+        if pp.rank == rank:
+            there = torch.tensor([name in mine for name in shapes], device=like.device)
+            primitives.send(there.to(torch.uint8), pp, 0, layer=layer)
+            for name in shapes:
+                if name in mine:
+                    primitives.send(mine[name].to(like.device), pp, 0, layer=layer)
+        elif pp.rank == 0:
+            flags = torch.empty(len(shapes), dtype=torch.uint8, device=like.device)
+            there = primitives.recv(flags, pp, rank, layer=layer)
+            for (name, shape), found in zip(shapes.items(), there.tolist(), strict=True):
+                if found:
+                    buffer = primitives.recv(like.new_empty(shape), pp, rank, layer=layer)
+                    mine[name] = buffer.cpu()
+    return mine if pp.rank == 0 else {}
+
+
+def _like(model: Decoder) -> Tensor:
+    """A tensor of the parameters' dtype, where they are."""
+    first = next(model.parameters()).detach()
+    return first.to_local() if isinstance(first, DTensor) else first
 
 
 def _collect(

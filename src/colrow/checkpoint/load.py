@@ -9,6 +9,7 @@ from torch import Tensor
 
 from colrow.checkpoint.naming import Naming, Piece, pieces
 from colrow.checkpoint.reader import TensorReader
+from colrow.models.config import parameter_specs
 from colrow.models.decoder import Decoder
 from colrow.partition import Range
 
@@ -29,7 +30,7 @@ def load_(model: Decoder, reader: TensorReader, naming: Naming) -> None:
     """
     held = {
         name: pieces(naming, model.config, name, spec, model.tp.rank)
-        for name, spec in model.specs.items()
+        for name, spec in parameter_specs(model.config, model.layout).items()
     }
     prefix = _missing_prefix(reader, held)
     _check(reader, held, prefix, model, naming)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
@@ -14,10 +15,11 @@ from colrow.checkpoint.locate import resolve_model_path
 from colrow.checkpoint.naming import hf_naming
 from colrow.checkpoint.reader import open_reader
 from colrow.mesh import Mesh, ParallelGroup
-from colrow.models.build import DecoderOptions, resolve_mesh
+from colrow.models.build import DecoderOptions, resolve_mesh, resolve_pipeline
 from colrow.models.config import ModelConfig
 from colrow.models.decoder import Decoder
 from colrow.models.hf_config import config_from_file
+from colrow.models.stages import LayerSplit
 
 
 def from_pretrained(
@@ -26,6 +28,7 @@ def from_pretrained(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    layer_split: str | Sequence[float] | LayerSplit | None = None,
     **options: Unpack[DecoderOptions],
 ) -> Decoder:
     """A decoder with the weights of a checkpoint; each rank reads only its own slices.
@@ -38,6 +41,7 @@ def from_pretrained(
         mesh: the grid of ranks, or just the tp group; by default one rank.
         dtype: of the parameters; by default the one that the configuration names, fp32 for GGUF.
         device: by default the mesh's.
+        layer_split: as for :func:`colrow.from_config`.
         options: see :class:`Decoder`.
 
     Raises:
@@ -57,7 +61,8 @@ def from_pretrained(
             config = config_from_file(_directory(file))
             naming = hf_naming(config)
         chosen = dtype or stored_dtype(file)
-        model = Decoder(config, tp, device=place, dtype=chosen, **options)
+        pipeline = resolve_pipeline(config, mesh, layer_split)
+        model = Decoder(config, tp, pipeline=pipeline, device=place, dtype=chosen, **options)
         if place.type != "meta":
             load_(model, reader, naming)
     return model.eval()

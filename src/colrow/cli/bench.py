@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from colrow.bench.result import WHAT
+from colrow.cli import bench_pipeline
 from colrow.cli.common import (
     DTYPES,
     add_device,
@@ -38,6 +39,7 @@ computing is listed beside them. Totals are medians over --runs with nothing att
   colrow bench SmolLM2-135M-Instruct.Q4_1.gguf --what model --tp 1,2 --decode
   colrow bench llama-3-8b --what block --tp 1,2 --batch 1 --sequence 128 --plot block.png
   colrow bench --hidden 1024 --layers 4 --heads 16 --vocab 32000 --what model --sequence 512
+  colrow bench --hidden 256 --layers 8 --heads 4 --vocab 4096 --pp 4 --schedule zbv
 
 With one size for each rank count that you want to compare, the machine's cores are divided by the
 ranks (--threads fixes the number), so that sizes are compared on equal hardware.
@@ -68,16 +70,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--what",
         choices=WHAT,
-        default="block",
         help="the whole model, one block, its attention or MLP, or each of its linear layers "
         "(layer) (default block)",
     )
     parser.add_argument(
         "--tp",
         type=_sizes,
-        default=(1, 2),
         metavar="N,N",
-        help="tensor-parallel sizes, one after the other (default 1,2)",
+        help="tensor-parallel sizes, one after the other (default 1,2; with --pp 1)",
     )
     add_sequence_parallel(parser)
     parser.add_argument(
@@ -131,6 +131,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plot", type=destination, metavar="FILE", help="draw it (.png, .svg; needs matplotlib)"
     )
+    bench_pipeline.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -142,9 +143,13 @@ def run(args: argparse.Namespace) -> int:
     from colrow.bench.result import BenchSettings
     from colrow.models.config import Layout
 
+    bench_pipeline.check_arguments(args)
+    config = _configuration(args)
+    if args.pp is not None:
+        return bench_pipeline.run(args, config)
     settings = BenchSettings(
-        config=_configuration(args),
-        what=args.what,
+        config=config,
+        what=args.what or "block",
         batch=args.batch,
         sequence=args.sequence,
         decode=args.decode,
@@ -155,14 +160,15 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         engine=args.engine,
     )
-    for size in args.tp:
+    sizes = args.tp or (1, 2)
+    for size in sizes:
         Layout.create(settings.config, size)
     if args.plot:
         from colrow.bench.plot import check_matplotlib
 
         check_matplotlib()
     found: list[Measurement] = []
-    for size in args.tp:
+    for size in sizes:
         measured = run_on_ranks(_measure, settings, size, ranks=size)
         if measured is None:
             return 0
@@ -216,12 +222,13 @@ def _run_links(args: argparse.Namespace) -> int:
         "--train": args.train,
         "--sequence-parallel": args.sequence_parallel,
         "--plot": args.plot,
+        "--pp": args.pp,
         **{f"--{name}": getattr(args, name.replace("-", "_")) for name in _SIZES},
     }
     ignored = [name for name, value in given.items() if value]
     if ignored:
         raise ValueError(f"--link runs no model: leave out {', '.join(ignored)}")
-    sizes = [size for size in args.tp if size > 1]
+    sizes = [size for size in args.tp or (1, 2) if size > 1]
     if not sizes:
         raise ValueError("a link has two ends: use --tp 2 or more")
     if args.machine and not args.machine.endswith(".json"):

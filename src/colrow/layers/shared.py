@@ -163,6 +163,10 @@ class SharedLayers:
     def __init__(self, model: nn.Module) -> None:
         self._found = list(_layers(model, ()))
 
+    def all(self) -> list[SharedParameter]:
+        """The shared parameters of all of them."""
+        return [at for _, found in self._found for at in found.shared_parameters()]
+
     def weights(self, tp: ParallelGroup, layer: str) -> SharedWeights:
         """Their parameters as they are now, in one bucket that is filed under ``layer``.
 
@@ -178,6 +182,34 @@ class SharedLayers:
         shared = [parameter for found in layers for parameter in found.shared_parameters()]
         modules = frozenset(found for found in layers if isinstance(found, nn.Module))
         return SharedWeights.of_parameters(shared, tp, layer, layers=modules)
+
+
+@torch.no_grad()
+def sum_gradients_(
+    shared: Sequence[SharedParameter], tp: ParallelGroup, *, layer: str = "shared"
+) -> None:
+    """The sum of the graph's node, made afterwards: for users that took the bare parameters.
+
+    Communicates: one all-reduce of the shared rows of all gradients; a gradient that is None counts
+    as zero.
+    """
+    if tp.size == 1:
+        return
+    found: dict[int, tuple[Tensor, SharedRows]] = {}
+    for one in shared:
+        parameter: Tensor = getattr(one.module, one.name)
+        if parameter.requires_grad and one.rows.total:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            found[id(parameter)] = parameter.grad, one.rows
+    if not found:
+        return
+    parts = [_pack(grad, rows) for grad, rows in found.values()]
+    bucket = torch.cat([part.flatten() for part in parts])
+    total = primitives.all_reduce(bucket, tp, layer=layer, phase="backward", in_place=True)
+    pieces = total.split([part.numel() for part in parts])
+    for (grad, rows), part, flat in zip(found.values(), parts, pieces, strict=True):
+        grad.copy_(_unpack(grad, flat.view(part.shape), rows))
 
 
 def _layers(

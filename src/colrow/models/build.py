@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypedDict, Unpack
 
@@ -13,6 +13,8 @@ from colrow.models.config import Layout, ModelConfig
 from colrow.models.decoder import Decoder
 from colrow.models.hf_config import config_from_file, config_from_hf
 from colrow.models.initialize import initialize_
+from colrow.models.pipeline import Pipeline
+from colrow.models.stages import LayerSplit
 
 
 class _HasDict(Protocol):
@@ -37,16 +39,21 @@ def from_config(
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
+    layer_split: str | Sequence[float] | LayerSplit | None = None,
     **options: Unpack[DecoderOptions],
 ) -> Decoder:
-    """A decoder with random weights; the same seed gives the same whole weights at any tp size.
+    """A decoder with random weights; the same seed gives the same whole weights in any layout.
+
+    With pipeline parallelism in the mesh it is this rank's part: see :class:`Decoder`.
 
     Args:
         config: a :class:`ModelConfig`, a transformers configuration, the contents of a
             ``config.json``, or the path of one.
         mesh: the grid of ranks, or just the tp group; by default one rank.
-        seed: the same on all ranks of a tp group, which compare it.
+        seed: the same on all ranks of a tp and of a pp group, which compare it.
         device: by default the mesh's; "meta" allocates nothing and draws nothing.
+        layer_split: how the layers are divided over the pipeline's ranks: "3,1" for numbers of
+            layers, "0.5,0.3,0.2" for shares; by default so that all ranks take equally long.
         options: see :class:`Decoder`.
     """
     if isinstance(config, str | Path):
@@ -56,7 +63,8 @@ def from_config(
     elif not isinstance(config, ModelConfig):
         config = config_from_hf(config.to_dict())
     tp, place = resolve_mesh(mesh, device)
-    model = Decoder(config, tp, device=place, dtype=dtype, **options)
+    pipeline = resolve_pipeline(config, mesh, layer_split)
+    model = Decoder(config, tp, pipeline=pipeline, device=place, dtype=dtype, **options)
     if place.type != "meta":
         initialize_(model, seed)
     return model
@@ -70,3 +78,26 @@ def resolve_mesh(
         return mesh.tp, torch.device(device) if device is not None else mesh.device
     place = torch.device("cpu" if device is None else device)
     return mesh or ParallelGroup.single(), place
+
+
+def resolve_pipeline(
+    config: ModelConfig,
+    mesh: Mesh | ParallelGroup | None,
+    layer_split: str | Sequence[float] | LayerSplit | None,
+) -> Pipeline:
+    """This rank's place in the pipeline that a mesh has.
+
+    Raises:
+        ValueError: a split that does not fit the model and the mesh, see :class:`LayerSplit`.
+    """
+    pp, ends = ParallelGroup.single("pp"), None
+    if isinstance(mesh, Mesh):
+        pp, ends = mesh.pp, mesh.ends
+    if not isinstance(layer_split, LayerSplit):
+        layer_split = LayerSplit.create(config, pp.size, layer_split)
+    if sum(layer_split.sizes) != config.num_layers:
+        raise ValueError(
+            f"the layer split {list(layer_split.sizes)} is one of {sum(layer_split.sizes)} layers, "
+            f"and the model has {config.num_layers}"
+        )
+    return Pipeline(layer_split, pp, ends)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Literal
+
 from colrow.comm.ledger import Call, Phase
 from colrow.layers.chunks import chunk_count, chunk_partition, row_chunks, sequence_chunks
 from colrow.models.config import Layout, ModelConfig, parameter_specs
+from colrow.models.stages import Stage
 from colrow.partition import Partition, ShardSpec
 
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -36,12 +40,46 @@ def predict_step(
             message in chunks is as many calls.
         dtype: element type of parameters and activations.
     """
+    return predict_stage(
+        config,
+        layout,
+        Stage(0, 1, 0, config.num_layers),
+        batch=batch,
+        sequence=sequence,
+        sequence_parallel=sequence_parallel,
+        keep_gathered_input=keep_gathered_input,
+        chunk_bytes=chunk_bytes,
+        dtype=dtype,
+    )
+
+
+def predict_stage(
+    config: ModelConfig,
+    layout: Layout,
+    stage: Stage,
+    *,
+    batch: int,
+    sequence: int,
+    sequence_parallel: bool = False,
+    keep_gathered_input: bool = True,
+    chunk_bytes: int | None = None,
+    dtype: str = "float32",
+    compute_dtype: str | None = None,
+    shared: Literal["stage", "blocks", "later"] = "stage",
+) -> list[Call]:
+    """The collectives over tp of one stage and microbatch; arguments as for :func:`predict_step`.
+
+    Args:
+        compute_dtype: of activations, where it is not that of the parameters.
+        shared: gradients of parameters that several ranks hold are summed in one bucket of the
+            stage, in one of each block and one of the rest, or later.
+    """
     ranks = layout.vocab.parts
     if ranks == 1:
         return []
-    itemsize = ITEMSIZE[dtype]
-    full = batch * sequence * config.hidden_size * itemsize
-    row_bytes = config.hidden_size * itemsize
+    width = compute_dtype or dtype
+    row_bytes = config.hidden_size * ITEMSIZE[width]
+    full = batch * sequence * row_bytes
     divided = Partition.even(sequence, ranks)
     split = batch * divided.largest * ranks * row_bytes
     rows = row_chunks(batch * sequence, chunk_count(full, batch * sequence, chunk_bytes))
@@ -50,16 +88,14 @@ def predict_step(
     in_positions = [
         batch * chunk_partition(ranges).largest * ranks * row_bytes for ranges in positions
     ]
-    calls = [
-        _call("all_reduce", "forward", "inputs", 8 * INPUT_CHECK_ELEMENTS, "int64"),
-    ]
+    calls: list[Call] = []
 
     def add(op: str, phase: Phase, layer: str) -> None:
-        calls.append(_call(op, phase, layer, full if op == "all_reduce" else split, dtype))
+        calls.append(_call(op, phase, layer, full if op == "all_reduce" else split, width))
 
     def add_chunks(op: str, phase: Phase, layer: str) -> None:
         sizes = in_rows if op == "all_reduce" else in_positions
-        calls.extend(_call(op, phase, layer, size, dtype) for size in sizes)
+        calls.extend(_call(op, phase, layer, size, width) for size in sizes)
 
     def column(layer: str) -> None:
         if not sequence_parallel:
@@ -77,24 +113,35 @@ def predict_step(
         add_chunks("reduce_scatter", "forward", layer)
         add_chunks("all_gather", "backward", layer)
 
-    if sequence_parallel:
+    if stage.is_first or stage.is_last:
+        calls.append(_call("all_reduce", "forward", "inputs", 8 * INPUT_CHECK_ELEMENTS, "int64"))
+    if stage.is_first and sequence_parallel:
         add("reduce_scatter", "forward", "embedding")
         add("all_gather", "backward", "embedding")
-    else:
+    elif stage.is_first:
         add("all_reduce", "forward", "embedding")
-    for index in range(config.num_layers):
+    for index in stage.blocks:
         column(f"blocks.{index}.attention.qkv")
         row(f"blocks.{index}.attention.output")
         column(f"blocks.{index}.mlp.up")
         row(f"blocks.{index}.mlp.down")
-    column("head")
-    loss_itemsize = max(4, itemsize)
-    loss_dtype = "float64" if dtype == "float64" else "float32"
-    loss_bytes = ranks * LOSS_STATISTICS * batch * sequence * loss_itemsize
-    calls.append(_call("all_gather", "forward", "loss", loss_bytes, loss_dtype))
-    elements = sum(shared_elements(config, layout, sequence_parallel).values())
-    if elements:
-        calls.append(_call("all_reduce", "backward", "shared", elements * itemsize, dtype))
+    if stage.is_last:
+        column("head")
+        loss_dtype = "float64" if width == "float64" else "float32"
+        size = ranks * LOSS_STATISTICS * batch * sequence * ITEMSIZE[loss_dtype]
+        calls.append(_call("all_gather", "forward", "loss", size, loss_dtype))
+    if shared != "later":
+        found: Counter[str] = Counter()
+        for name, elements in shared_elements(config, layout, sequence_parallel).items():
+            if stage.holds(name, tied=False):
+                block = shared == "blocks" and name.startswith("blocks.")
+                number = name.split(".")[1]
+                found[f"blocks.{number}.attention.qkv" if block else "shared"] += elements
+        for layer, elements in found.items():
+            narrow = width if layer != "shared" or shared == "blocks" else dtype
+            calls.append(
+                _call("all_reduce", "backward", layer, elements * ITEMSIZE[narrow], narrow)
+            )
     return calls
 
 

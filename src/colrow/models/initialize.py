@@ -1,4 +1,4 @@
-"""Random initial weights that are the same, whole, at every tensor-parallel size."""
+"""Random initial weights that are the same, whole, however the model is divided."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ def initialize_(model: Decoder, seed: int) -> None:
     so every rank draws just what it holds. The ranks compare their seeds, with 16 bytes.
 
     Raises:
-        ValueError: on every rank, when the ranks of the group were given different seeds.
+        ValueError: on every rank, when the ranks of a tp or pp group were given different seeds.
     """
     config = model.config
-    require_same(
-        seed,
-        model.tp,
-        f"the {model.tp.size} ranks of this {model.tp.name} group were given different seeds for "
-        "the initial weights: give all of them the same",
-        layer="seed",
-        device=model.embedding.weight.device,
-    )
+    for group in (model.tp, model.pipeline.pp):
+        require_same(
+            seed,
+            group,
+            f"the {group.size} ranks of this {group.name} group were given different seeds for the "
+            "initial weights: give all of them the same",
+            layer="seed",
+            device=next(model.parameters()).device,
+        )
     for name, parameter in model.named_parameters():
         module, kind = name.rsplit(".", 1)
         if kind == "bias":

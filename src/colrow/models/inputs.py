@@ -9,6 +9,8 @@ from colrow import rng
 from colrow.comm.agreement import different_seeds, require_same
 from colrow.layers.options import Position
 from colrow.mesh import ParallelGroup
+from colrow.models.config import ModelConfig
+from colrow.models.stages import Stage
 
 
 def check_batch(
@@ -24,16 +26,85 @@ def check_batch(
             f"input_ids should be [batch, sequence] with at least one token, "
             f"got {tuple(input_ids.shape)}"
         )
-    total = past + input_ids.shape[1]
+    _check_length(
+        input_ids.shape[0], input_ids.shape[1], attention_mask, past, max_positions, position
+    )
+
+
+def check_stage_input(
+    config: ModelConfig,
+    stage: Stage,
+    x: Tensor,
+    length: int | None,
+    attention_mask: Tensor | None,
+    past: int,
+    divided: bool,
+) -> int:
+    """The length of the whole sequence.
+
+    Args:
+        x: token ids for the first stage, hidden states for any other.
+        length: what was said about it.
+        past: cached positions before it.
+        divided: the hidden states are a shard of the sequence.
+
+    Raises:
+        ValueError: for shapes that the stage cannot use.
+    """
+    if stage.is_first:
+        check_batch(x, attention_mask, past, config.max_positions, config.position)
+        return x.shape[1]
+    if x.dim() != 3 or x.shape[2] != config.hidden_size:
+        raise ValueError(
+            f"pipeline stage {stage.index} should get the hidden states of the stage before, "
+            f"[batch, sequence, {config.hidden_size}], got {tuple(x.shape)}"
+        )
+    if length is None and divided:
+        raise ValueError(
+            f"pipeline stage {stage.index} gets a shard of the sequence: say the length of the "
+            "whole, as length=..."
+        )
+    length = x.shape[1] if length is None else length
+    _check_length(x.shape[0], length, attention_mask, past, config.max_positions, config.position)
+    return length
+
+
+def _check_length(
+    rows: int,
+    length: int,
+    attention_mask: Tensor | None,
+    past: int,
+    max_positions: int,
+    position: Position,
+) -> None:
+    total = past + length
     if position == "learned" and total > max_positions:
         raise ValueError(
             f"a sequence of {total} positions is longer than the model's {max_positions}"
         )
-    expected = (input_ids.shape[0], total)
+    expected = (rows, total)
     if attention_mask is not None and tuple(attention_mask.shape) != expected:
         raise ValueError(
             f"attention_mask should be {expected} (cached and new positions), "
             f"got {tuple(attention_mask.shape)}"
+        )
+
+
+def check_labels(input_ids: Tensor, labels: Tensor) -> None:
+    """Raises ValueError for labels that do not belong to the ids."""
+    if labels.shape != input_ids.shape:
+        raise ValueError(
+            f"labels {tuple(labels.shape)} should have the shape of input_ids "
+            f"{tuple(input_ids.shape)}; they are shifted inside"
+        )
+
+
+def check_next_token(labels: Tensor) -> None:
+    """Raises ValueError for sequences without a next token."""
+    if labels.dim() == 2 and labels.shape[1] == 1:
+        raise ValueError(
+            f"the loss of sequences of one token (input_ids {tuple(labels.shape)}) is "
+            "undefined: it compares each token with the next one; give it at least two"
         )
 
 

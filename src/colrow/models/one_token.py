@@ -24,7 +24,7 @@ from colrow.layers.position import apply_rope
 from colrow.layers.row import RowParallelLinear
 
 if TYPE_CHECKING:
-    from colrow.models.decoder import Decoder
+    from colrow.models.staged_layers import StagedLayers
 
 _Step = Callable[[Tensor], Tensor]
 _Block = Callable[[Tensor, AttentionContext, KeyValueCache], Tensor]
@@ -41,12 +41,13 @@ class OneToken:
         self._blocks = [_flat(block) for block in blocks if isinstance(block, ParallelBlock)]
 
     @staticmethod
-    def fits(model: Decoder) -> bool:
+    def fits(model: StagedLayers) -> bool:
         """Whether the model is of the kind that is written out here: RoPE over all keys."""
         attentions = [b.attention for b in model.blocks if isinstance(b, ParallelBlock)]
         return (
-            model.embedding.weight.is_cpu
+            next(model.parameters()).is_cpu
             and not model.sequence_parallel
+            and len(model.stages) == 1
             and all(a.rope is not None and a.window is None for a in attentions)
             and all(a.query_norm is None and not a.alibi for a in attentions)
         )

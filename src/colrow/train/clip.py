@@ -16,6 +16,8 @@ from colrow.checkpoint.training_placement import (
     tensor_parallel_group,
 )
 from colrow.comm import primitives
+from colrow.mesh import ParallelGroup
+from colrow.models.decoder import Decoder
 
 
 @torch.no_grad()
@@ -28,19 +30,21 @@ def grad_norm(module: nn.Module) -> Tensor:
 
     Args:
         module: whose parameters have gradients, wrapped by DDP or FSDP2 or not. Parameters without
-            one are left out.
+            one are left out. In a pipeline a tied embedding counts on the first stage.
 
     Returns:
         A number in fp64 on the parameters' device; infinite or nan when a gradient is.
 
-    Communicates: one all-reduce of 8 bytes over tp, and under FSDP2 one over dp.
+    Communicates: one all-reduce of 8 bytes over tp, under FSDP2 one over dp, and in a pipeline one
+    over pp.
     """
     module = unwrap(module)
     places = placements(module)
     device = next(module.parameters()).device
     norms: list[Tensor] = []
+    copies, pp = _copies_of_others(module)
     for name, parameter in module.named_parameters():
-        if parameter.grad is None:
+        if parameter.grad is None or id(parameter) in copies:
             continue
         grad = local_tensor(parameter.grad)
         wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
@@ -49,9 +53,20 @@ def grad_norm(module: nn.Module) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=device)
     if norms:
         total = torch.stack(norms).square().sum()
-    for group in (tensor_parallel_group(module), data_parallel_group(module)):
+    for group in (tensor_parallel_group(module), data_parallel_group(module), pp):
         total = primitives.all_reduce(total, group, layer="grad_norm", phase="backward")
     return total.sqrt()
+
+
+def _copies_of_others(module: nn.Module) -> tuple[set[int], ParallelGroup]:
+    """Parameters that another stage counts, by id, and the group of the pipeline's ranks."""
+    for child in module.modules():
+        if isinstance(child, Decoder):
+            tied = child.config.tie_embeddings and child.embedding is not None
+            first = any(stage.is_first for stage in child.stages)
+            copy = child.embedding if tied and not first else None
+            return set() if copy is None else {id(copy.weight)}, child.pipeline.pp
+    return set(), ParallelGroup.single("pp")
 
 
 @torch.no_grad()

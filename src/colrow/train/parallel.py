@@ -84,21 +84,7 @@ def parallelize(
     Communicates: DDP compares and broadcasts the initial parameters over dp; all ranks call it.
     """
     sharded = fsdp and mesh.dp.size > 1
-    for block in model.blocks:
-        assert isinstance(block, ParallelBlock)
-        block.own_bucket = sharded or compute_dtype is not None
-        forward: Callable[..., Tensor] = block.forward
-        if compute_dtype is not None and not sharded:
-            forward = _with_dtype(block, forward, compute_dtype)
-        if recompute == "full":
-            forward = _recomputed(forward)
-        block.forward = forward  # type: ignore[method-assign]
-        if recompute == "selective":
-            attention = block.attention
-            attention._attend = _recomputed(attention._attend)  # type: ignore[method-assign]
-            attention._attend_with_dropout = _recomputed(  # type: ignore[method-assign]
-                attention._attend_with_dropout
-            )
+    prepare_blocks(model, sharded=sharded, compute_dtype=compute_dtype, recompute=recompute)
     loss = SummedLoss(
         model,
         compute_dtype=None if sharded else compute_dtype,
@@ -116,6 +102,34 @@ def parallelize(
     return DistributedDataParallel(
         loss, process_group=mesh.dp.group, gradient_as_bucket_view=True, **options
     )
+
+
+def prepare_blocks(
+    model: Decoder,
+    *,
+    sharded: bool,
+    compute_dtype: torch.dtype | None,
+    recompute: Recompute,
+) -> None:
+    """Gives the blocks their number format and recomputation; arguments as for parallelize.
+
+    ``sharded``: FSDP2 swaps their parameters while they run, and casts them itself.
+    """
+    for block in model.blocks:
+        assert isinstance(block, ParallelBlock)
+        block.own_bucket = sharded or compute_dtype is not None
+        forward: Callable[..., Tensor] = block.forward
+        if compute_dtype is not None and not sharded:
+            forward = _with_dtype(block, forward, compute_dtype)
+        if recompute == "full":
+            forward = _recomputed(forward)
+        block.forward = forward  # type: ignore[method-assign]
+        if recompute == "selective":
+            attention = block.attention
+            attention._attend = _recomputed(attention._attend)  # type: ignore[method-assign]
+            attention._attend_with_dropout = _recomputed(  # type: ignore[method-assign]
+                attention._attend_with_dropout
+            )
 
 
 def _fully_shard(loss: SummedLoss, mesh: Mesh, compute_dtype: torch.dtype | None) -> nn.Module:

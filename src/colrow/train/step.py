@@ -14,6 +14,7 @@ from colrow import rng
 from colrow.comm import primitives
 from colrow.mesh import Mesh
 from colrow.models.decoder import Decoder
+from colrow.pipeline.runner import PipelineRunner
 from colrow.train.batches import IGNORED, Order, Windows
 from colrow.train.clip import grad_norm, scale_grads_
 from colrow.train.faults import not_finite
@@ -41,7 +42,8 @@ class Stepper:
 
     Args:
         model: the decoder, in training mode.
-        loss: what :func:`colrow.train.parallel.parallelize` made of it.
+        loss: what :func:`colrow.train.parallel.parallelize` made of it, or in a pipeline the
+            :class:`colrow.pipeline.runner.PipelineRunner` of its stages.
         order: which sequences come when.
         global_batch: sequences of a step; a multiple of ``dp x microbatch``.
         clip: largest gradient norm; 0 does not clip.
@@ -52,7 +54,7 @@ class Stepper:
     def __init__(
         self,
         model: Decoder,
-        loss: nn.Module,
+        loss: nn.Module | PipelineRunner,
         optimizer: torch.optim.Optimizer,
         mesh: Mesh,
         order: Order,
@@ -85,9 +87,10 @@ class Stepper:
         tokens = int(primitives.all_reduce(mine.to(device), self.mesh.dp, layer="tokens").item())
         if tokens == 0:
             raise ValueError(f"no token of the batch of step {index} counts in the loss")
-        losses = [self._backward(batch, tokens, batch is batches[-1]) for batch in batches]
-        total = torch.stack(losses).double().sum() if self.mesh.tp.rank == 0 else losses[0] * 0.0
-        report = torch.stack([total.double(), torch.tensor(float(stop), device=device).double()])
+        losses = self._backward_all(batches, tokens)
+        report = torch.tensor([0.0, float(stop)], dtype=torch.float64, device=device)
+        if losses and self.mesh.tp.rank == 0:
+            report[0] = torch.stack(losses).double().sum()
         report = primitives.all_reduce(report, self.mesh.world, layer="loss")
         mean, norm = report[0].item() / tokens, grad_norm(self.model)
         if not (math.isfinite(mean) and math.isfinite(norm.item())):
@@ -112,11 +115,20 @@ class Stepper:
             found.append((ids.to(self.mesh.device), labels.to(self.mesh.device), key))
         return found
 
-    def _backward(self, batch: tuple[Tensor, Tensor, int], tokens: int, last: bool) -> Tensor:
+    def _backward_all(self, batches: list[tuple[Tensor, Tensor, int]], tokens: int) -> list[Tensor]:
+        """Adds the gradients of all microbatches; their losses, on the ranks that know them."""
+        if isinstance(self.loss, PipelineRunner):
+            return self.loss.backward(batches, 1.0 / tokens)
+        loss = self.loss
+        return [self._backward(loss, batch, tokens, batch is batches[-1]) for batch in batches]
+
+    def _backward(
+        self, loss: nn.Module, batch: tuple[Tensor, Tensor, int], tokens: int, last: bool
+    ) -> Tensor:
         """Adds a microbatch's gradients; DDP reduces them once, FSDP2 after every microbatch."""
-        later = isinstance(self.loss, DistributedDataParallel) and not last
-        with self.loss.no_sync() if later else nullcontext():  # type: ignore[operator]
-            summed: Tensor = self.loss(*batch)
+        later = isinstance(loss, DistributedDataParallel) and not last
+        with loss.no_sync() if later else nullcontext():  # type: ignore[operator]
+            summed: Tensor = loss(*batch)
             # Data parallelism averages over the dp ranks; the mean over all tokens is wanted.
             (summed * (self.mesh.dp.size / tokens)).backward()
         return summed.detach()
@@ -124,31 +136,45 @@ class Stepper:
 
 @torch.no_grad()
 def evaluate(
-    loss: nn.Module, mesh: Mesh, windows: Windows, *, microbatch: int, sequences: int
+    loss: nn.Module | PipelineRunner,
+    mesh: Mesh,
+    windows: Windows,
+    *,
+    microbatch: int,
+    sequences: int,
 ) -> float:
     """Mean loss per token of the first ``sequences`` of ``windows``, on every rank.
 
     Without dropout, label smoothing and z-loss.
 
-    Communicates: as forward passes do, and one all-reduce over dp.
+    Communicates: as forward passes do, and one all-reduce over all ranks.
     """
-    if isinstance(loss, DistributedDataParallel):
-        loss = loss.module
-    loss.eval()
     count = min(sequences, windows.count)
     order = Order(windows, 0)
-    total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+    batches: list[tuple[Tensor, Tensor]] = []
     rounds = -(-count // (microbatch * mesh.dp.size))
     for number in range(rounds):
         first = (number * mesh.dp.size + mesh.dp.rank) * microbatch
         ids, labels = order.batch(first, microbatch)  # every rank takes part in every round
         beyond = torch.arange(first, first + microbatch) >= count
         labels = labels.masked_fill(beyond[:, None], IGNORED)
-        summed = loss(ids.to(mesh.device), labels.to(mesh.device))
-        total += torch.stack([summed.double(), summed.new_tensor(counted(labels)).double()])
-    loss.train()
-    total = primitives.all_reduce(total, mesh.dp, layer="evaluation")
+        batches.append((ids.to(mesh.device), labels.to(mesh.device)))
+    total = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+    losses = loss.losses(batches) if isinstance(loss, PipelineRunner) else _losses(loss, batches)
+    if losses and mesh.tp.rank == 0:
+        total[0] = torch.stack(losses).double().sum()
+        total[1] = sum(counted(labels) for _, labels in batches)
+    total = primitives.all_reduce(total, mesh.world, layer="evaluation")
     return (total[0] / total[1]).item()
+
+
+def _losses(loss: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    if isinstance(loss, DistributedDataParallel):
+        loss = loss.module
+    loss.eval()
+    found = [loss(*batch) for batch in batches]
+    loss.train()
+    return found
 
 
 def counted(labels: Tensor) -> int:

@@ -1,0 +1,1 @@
+"""Pipelines: schedules and their bubbles, and what a step did on every rank."""
