@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -25,6 +26,8 @@ class TwoHosts:
         OSError: on starting, when this machine does not permit that; says why.
     """
 
+    head, port = "host0", 29400
+
     def __init__(self, directory: Path) -> None:
         self._names = directory / "hosts"
         self._holders: list[subprocess.Popen[bytes]] = []
@@ -36,6 +39,9 @@ class TwoHosts:
         except BaseException:
             self.close()
             raise
+
+    def ready(self) -> None:
+        """Returns when a second launcher may be started: here, at any time."""
 
     def close(self) -> None:
         """Ends the hosts; what still runs in them loses its network."""
@@ -86,6 +92,31 @@ class TwoHosts:
         )
         if ended.returncode:
             raise OSError(f"{script}: {ended.stderr.strip()}")
+
+
+class OneHost:
+    """Where there are no namespaces: two launchers on this host, which meet at a port of it."""
+
+    head = "localhost"
+
+    def __init__(self) -> None:
+        with socket.create_server(("localhost", 0)) as listener:
+            self.port: int = listener.getsockname()[1]
+
+    def command(self, _: int, words: list[str]) -> list[str]:
+        """The words themselves."""
+        return words
+
+    def ready(self) -> None:
+        """Returns when the first launcher listens; a second one would else be the head."""
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                socket.create_connection((self.head, self.port)).close()
+                return
+            except OSError:
+                time.sleep(0.1)
+        raise TimeoutError("the first launcher does not listen")
 
 
 def kill_tree(process: subprocess.Popen[str]) -> None:

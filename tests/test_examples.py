@@ -19,6 +19,7 @@ TAUGHT = (
     "three_mistakes",
 )
 TRAINING = ("train_your_own", "finetune_transformers")  # run by tests/train
+IN_PLACE = ("parallelize_your_own", "trainer_transformers")
 
 
 def run(name: str) -> str:
@@ -109,5 +110,5 @@ def test_each_mistake_is_refused_or_shown_to_be_wrong() -> None:
 
 def test_the_table_lists_every_example() -> None:
     table = (EXAMPLES / "README.md").read_text()
-    assert re.findall(r"^\| \[(\w+)\.py\]", table, re.MULTILINE) == [*TAUGHT, *TRAINING]
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*TAUGHT, *TRAINING, "demo"}
+    assert re.findall(r"^\| \[(\w+)\.py\]", table, re.MULTILINE) == [*TAUGHT, *TRAINING, *IN_PLACE]
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*TAUGHT, *TRAINING, *IN_PLACE, "demo"}

@@ -8,20 +8,16 @@ size is measured in turns, and the median of all calls is reported with its spre
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 import colrow
+from benchmarks.engine.report import write_report
 from colrow.comm import primitives
 from colrow.launch import launch
 
@@ -83,20 +79,15 @@ def main() -> None:
             cells.append(f"{median * 1e6:9.1f} us {size / median / 1e9:4.1f} GB/s")
         print(f"{way:32}" + "".join(f"{cell:>20}" for cell in cells))
     if len(sys.argv) > 1:
-        report = {
-            "date": date.today().isoformat(),
-            "torch": torch.__version__,
-            "processor": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "command": "python -m benchmarks.engine.compare FILE",
-            "unit": "seconds",
-            "summary": summary,
-            "samples": {
+        write_report(
+            sys.argv[1],
+            "python -m benchmarks.engine.compare FILE",
+            summary,
+            {
                 way: {size: [float(f"{s:.3e}") for s in v] for size, v in by_size.items()}
                 for way, by_size in results.items()
             },
-        }
-        Path(sys.argv[1]).write_text(json.dumps(report) + "\n", encoding="utf-8")
+        )
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 import colrow
+from colrow.bench.link_result import LinkSettings, measure, merged_machine
 from colrow.launch import launch
 from colrow.planner import Layout, load_machine, predict
 from colrow.planner.catalog import decoder
@@ -26,15 +27,6 @@ SHAPE = decoder(
     "small llama", "llama", hidden=512, layers=4, heads=8, kv_heads=4, ffn=1408, vocab=4096
 )
 LAYOUT = Layout(tp=RANKS, microbatch=4, global_batch=4, sequence=256, precision="fp32")
-# [rows, inner, columns] of matmuls as a step has them, and smaller and larger ones.
-MATMULS = (
-    (256, 128, 256),
-    (1024, 256, 512),
-    (1024, 512, 704),
-    (1024, 512, 2048),
-    (2048, 1024, 2048),
-)
-MESSAGES = tuple(2**power for power in range(12, 25, 2))
 
 
 def median_seconds(function: Callable[[], object], repeats: int = 7) -> float:
@@ -50,37 +42,10 @@ def median_seconds(function: Callable[[], object], repeats: int = 7) -> float:
 
 
 def measure_machine() -> dict[str, object]:
-    """The keys of a machine file, measured on this rank while the others measure the same."""
-    torch.set_num_threads(1)
-    colrow.init_mesh(tp=RANKS)
-    matmul = []
-    for m, k, n in MATMULS:
-        a, b = torch.randn(m, k), torch.randn(n, k)
-        matmul.append([2 * m * n * k, median_seconds(lambda a=a, b=b: a @ b.t())])
-    # A step's elementwise work is partly limited by memory (additions), partly by computing
-    # (exponentials): three bytes moved for the one, two for the other, per byte of the tensor.
-    big, out = torch.randn(2**22), torch.empty(2**22)
-    stream = median_seconds(lambda: (torch.add(big, out, out=out), torch.nn.functional.silu(big)))
-    small = torch.randn(16)
-    launches = median_seconds(lambda: [small * 2 for _ in range(1000)]) / 1000
-    sizes, seconds = [], []
-    for size in MESSAGES:
-        buffer = torch.randn(size // 4)
-        sizes.append(size)
-        seconds.append(median_seconds(lambda buffer=buffer: dist.all_reduce(buffer)))
-    return {
-        "name": "this machine",
-        "devices_per_node": RANKS,
-        "device": {
-            "memory_gigabytes": 4,
-            "memory_gigabytes_per_second": 5 * out.nbytes / stream / 1e9,
-            "peak_teraflops": {"fp32": max(flops / s for flops, s in matmul) / 1e12},
-            "stream_fraction": 1.0,
-            "kernel_microseconds": launches * 1e6,
-            "matmul": matmul,
-        },
-        "link": [{"op": "all_reduce", "ranks": RANKS, "message_bytes": sizes, "seconds": seconds}],
-    }
+    """A machine file, as ``colrow bench --link --tp 2 --machine FILE`` writes it."""
+    mesh = colrow.init_mesh(tp=RANKS)
+    settings = LinkSettings(None, "auto", 1, seconds_each=0.2, machine=True)
+    return merged_machine([measure(mesh, settings, print)])
 
 
 def run_step() -> float:

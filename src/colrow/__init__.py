@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from colrow.comm.ledger import Ledger, record
     from colrow.inplace.api import parallelize, plan_for
+    from colrow.inplace.load import load_weights
     from colrow.inplace.save import save_pretrained
     from colrow.layers.attention import ParallelAttention
     from colrow.layers.block import ParallelBlock
@@ -80,6 +81,7 @@ _EXPORTS = {
     "colrow.models.config": ["ModelConfig"],
     "colrow.models.decoder": ["Decoder"],
     "colrow.inplace.api": ["parallelize", "plan_for"],
+    "colrow.inplace.load": ["load_weights"],
     "colrow.inplace.save": ["save_pretrained"],
     "colrow.partition": ["HeadPartition", "Partition", "ShardSpec"],
     "colrow.train.clip": ["clip_grad_norm_"],
@@ -118,6 +120,7 @@ __all__ = [
     "gather_from_sequence",
     "gather_from_tp",
     "init_mesh",
+    "load_weights",
     "parallelize",
     "plan_for",
     "record",

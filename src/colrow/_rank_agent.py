@@ -56,10 +56,10 @@ _NOISY_LOGGERS = (
     "torchelastic-events-null",
 )
 _SECONDS_TO_STOP = 5
-# What Gloo, NCCL and torch's stores say on a rank whose peer is gone.
+# What Gloo, NCCL, the MPI engine and torch's stores say on a rank whose peer is gone.
 _LOST_PEER = re.compile(
     r"connection (was )?(closed|reset|refused)|broken pipe|gloo/transport|ncclRemoteError"
-    r"|socket (error|closed|timeout)|wait timeout|timed out",
+    r"|socket (error|closed|timeout)|wait timeout|timed out|process of rank \d+ has ended",
     re.IGNORECASE,
 )
 

@@ -65,6 +65,7 @@ def record_step(model: Decoder, *, batch: int, sequence: int) -> Traffic:
         sequence=sequence,
         sequence_parallel=model.sequence_parallel,
         keep_gathered_input=model.keep_gathered_input,
+        chunk_bytes=model.chunk_bytes,
         dtype=str(parameter.dtype).removeprefix("torch."),
     )
     real = not parameter.is_meta

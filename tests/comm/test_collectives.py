@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -55,6 +55,11 @@ class Collective:
         return [whole] * len(inputs)
 
 
+def gather_for_all(x: Tensor, tp: ParallelGroup, **options: Any) -> Tensor:
+    """Where every rank has the whole gradient of the gathered sequence."""
+    return gather_from_sequence(x, tp, partial_gradient=False, **options)
+
+
 COLLECTIVES = [
     Collective(copy_to_tp, "same", "own", None),
     Collective(reduce_from_tp, "own", "same", None),
@@ -62,6 +67,7 @@ COLLECTIVES = [
     Collective(scatter_to_tp, "same", "shard", -1),
     Collective(scatter_to_sequence, "same", "shard", -2),
     Collective(gather_from_sequence, "shard", "own", -2),
+    Collective(gather_for_all, "shard", "same", -2),
     Collective(reduce_scatter_to_sequence, "own", "shard", -2),
 ]
 

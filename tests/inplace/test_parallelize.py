@@ -1,5 +1,7 @@
 """Models made parallel in place, against themselves whole."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,7 +79,7 @@ def test_a_model_of_ones_own(ranks: RankPool, n: int) -> None:
 
 
 # Hard-coded heads and positions by slopes; fused Conv1D; bias tables; experts; latent attention.
-@pytest.mark.parametrize("name", ["bloom", "gpt2", "t5", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("name", ["bloom", "gpt2", "t5", "gpt_oss", "deepseek_v3", "rwkv"])
 def test_transformers_models(ranks: RankPool, name: str) -> None:
     ranks(3, check_architecture, name)
 
@@ -140,3 +142,39 @@ def test_plans_that_cannot_be_followed() -> None:
     refused({"nothing": "colwise"}, "'nothing' matches no module")()
     refused({"mixed": "rowwise", "back": "rowwise"}, "the plan says 'rowwise' for mixed")()
     refused({"norm": "colwise", "mixed": "colwise", "back": "rowwise"}, "'colwise' for norm")()
+
+
+def check_row_input(tp: ParallelGroup) -> None:
+    torch.manual_seed(0)
+    model = OwnModel()
+    weight = weakref.ref(model.mixed.weight)
+    colrow.parallelize(model, mesh_of(tp), example_inputs={"ids": torch.arange(8).view(2, 4)})
+    with pytest.raises(ValueError, match=r"back holds \d+ input features on this rank, .* of 20"):
+        model.back(torch.ones(1, 4, 20))
+    gc.collect()
+    assert weight() is None  # nothing keeps the memory of the whole weights
+
+
+def test_a_row_parallel_layer_wants_its_part(ranks: RankPool) -> None:
+    ranks(2, check_row_input)
+
+
+def check_dropout(tp: ParallelGroup, name: str) -> tuple[float, float]:
+    """A number drawn after a step in training, and the norm's output's sum."""
+    model = build(architectures([name])[0], torch.float32)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.3
+    seen: list[float] = []
+    colrow.parallelize(model, mesh_of(tp)).train()
+    last = [m for m in model.modules() if isinstance(m, nn.LayerNorm)][-1]
+    last.register_forward_hook(lambda _, args, y: seen.append(float(y.sum())))
+    torch.manual_seed(5)
+    model(input_ids=torch.arange(8).view(1, 8) + 5)
+    return float(torch.rand(1)), seen[0]
+
+
+def test_ranks_drop_the_same_of_what_they_all_have(ranks: RankPool) -> None:
+    # Five heads on two ranks: they draw masks of different sizes for their own heads.
+    first, second = ranks(2, check_dropout, "gpt2")
+    assert first == second

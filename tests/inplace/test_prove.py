@@ -15,6 +15,7 @@ from colrow.inplace.prove import NotProvenError, prove
 from colrow.inplace.record import record_of
 from colrow.inplace.search import Group
 from colrow.inplace.unit import Unit
+from colrow.inplace.whole_results import GatheredMixin
 from colrow.mesh import ParallelGroup
 from tests.inplace.test_parallelize import OwnModel, mesh_of
 from tests.ranks import RankPool
@@ -62,19 +63,19 @@ def check_restored(tp: ParallelGroup) -> None:
     weights = {n: p for n, p in model.named_parameters()}
     classes = {n: type(m) for n, m in model.named_modules()}
     expected = model(IDS)
-    right: Callable[..., None] = Applier.proof
+    right: Callable[..., None] = Applier.split
 
-    def wrong(self: Applier, name: str, proof: Any) -> None:
-        right(self, name, proof)
+    def wrong(self: Applier, *how: Any) -> None:
+        right(self, *how)
         with torch.no_grad():
             model.get_parameter("both.weight").mul_(1.001)
 
-    Applier.proof = wrong  # type: ignore[method-assign]
+    Applier.split = wrong  # type: ignore[method-assign]
     try:
         with pytest.raises(ValueError, match="does not give what the whole model gives"):
             colrow.parallelize(model, mesh_of(tp), example_inputs={"ids": IDS})
     finally:
-        Applier.proof = right  # type: ignore[method-assign]
+        Applier.split = right  # type: ignore[method-assign]
     assert record_of(model) is None
     assert all(p is weights[n] for n, p in model.named_parameters())
     assert {n: type(m) for n, m in model.named_modules()} == classes
@@ -84,6 +85,30 @@ def check_restored(tp: ParallelGroup) -> None:
 
 def test_a_model_that_comes_out_wrong_is_put_back(ranks: RankPool) -> None:
     ranks(2, check_restored)
+
+
+def check_split_otherwise(tp: ParallelGroup) -> list[str]:
+    torch.manual_seed(0)
+    model = OwnModel().double()
+    expected = model(IDS)
+    right: Callable[..., None] = Applier.proof
+
+    def wrong(self: Applier, name: str, proof: Any) -> None:
+        right(self, name, proof)
+        with torch.no_grad():
+            model.get_parameter("both.weight").mul_(1.001)
+
+    Applier.proof = wrong  # type: ignore[method-assign]
+    try:
+        colrow.parallelize(model, mesh_of(tp), example_inputs={"ids": IDS})
+    finally:
+        Applier.proof = right  # type: ignore[method-assign]
+    torch.testing.assert_close(model(IDS), expected, rtol=1e-12, atol=1e-12)
+    return [n for n, m in model.named_modules() if isinstance(m, GatheredMixin)]
+
+
+def test_pairs_with_which_the_model_is_wrong_are_split_otherwise(ranks: RankPool) -> None:
+    assert "both" in ranks(2, check_split_otherwise)[0]
 
 
 def test_limits_follow_the_dtype() -> None:

@@ -167,7 +167,8 @@ def check_less(tp: ParallelGroup) -> None:
 
 
 def check_loss(tp: ParallelGroup) -> None:
-    """Three numbers per token and rank; one more for label smoothing; the sizes if not given."""
+    """Three numbers per token and rank; one more for label smoothing; the sizes and one more for
+    a checksum if no partition is given."""
     p, tokens = Partition.even(97, tp.size), BATCH * SEQUENCE
     labels = torch.zeros(BATCH, SEQUENCE, dtype=torch.int64)
     for dtype, size in ((torch.float64, 8), (torch.bfloat16, 4)):
@@ -179,9 +180,10 @@ def check_loss(tp: ParallelGroup) -> None:
                     vocab_parallel_cross_entropy(
                         mine, labels, tp, label_smoothing=smoothing, partition=partition
                     ).backward()
-                expected_bytes = [tp.size * numbers * tokens * size]
                 if partition is None:
-                    expected_bytes.insert(0, tp.size * 8)
+                    expected_bytes = [tp.size * 8, tp.size * (numbers + 1) * tokens * size]
+                else:
+                    expected_bytes = [tp.size * numbers * tokens * size]
                 assert [call.bytes for call in ledger.calls] == expected_bytes
                 assert {(c.op, c.phase, c.layer) for c in ledger.calls} == {
                     ("all_gather", "forward", "loss")

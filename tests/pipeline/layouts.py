@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 import colrow
 from colrow.mesh import Mesh, ParallelGroup
@@ -17,6 +16,7 @@ from colrow.pipeline.settings import ZERO_BUBBLE, split_for
 from colrow.train.batches import Order, Windows
 from colrow.train.model import set_dropout
 from colrow.train.optimizer import adamw
+from colrow.train.parallel import parallelize
 from colrow.train.step import Stepper
 from colrow.train.tokens import TokenFile
 from tests.train.layouts import CLIP, CONFIG
@@ -65,17 +65,36 @@ class Pipe:
         return "-".join([*parts, self.split] if self.split else parts)
 
 
-def make_mesh(world: ParallelGroup, pipe: Pipe) -> Mesh:
-    """The grid on the first ranks of the pool; ``world`` is what the pool gives a test."""
-    if pipe.ranks in (4, 8):
+def make_mesh(world: ParallelGroup | None, pipe: Pipe) -> Mesh:
+    """The grid on the first ranks of the pool, whose ``world`` it is; None for fresh processes."""
+    if world is None or pipe.ranks == 4:
         return colrow.init_mesh(pp=pipe.pp, tp=pipe.tp, dp=pipe.dp, device="cpu")
     assert pipe.ranks == pipe.pp, "the pool's other sizes have one dimension"
+    assert pipe.pp == 2 or not pipe.tied, "a group of the ends needs all ranks of the pool"
     one, pp = ParallelGroup.single, ParallelGroup(world.group, world.rank, world.size, "pp")
-    ends = pp if pp.size == 2 else None
-    if pp.size > 2 and pp.rank in (0, pp.size - 1):
-        pair = dist.new_group([0, pp.size - 1], use_local_synchronization=True)
-        ends = ParallelGroup(pair, int(pp.rank > 0), 2, "pp")
-    return Mesh(one(), one("dp"), pp, None, torch.device("cpu"), ends=ends)
+    return Mesh(one(), one("dp"), pp, None, torch.device("cpu"), ends=pp if pp.size == 2 else None)
+
+
+def make_one(pipe: Pipe, tokens: Path) -> Stepper:
+    """The same training in one process."""
+    model = colrow.from_config(pipe.config, dtype=torch.float64).train()
+    if pipe.dropout:
+        set_dropout(model, pipe.dropout)
+    mesh = colrow.init_mesh(device="cpu")
+    return Stepper(
+        model,
+        parallelize(model, mesh),
+        adamw(model),
+        mesh,
+        _order(tokens),
+        microbatch=pipe.microbatch,
+        global_batch=GLOBAL_BATCH,
+        clip=CLIP,
+    )
+
+
+def _order(tokens: Path) -> Order:
+    return Order(Windows.of(TokenFile.open(tokens), SEQUENCE), seed=1)
 
 
 def make_stepper(
@@ -108,7 +127,7 @@ def make_stepper(
         runner,
         adamw(model),
         mesh,
-        Order(Windows.of(TokenFile.open(tokens), SEQUENCE), seed=1),
+        _order(tokens),
         microbatch=pipe.microbatch,
         global_batch=GLOBAL_BATCH,
         clip=CLIP,

@@ -21,6 +21,8 @@ from colrow.pipeline.schedules import (
     most_in_flight,
     simulate,
 )
+from colrow.planner.layout import Layout as PlannedLayout
+from colrow.planner.pipeline import StageSeconds, bubble_seconds
 
 CLASSES = {
     "interleaved": ScheduleInterleaved1F1B,
@@ -152,3 +154,26 @@ def test_what_has_no_closed_form() -> None:
         expected_bubble_fraction("zbv", 4, 8, chunks=2, weight=0.5)
     with pytest.raises(ValueError, match="one of gpipe, 1f1b"):
         expected_bubble_fraction("dualpipe", 4, 8)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("planned", "schedule", "chunks"),
+    [
+        ("gpipe", "gpipe", 1),
+        ("1f1b", "1f1b", 1),
+        ("interleaved", "interleaved", 2),
+        ("zb-h1", "zero-bubble", 1),
+    ],
+)
+def test_the_planner_says_the_same(planned: Any, schedule: Schedule, chunks: int) -> None:
+    """Of equal stages; the planner also knows unequal ones."""
+    ranks, microbatches, forward, input, weight = 4, 8, 1.0, 1.2, 0.8
+    layout = PlannedLayout(
+        pp=ranks, schedule=planned, virtual_stages=chunks, global_batch=microbatches
+    )
+    stage = StageSeconds(chunks * forward, chunks * (input + weight), chunks * weight)
+    idle = bubble_seconds(layout, [stage] * ranks)
+    expected = expected_bubble_fraction(
+        schedule, ranks, microbatches, chunks=chunks, forward=forward, input=input, weight=weight
+    )
+    assert idle / (idle + microbatches * stage.total) == pytest.approx(expected, rel=1e-12)

@@ -60,20 +60,15 @@ def test_every_action_is_recorded_once_in_its_order(
         assert total + parts.communication + parts.idle == pytest.approx(found.seconds)
 
 
-@pytest.mark.parametrize(
-    ("name", "chunks"),
-    [
-        pytest.param(*case, marks=() if case[0] in ("1f1b", "zero-bubble") else pytest.mark.slow)
-        for case in SCHEDULES
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "chunks"), SCHEDULES)
 def test_the_bubble_is_the_schedules(ranks: RankPool, name: Schedule, chunks: int) -> None:
     """Sleeping costs no core, so four ranks do it anywhere. Other work on the machine only ever
     makes a step longer: of several steps the shortest is the least disturbed."""
     expected = expected_bubble_fraction(name, 4, MICROBATCHES, chunks=chunks)
     found: list[Timeline] = []
     for _ in range(TRIES):
-        found.append(ranks(4, recorded, name, chunks, (0.04, 0.04, 0.04))[0])
+        found.append(ranks(4, recorded, name, chunks, (0.1, 0.1, 0.1))[0])
         best = min(found, key=lambda timeline: timeline.seconds)
         if abs(best.bubble_fraction - expected) <= 0.03:
             break

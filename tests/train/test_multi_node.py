@@ -15,33 +15,41 @@ from typing import Any
 import pytest
 import torch
 
-from tests.hosts import TwoHosts, kill_tree
+from tests.hosts import OneHost, TwoHosts, kill_tree
 from tests.train.curves import OPTIONS, write_inputs
 from tests.train.test_faults import Run, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS = 40
+SCRIPTS = Path(__file__).parents[2] / "examples" / "multi_node"
 
 
 class Agent:
-    """A torchrun on one of the hosts, as docs/multi_node.md starts it."""
+    """The script of docs/multi_node.md on one of the hosts."""
 
-    def __init__(self, hosts: TwoHosts, host: int, directory: Path, options: dict[str, Any]):
-        torchrun = [sys.executable, "-m", "torch.distributed.run"]
-        torchrun += ["--nnodes", "2", "--nproc-per-node", "2", "--max-restarts", "5"]
-        torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "host0:29400"]
-        train = ["-m", "colrow.cli", "train", "--model", directory / "config.json"]
-        train += ["--data", directory / "topics.txt", "--output", directory / "run"]
-        train += ["--token-cache", directory / "tokens"]
+    def __init__(
+        self, hosts: TwoHosts | OneHost, host: int, directory: Path, options: dict[str, Any]
+    ):
+        words = ["--model", directory / "config.json", "--data", directory / "topics.txt"]
+        words += ["--output", directory / "run", "--token-cache", directory / "tokens"]
         for name, value in {**OPTIONS, **options}.items():
             option = "--" + name.replace("_", "-")
-            train += [option] if value is True else [option, value]
+            words += [option] if value is True else [option, value]
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         self.process = subprocess.Popen(
-            hosts.command(host, [*torchrun, *map(str, train)]),
+            hosts.command(host, ["sh", str(SCRIPTS / "host.sh"), *map(str, words)]),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={
+                **os.environ,
+                "PATH": path,
+                "OMP_NUM_THREADS": "1",
+                "HEAD": hosts.head,
+                "PORT": str(hosts.port),
+                "HOSTS": "2",
+                "RANKS": "2",
+            },
         )
         self.lines: list[str] = []
         self._over = False
@@ -67,8 +75,8 @@ class Agent:
 
         with self._news:
             self._news.wait_for(lambda: matching() or self._over, seconds)
-            found, text = matching(), "\n".join(self.lines)
-        assert found is not None, f"no line matches {pattern!r}:\n{text}"
+            found = matching()
+        assert found is not None, f"no line matches {pattern!r}"
         return found
 
     def end(self, seconds: float = 240) -> int:
@@ -78,8 +86,12 @@ class Agent:
         return code
 
 
-@pytest.fixture
-def hosts(tmp_path: Path) -> Iterator[TwoHosts]:
+@pytest.fixture(params=["namespaces", "launchers"])
+def hosts(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[TwoHosts | OneHost]:
+    """Two hosts, or two launchers on one, which any machine permits."""
+    if request.param == "launchers":
+        yield OneHost()
+        return
     made = TwoHosts(tmp_path)
     try:
         made.start()
@@ -90,23 +102,27 @@ def hosts(tmp_path: Path) -> Iterator[TwoHosts]:
 
 
 def test_a_host_that_dies_comes_back_and_the_run_ends_as_if_nothing_had_happened(
-    hosts: TwoHosts, tmp_path: Path
+    hosts: TwoHosts | OneHost, tmp_path: Path
 ) -> None:
+    """A stage on each host, tensor-parallel inside it."""
     write_inputs(tmp_path)
-    options: dict[str, Any] = {"tp": 2, "dp": 2, "steps": STEPS, "save_every": 2, "keep": 2}
+    options: dict[str, Any] = {"tp": 2, "pp": 2, "steps": STEPS, "save_every": 2, "keep": 2}
     alone = Run(tmp_path, "alone", **options, engine="gloo")
     assert alone.end() == 0
-    agents = [Agent(hosts, host, tmp_path, options) for host in (0, 1)]
+    agents = [Agent(hosts, 0, tmp_path, options)]
     try:
+        hosts.ready()
+        agents.append(Agent(hosts, 1, tmp_path, options))
         agents[0].until(r"step 7/")
         kill_tree(agents[1].process)
         agents[1] = Agent(hosts, 1, tmp_path, options)
         again = agents[0].until(r"continuing after step \d+")
         assert int(re.findall(r"step (\d+)", again)[0]) >= 4
-        assert [agent.end() for agent in agents] == [0, 0], "\n".join(agents[0].lines)
+        assert [agent.end() for agent in agents] == [0, 0]
     finally:
-        for agent in agents:
+        for host, agent in enumerate(agents):
             kill_tree(agent.process)
+            print(f"--- host{host} ---", *agent.lines, sep="\n")  # shown when the test fails
     expected, found = weights(tmp_path / "alone", STEPS), weights(tmp_path / "run", STEPS)
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)

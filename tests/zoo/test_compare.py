@@ -64,3 +64,22 @@ def test_fp32_is_compared_with_fp64_to_what_rounding_costs(ranks: RankPool) -> N
     outcome = ranks(2, compared, Architecture("llama"), "", torch.float32)[0]
     assert outcome.verdict == "passed", outcome
     assert 1e-9 < outcome.output_error < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "granitemoe",  # asks for a cache whatever its caller says
+        "jetmoe",  # experts' weights in modules of their own
+        "longcat_flash",  # experts that hand tokens on
+        "reformer",  # reversible layers
+        "rwkv",  # a state whose size the model itself decides
+        "xlnet",  # projections that are parameters of the attention
+        "zaya",  # three layers in a row
+    ],
+)
+def test_types_with_traps_are_split_nearly_whole(ranks: RankPool, name: str) -> None:
+    outcome = ranks(3, compared, Architecture(name), timeout=120)[0]
+    assert outcome.verdict == "passed", outcome
+    assert outcome.share > 0.9

@@ -25,6 +25,8 @@ _ATTENTION = (
     "aten::_flash_attention",
     "aten::_efficient_attention",
 )
+# Its sum over the features is a matrix-vector product; the norm is none of the model's matmuls.
+_NORM = "_RMSNormBackward"
 PREFIX = "colrow.bench:"
 
 
@@ -41,7 +43,7 @@ def attribute(events: Iterable[Any], *, cuda: bool) -> dict[str, Kernels]:
 
     A phase is a ``record_function`` whose name starts with :data:`PREFIX`. An operation belongs to
     the phase in whose time it started, whichever thread ran it. Of operations inside each other the
-    outermost counts: the matmuls inside an attention kernel are attention.
+    outermost counts: matmuls inside an attention kernel are attention, and a norm's are neither.
 
     Args:
         events: ``function_events`` of ``torch.autograd.profiler.profile``.
@@ -73,7 +75,7 @@ def _kind(name: str) -> str | None:
 def _inside_another(event: Any) -> bool:
     parent = event.cpu_parent
     while parent is not None:
-        if _kind(parent.name) is not None:
+        if parent.name == _NORM or _kind(parent.name) is not None:
             return True
         parent = parent.cpu_parent
     return False

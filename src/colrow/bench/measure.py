@@ -48,7 +48,7 @@ def measure(settings: BenchSettings, mesh: Mesh, progress: Progress) -> list[Mea
     Communicates: what is measured, a barrier before each run, and the results.
     """
     tp = mesh.tp.size
-    say: Progress = progress if mesh.tp.rank == 0 else _nothing
+    say: Progress = progress if mesh.tp.rank == 0 else say_nothing
     say(f"tp={tp}: building")
     measured = []
     for subject in subjects(settings, mesh):
@@ -64,7 +64,7 @@ def measure(settings: BenchSettings, mesh: Mesh, progress: Progress) -> list[Mea
                 tp,
                 torch.get_num_threads(),
                 mesh.engine.name if tp > 1 else None,
-                _device_name(mesh.device),
+                device_name(mesh.device),
                 subject.tokens,
                 by_rank,
             )
@@ -184,9 +184,10 @@ def _wait_for_device(mesh: Mesh) -> None:
         torch.cuda.synchronize(mesh.device)
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """ "cpu", or what the GPU is called."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def _nothing(_: str) -> None:
+def say_nothing(_: str) -> None:
     """What the other ranks say."""

@@ -12,12 +12,12 @@ PARTS = {
 }
 
 
-def check_matplotlib() -> None:
+def check_matplotlib(option: str = "--plot") -> None:
     """Raises ValueError when there will be no picture; for before the work."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise ValueError("--plot needs matplotlib: pip install 'colrow[plots]'") from error
+        raise ValueError(f"{option} needs matplotlib: pip install 'colrow[plots]'") from error
 
 
 def plot(measurements: list[Measurement], path: str) -> None:

@@ -34,8 +34,8 @@ class TrainingCheckpoints:
     """The checkpoints of one training run, in one directory that all ranks can reach.
 
     A checkpoint holds the parameters, every state of the optimiser, and what else the caller gives
-    as JSON. It does not depend on how either was divided: it can be loaded at another tp size, at
-    another dp size, with or without FSDP2. Nothing in it can run code.
+    as JSON. It does not depend on how either was divided: it can be loaded at other tp, pp and dp
+    sizes, with or without FSDP2. Nothing in it can run code.
 
     Args:
         directory: where they are; made when it is missing.
@@ -153,6 +153,7 @@ class TrainingCheckpoints:
         return state
 
     def _write(self, step: int, shards: dict[str, Shard], content: dict[str, Any]) -> None:
+        content = {**content, "optimizer": self._everyones(content["optimizer"])}
         writer = CheckpointWriter(self.path(step), self._rank, content)
         try:
             with warnings.catch_warnings():
@@ -174,6 +175,15 @@ class TrainingCheckpoints:
                 # Renamed first: a name without .part is a whole checkpoint at every moment.
                 gone = self.path(old).rename(f"{self.path(old)}{PART}")
                 shutil.rmtree(gone, ignore_errors=True)
+
+    def _everyones(self, scalars: dict[str, Any]) -> dict[str, Any]:
+        """On rank 0 those of all ranks: a pipeline stage knows its own parameters alone."""
+        if self._group is None:
+            return scalars
+        found: list[dict[str, Any]] = [{} for _ in range(self._ranks)]
+        into = found if self._rank == 0 else None
+        dist.gather_object(scalars, into, group=self._group, group_dst=0)
+        return {name: values for stage in found for name, values in stage.items()}
 
     def _verified(self, path: Path) -> dict[str, Any]:
         problem, index = "", {}

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from colrow.bench.result import WHAT
+from colrow.cli import bench_pipeline
 from colrow.cli.common import (
     DTYPES,
     add_device,
@@ -25,10 +26,11 @@ from colrow.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from colrow.bench.link_result import Links, LinkSettings
     from colrow.bench.result import BenchSettings, Measurement
     from colrow.models.config import ModelConfig
 
-HELP = "measure where the time of a layer, a block or a model goes"
+HELP = "measure where the time of a layer, a block or a model goes, or the link between ranks"
 DESCRIPTION = """\
 Runs forward and backward (with --decode: one new token at a time) with random weights on each of
 the --tp sizes, and splits each rank's time into matmuls, attention, waiting for communication and
@@ -38,9 +40,20 @@ computing is listed beside them. Totals are medians over --runs with nothing att
   colrow bench SmolLM2-135M-Instruct.Q4_1.gguf --what model --tp 1,2 --decode
   colrow bench llama-3-8b --what block --tp 1,2 --batch 1 --sequence 128 --plot block.png
   colrow bench --hidden 1024 --layers 4 --heads 16 --vocab 32000 --what model --sequence 512
+  colrow bench --hidden 256 --layers 8 --heads 4 --vocab 4096 --pp 4 --schedule zbv
 
 With one size for each rank count that you want to compare, the machine's cores are divided by the
 ranks (--threads fixes the number), so that sizes are compared on equal hardware.
+
+With --link no model is run: collectives and messages between the ranks are timed by size, as colrow
+sends them, on the engine in use.
+
+  colrow bench --link --tp 2 --engine gloo
+  colrow bench --link --tp 2 --machine machine.json   # then: colrow plan ... --machine machine.json
+
+JSON of --link (--json): for each size of --tp engine, device, dtype, torch and curves, each of op,
+ranks, message_bytes, seconds (medians, on the slowest rank), rounds (what they are medians of),
+latency_seconds and bytes_per_second (the line through them, where there is one).
 """
 _SIZES = ("hidden", "layers", "heads", "kv-heads", "ffn", "vocab")
 
@@ -58,16 +71,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--what",
         choices=WHAT,
-        default="block",
         help="the whole model, one block, its attention or MLP, or each of its linear layers "
         "(layer) (default block)",
     )
     parser.add_argument(
         "--tp",
         type=_sizes,
-        default=(1, 2),
         metavar="N,N",
-        help="tensor-parallel sizes, one after the other (default 1,2)",
+        help="tensor-parallel sizes, one after the other (default 1,2; with --pp 1)",
     )
     add_tensor_split(parser)
     add_sequence_parallel(parser)
@@ -94,6 +105,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=positive_int, metavar="N", help="of each rank (default cores / ranks)"
     )
+    parser.add_argument(
+        "--link",
+        action="store_true",
+        help="time all-reduce, all-gather, reduce-scatter, broadcast and messages instead",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=0.2,
+        metavar="S",
+        help="with --link: how long to time one operation at one size (default 0.2)",
+    )
+    parser.add_argument(
+        "--machine",
+        type=destination,
+        metavar="FILE.json",
+        help="with --link: measure matmuls and memory too, and describe this machine for colrow "
+        "plan --machine",
+    )
     add_engine(parser)
     for name in _SIZES:
         parser.add_argument(f"--{name}", type=positive_int, metavar="N", help=argparse.SUPPRESS)
@@ -103,16 +133,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plot", type=destination, metavar="FILE", help="draw it (.png, .svg; needs matplotlib)"
     )
+    bench_pipeline.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures each size and prints."""
+    if args.link:
+        return _run_links(args)
+    if args.machine:
+        raise ValueError("--machine describes what --link measures: give both")
     from colrow.bench.result import BenchSettings
     from colrow.models.config import Layout
 
+    bench_pipeline.check_arguments(args)
+    config = _configuration(args)
+    if args.pp is not None:
+        return bench_pipeline.run(args, config)
     settings = BenchSettings(
-        config=_configuration(args),
-        what=args.what,
+        config=config,
+        what=args.what or "block",
         batch=args.batch,
         sequence=args.sequence,
         decode=args.decode,
@@ -124,14 +163,15 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         engine=args.engine,
     )
-    for size in args.tp:
+    sizes = args.tp or (1, 2)
+    for size in sizes:
         Layout.create(settings.config, size, settings.tensor_split_of(size))
     if args.plot:
         from colrow.bench.plot import check_matplotlib
 
         check_matplotlib()
     found: list[Measurement] = []
-    for size in args.tp:
+    for size in sizes:
         measured = run_on_ranks(_measure, settings, size, ranks=size)
         if measured is None:
             return 0
@@ -175,6 +215,61 @@ def _measure(settings: BenchSettings, size: int) -> list[Measurement] | None:
     mesh = start(settings, size)
     announce(mesh)
     return measure(settings, mesh, say)
+
+
+def _run_links(args: argparse.Namespace) -> int:
+    """Times the engine at each size of --tp that has a link."""
+    given = {
+        "MODEL": args.model,
+        "--decode": args.decode,
+        "--train": args.train,
+        "--sequence-parallel": args.sequence_parallel,
+        "--plot": args.plot,
+        "--pp": args.pp,
+        **{f"--{name}": getattr(args, name.replace("-", "_")) for name in _SIZES},
+    }
+    ignored = [name for name, value in given.items() if value]
+    if ignored:
+        raise ValueError(f"--link runs no model: leave out {', '.join(ignored)}")
+    sizes = [size for size in args.tp or (1, 2) if size > 1]
+    if not sizes:
+        raise ValueError("a link has two ends: use --tp 2 or more")
+    if args.machine and not args.machine.endswith(".json"):
+        raise ValueError(f"--machine {args.machine}: the file's name must end in .json")
+    if args.seconds <= 0:
+        raise ValueError(f"--seconds {args.seconds:g}: must be positive")
+    from colrow.bench.link_result import LinkSettings, merged_machine
+
+    settings = LinkSettings(
+        args.device, args.engine, args.threads, args.seconds, bool(args.machine)
+    )
+    found: list[Links] = []
+    for size in sizes:
+        links = run_on_ranks(_measure_links, settings, size, ranks=size)
+        if links is None:
+            return 0
+        found.append(links)
+    if args.json:
+        write_json([links.as_dict() for links in found], args.json)
+    if args.json != "-":
+        from rich.console import Console
+
+        from colrow.bench.link_table import show_links
+
+        for links in found:
+            show_links(Console(highlight=False), links.curves, links.engine)
+    if args.machine:
+        write_json(merged_machine(found), args.machine)
+    return 0
+
+
+def _measure_links(settings: LinkSettings, size: int) -> Links:
+    from colrow.bench.link_result import measure
+    from colrow.mesh import init_mesh
+
+    mesh = init_mesh(tp=size, device=settings.device, engine=settings.engine)
+    announce(mesh)
+    return measure(mesh, settings, say)
 
 
 def _as_dict(settings: BenchSettings, found: list[Measurement]) -> dict[str, object]:

@@ -12,9 +12,10 @@ if TYPE_CHECKING:
 
 HELP = "show how a model of transformers would be split in place, and why"
 DESCRIPTION = """\
-Takes a directory that transformers saved, or with --architecture the name of a model type, of which
-a tiny random model is made, and shows for each kind of layer what colrow.parallelize would do with
-it on --tp ranks. Nothing is sent and nothing is written. The styles are those of colrow's plans.
+Takes a directory that transformers saved, of which only the configuration is read, or with
+--architecture the name of a model type, of which a tiny random model is made, and shows for each
+kind of layer what colrow.parallelize would do with it on --tp ranks. Nothing is sent and nothing is
+written. The styles are those of colrow's plans.
 
   colrow parallelize path/to/model --tp 4 --explain
   colrow parallelize --architecture bloom --tp 3 --explain --json plan.json
@@ -39,13 +40,12 @@ def run(args: argparse.Namespace) -> int:
     if args.tp < 2:
         raise ValueError("--tp must be at least 2: on one rank nothing is split")
     from colrow.inplace.api import plan_for
-    from colrow.zoo.architectures import architectures, build, saved_architecture
+    from colrow.zoo.architectures import architectures, build
 
     if args.model is not None:
-        architecture = saved_architecture(args.model)
+        plan = plan_for(args.model, args.tp)
     else:
-        architecture = architectures([args.architecture])[0]
-    plan = plan_for(build(architecture), args.tp)
+        plan = plan_for(build(architectures([args.architecture])[0]), args.tp)
     if args.json:
         rows = [vars(row) for row in plan.rows]
         write_json(

@@ -17,14 +17,15 @@ if TYPE_CHECKING:
 
 HELP = "fine-tune a model, or train one from a configuration"
 DESCRIPTION = """\
-Trains on --tp x --dp ranks and gives the loss curve that one device would give. Every setting is a
-key of the TOML file SETTINGS and an option; options win. The resolved settings, checkpoints, logs
-and a plot of the loss are written to --output. A run that finds checkpoints there continues from
-the newest, exactly on the same ranks, and up to rounding on others. SIGTERM and SIGINT (Ctrl-C)
-save and stop.
+Trains on --tp x --dp x --pp ranks and gives the loss curve that one device would give. Every
+setting is a key of the TOML file SETTINGS and an option; options win. The resolved settings,
+checkpoints, logs and a plot of the loss are written to --output. A run that finds checkpoints there
+continues from the newest, exactly on the same ranks, and up to rounding on others. SIGTERM and
+SIGINT (Ctrl-C) save and stop.
 
   colrow train --model SmolLM2-135M-Instruct.Q4_1.gguf --data text.txt --output runs/1 --tp 2
   colrow train settings.toml --dp 2 --fsdp --max-restarts 3
+  colrow train settings.toml --pp 2 --schedule interleaved --microbatches 8 --layer-split 3,1
 """
 _SECONDS_TO_SAVE = 120
 
@@ -76,7 +77,7 @@ def _train(settings: TrainSettings) -> Outcome | None:
     check(settings)
     if launched_by() is None:
         training_and_held_out(settings)  # tokenised before any rank waits for it
-    ranks = settings.tp * settings.dp
+    ranks = settings.ranks
     if ranks == 1 and settings.max_restarts and launched_by() is None:
         raise ValueError(
             "max_restarts needs more than one rank, or torchrun: torchrun --standalone "

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from colrow.cli.common import add_json, destination, write_json
+from colrow.cli.common import add_json, destination, positive_int, write_json
 
 if TYPE_CHECKING:
     from colrow.zoo.compare import Outcome
@@ -23,6 +23,7 @@ which were spread over the ranks. Exits with 1 when one failed.
 
   colrow zoo --only llama,gpt2,mixtral --tp 2,3
   colrow zoo --against transformers --markdown docs/zoo.md
+  colrow zoo --resume zoo.jsonl                # goes on where a run that was stopped ended
 """
 
 
@@ -46,6 +47,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["transformers"],
         help="also compare transformers' own tensor parallelism, on the same models and on models "
         "whose sizes all divide by 2 and 3",
+    )
+    parser.add_argument(
+        "--seconds",
+        type=positive_int,
+        default=60,
+        metavar="S",
+        help="count an architecture as failed after S seconds (default 60)",
+    )
+    parser.add_argument(
+        "--resume",
+        type=destination,
+        metavar="FILE",
+        help="keep every outcome in FILE as it comes, and take those that it holds from there",
     )
     parser.add_argument("--list", action="store_true", help="print the names and stop")
     parser.add_argument(
@@ -89,7 +103,9 @@ def _compare(args: argparse.Namespace) -> list[Outcome]:
 
     from colrow.zoo.architectures import architectures
     from colrow.zoo.board import run_zoo
+    from colrow.zoo.store import Store
 
+    store = Store(Path(args.resume) if args.resume else None)
     jobs = [("colrow", False, tp) for tp in args.tp]
     if args.against:
         jobs += [(args.against, even, tp) for even in (False, True) for tp in args.tp]
@@ -101,10 +117,15 @@ def _compare(args: argparse.Namespace) -> list[Outcome]:
         for system, even, tp in jobs:
             task = bar.add_task(f"{system}, tp={tp}", total=len(chosen[even]))
 
-            def advance(_: Outcome, task: TaskID = task) -> None:
+            def advance(outcome: Outcome, task: TaskID = task) -> None:
+                store.add(outcome)
                 bar.advance(task)
 
-            outcomes += run_zoo(chosen[even], tp, system, progress=advance)
+            left = [a for a in chosen[even] if store.find(a, system, tp) is None]
+            bar.advance(task, len(chosen[even]) - len(left))
+            run_zoo(left, tp, system, progress=advance, seconds_per_model=args.seconds)
+            found = [store.find(a, system, tp) for a in chosen[even]]
+            outcomes += [outcome for outcome in found if outcome is not None]
     return outcomes
 
 

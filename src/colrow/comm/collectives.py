@@ -185,17 +185,23 @@ def scatter_to_sequence(
 
 
 def gather_from_sequence(
-    x: Tensor, tp: ParallelGroup, *, partition: Partition | None = None, layer: str = ""
+    x: Tensor,
+    tp: ParallelGroup,
+    *,
+    partition: Partition | None = None,
+    partial_gradient: bool = True,
+    layer: str = "",
 ) -> Tensor:
     """``[..., sequence_local, features]`` to ``[..., sequence, features]`` on every rank.
 
     Input of a column-parallel layer under sequence parallelism; backward reduce-scatters, since
-    each rank then has only its columns' part of the gradient.
+    each rank then has only its columns' part of the gradient. Where every rank has the whole
+    gradient (``partial_gradient=False``), backward takes the local range and sends nothing.
     """
     if tp.size == 1:
         return x
     partition = partition or primitives.exchange_sizes(x, tp, SEQUENCE, layer=layer)
-    result: Tensor = apply(_Gather, x, tp, SEQUENCE, partition, True, layer)
+    result: Tensor = apply(_Gather, x, tp, SEQUENCE, partition, partial_gradient, layer)
     return result
 
 

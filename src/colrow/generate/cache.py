@@ -103,13 +103,12 @@ class KeyValueCache:
             capacity = max(total, 2 * stored.shape[2])
             self._keys[place] = _grown(stored, past, capacity)
             self._values[place] = _grown(self._values[place], past, capacity)
-        all_keys = self._keys[place][:, :, :total]
-        all_values = self._values[place][:, :, :total]
-        all_keys[:, :, past:] = keys
-        all_values[:, :, past:] = values
+        held, held_values = self._keys[place], self._values[place]
+        held.narrow(2, past, new).copy_(keys)
+        held_values.narrow(2, past, new).copy_(values)
         if place == len(self._keys) - 1:
             self._length = total
-        return all_keys, all_values
+        return held.narrow(2, 0, total), held_values.narrow(2, 0, total)
 
 
 def _grown(x: Tensor, used: int, capacity: int) -> Tensor:

@@ -3,49 +3,39 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from colrow.inplace.apply import Applier
-from colrow.inplace.attention_weights import refuse_attention_weights
-from colrow.inplace.capture import capture_calls
 from colrow.inplace.check import (
+    Observation,
     agreed_error,
     check_equal_weights,
     difference,
     limit_of,
     observe,
 )
-from colrow.inplace.examples import example_batches
-from colrow.inplace.gathered import GatheredLayers, gathered_layers, split_gathered
-from colrow.inplace.infer import Inference, infer
-from colrow.inplace.plan import (
-    Plan,
-    check_followed,
-    check_plan,
-    make_plan,
-    transformers_plan,
-)
+from colrow.inplace.load import checked_names, fill, open_weights
+from colrow.inplace.look import Look, carry_out, class_name, look
+from colrow.inplace.meta import give_buffers, is_on_meta, model_of
+from colrow.inplace.plan import Plan
 from colrow.inplace.record import Record, record_of
-from colrow.inplace.styles import SPLIT
-from colrow.inplace.vocabulary import (
-    VocabularyLayers,
-    knows_loss,
-    split_loss,
-    split_vocabulary,
-    vocabulary_layers,
-)
-from colrow.mesh import Mesh, ParallelGroup
+from colrow.inplace.stand_in import StandIn
+from colrow.inplace.vocabulary import VocabularyLayers, knows_loss
+from colrow.mesh import Mesh
 
 
 def parallelize(
-    model: nn.Module,
+    model: nn.Module | str | Path,
     mesh: Mesh,
     plan: str | Mapping[str, str] = "auto",
     *,
+    weights: str | Path | None = None,
+    dtype: torch.dtype | None = None,
     example_inputs: Mapping[str, Any] | None = None,
     sequence_parallel: bool = False,
     check: bool = True,
@@ -57,70 +47,200 @@ def parallelize(
     layers are split, and how their features go to the ranks, is inferred from the model itself:
     nothing is split that was not proven to give the same values and gradients.
 
+    A model on the meta device is looked at with made-up weights, and split without values; then
+    each rank reads its part of ``weights``, or of what :func:`load_weights` is given later. No
+    rank holds a whole large weight at any time.
+
     Args:
-        model: any transformer; a model of transformers needs nothing else.
+        model: any transformer; a model of transformers needs nothing else. Or the path of a
+            directory that transformers saved (or a hub id that is in the local cache), of which
+            every rank reads its part; the model is then in eval mode.
         mesh: the grid of ranks.
         plan: "auto" splits all that can be; a dictionary from patterns to styles, as
             :func:`plan_for` gives, splits what it names, and nothing is accepted that cannot be;
             "transformers" takes the plan that comes with the model as such a dictionary.
+        weights: the checkpoint for a model on the meta device, see :func:`load_weights`.
+        dtype: of a model that is given as a path; by default the one that is saved with it.
         example_inputs: keyword arguments for one small forward pass; made up for transformers'
             models.
-        sequence_parallel: refused; only the decoder has it.
-        check: compare results, loss and gradients of the split model with the whole one's.
+        sequence_parallel: divide the tokens over the ranks between the split layers of every
+            block; refused, with the reason, where that is not proven.
+        check: compare results, loss and gradients of the split model with the whole one's; on the
+            meta device, results, loss and the gradients of small parameters, with made-up weights.
 
     Raises:
         ValueError: when nothing can be split, a plan cannot be followed, the ranks hold different
-            weights, or the check finds a difference; the model is then as it was. On all ranks
-            alike.
+            weights, the files do not fit, or the check finds a difference; the model is then as it
+            was. On all ranks alike.
     """
     tp = mesh.tp
+    if isinstance(model, nn.Module):
+        if dtype is not None:
+            raise ValueError("dtype is for a model that is given as a path; use model.to(dtype)")
+    else:
+        if weights is not None:
+            raise ValueError(f"weights: {model} is read; leave them out")
+        weights = model
+        model = model_of(model, dtype)
     if record_of(model) is not None:
         raise ValueError("this model has been parallelised already")
-    if sequence_parallel:
-        raise ValueError(
-            "sequence_parallel: a model that is split in place keeps its activations whole between "
-            "its split layers; colrow's own decoder (colrow.from_pretrained) can divide them"
-        )
+    options = _Options(plan, example_inputs, sequence_parallel, check)
+    if is_on_meta(model):
+        return _without_values(model, mesh, weights, options)
+    if weights is not None:
+        raise ValueError("weights are for a model on the meta device; this one has its own")
     if tp.size == 1:
         return model
-    if any(p.is_meta for p in model.parameters()):
-        raise ValueError(
-            f"{type(model).__name__} is on the meta device and has no values to split: load its "
-            "weights first"
-        )
     check_equal_weights(model, tp)
-    found = look(model, tp.size, plan, example_inputs)
-    vocabulary, batch = found.vocabulary, found.batches[0]
+    found = look(model, tp.size, plan, example_inputs, sequence_parallel=sequence_parallel)
     if not check:
-        _apply(model, tp, found, vocabulary)
+        carry_out(model, tp, found, found.vocabulary).settle()
         return model
-    labels = "input_ids" in batch and knows_loss(model, vocabulary)
+    batch = found.batches[0]
+    labels = "input_ids" in batch and knows_loss(model, found.vocabulary)
     whole = observe(model, batch, with_labels=labels)
-    failures = []
-    for layers in (vocabulary, VocabularyLayers({}, {})):
-        record = _apply(model, tp, found, layers)
-        error, where = math.inf, ""
-        try:
-            split = observe(model, batch, with_labels=labels)
-            error, where = difference(split, whole, record)
-        except Exception as problem:
-            where = f"{type(problem).__name__}: {problem}"
-        worst = agreed_error(error, tp, next(model.parameters()).device)
-        if worst <= limit_of(model):
-            return model
-        failures.append(f"{where} is off by {worst:.1e}" if error < math.inf else where)
-        record.restore()
-        model.__dict__.pop("colrow_record", None)
+    _split_checked(model, mesh, found, whole, lambda _: observe(model, batch, with_labels=labels))
+    return model
+
+
+@dataclass(frozen=True)
+class _Options:
+    """Arguments of :func:`parallelize`."""
+
+    plan: str | Mapping[str, str]
+    example_inputs: Mapping[str, Any] | None
+    sequence_parallel: bool
+    check: bool
+
+
+def _without_values(
+    model: nn.Module, mesh: Mesh, weights: str | Path | None, options: _Options
+) -> nn.Module:
+    reader = None if weights is None else open_weights(weights)
+    try:
+        names = None if reader is None else checked_names(model, reader)
+        give_buffers(model, names, mesh.device)
+        if mesh.tp.size > 1:
+            stand_in = StandIn(model)
+            found = stand_in.look(
+                model,
+                mesh.tp.size,
+                options.plan,
+                options.example_inputs,
+                sequence_parallel=options.sequence_parallel,
+            )
+            if options.check:
+                labels = "input_ids" in found.batches[0] and knows_loss(model, found.vocabulary)
+                whole = stand_in.observe(found.batches[0], with_labels=labels)
+                emptied: list[Callable[[], None]] = []
+
+                def observed(record: Record) -> Observation:
+                    emptied[:] = stand_in.fill(model, record, mesh.device)
+                    return stand_in.observe_split(model, found.batches[0], with_labels=labels)
+
+                _split_checked(model, mesh, found, whole, observed)
+                if reader is None:
+                    for step in emptied:
+                        step()
+            else:
+                carry_out(model, mesh.tp, found, found.vocabulary).settle()
+        if reader is not None and names is not None:
+            fill(model, names, reader, mesh.device)
+    finally:
+        if reader is not None:
+            reader.close()
+    return model
+
+
+def _split_checked(
+    model: nn.Module,
+    mesh: Mesh,
+    found: Look,
+    whole: Observation,
+    observed: Callable[[Record], Observation],
+) -> None:
+    """Splits the model if it then gives what the whole gives, or as much of it as does.
+
+    Raises:
+        ValueError: when it does not; the model is as it was.
+    """
+    attempt = _Attempt(model, mesh, found, whole, observed)
+    if not (first := attempt.split(found.vocabulary)):
+        return attempt.settle()
+    if not (second := attempt.split(VocabularyLayers({}, {}))):
+        return attempt.settle()
+    kept: list[str] = []
+    for name in dict.fromkeys(class_name(model, n) for n in found.inference.proofs):
+        if not attempt.split(found.vocabulary, [*kept, name], first):
+            kept.append(name)
+    if not attempt.split(found.vocabulary, kept, first):
+        return attempt.settle()
     raise ValueError(
         f"{type(model).__name__} was split, but does not give what the whole model gives "
-        f"({'; without embedding and head: '.join(failures)}); it is whole again"
+        f"({first}; without embedding and head: {second}); it is whole again"
     )
 
 
+@dataclass
+class _Attempt:
+    """Splits a model, and makes it whole again before the next time."""
+
+    model: nn.Module
+    mesh: Mesh
+    found: Look
+    whole: Observation
+    observed: Callable[[Record], Observation]
+    record: Record | None = None
+
+    def split(
+        self, layers: VocabularyLayers, classes: Collection[str] | None = None, problem: str = ""
+    ) -> str:
+        """What is wrong, with the model whole again; or "" with the model split.
+
+        Args:
+            layers: those to divide over the vocabulary.
+            classes: of modules whose layers may be split; all by default.
+            problem: what is wrong when all are.
+        """
+        self._restore()
+        look = self.found
+        if classes is not None:
+            look = look.only(classes, f"the model differs when it is split: {problem}")
+        self.record = carry_out(self.model, self.mesh.tp, look, layers)
+        error, where = math.inf, ""
+        try:
+            error, where = difference(self.observed(self.record), self.whole, self.record)
+        except Exception as raised:
+            where = f"{type(raised).__name__}: {raised}"
+        worst = agreed_error(error, self.mesh.tp, self.mesh.device)
+        if worst <= limit_of(self.model):
+            return ""
+        self._restore()
+        return f"{where} is off by {worst:.1e}" if error < math.inf else where
+
+    def _restore(self) -> None:
+        if self.record is not None:
+            self.record.restore()
+            self.model.__dict__.pop("colrow_record", None)
+        self.record = None
+
+    def settle(self) -> None:
+        """Keeps the model as it is now."""
+        assert self.record is not None
+        self.record.settle()
+
+
 def plan_for(
-    model: nn.Module, tp: int | None = None, *, example_inputs: Mapping[str, Any] | None = None
+    model: nn.Module | str | Path,
+    tp: int | None = None,
+    *,
+    example_inputs: Mapping[str, Any] | None = None,
 ) -> Plan:
     """What :func:`parallelize` would do with a model on ``tp`` ranks (2 by default); sends nothing.
+
+    Args:
+        model: as for :func:`parallelize`; of a directory only the configuration is read. Buffers
+            of a model on the meta device get their values.
 
     Returns:
         A dictionary of patterns and styles, which may be edited and given to ``parallelize``. Its
@@ -129,83 +249,9 @@ def plan_for(
     Raises:
         ValueError: when nothing can be split.
     """
-    return look(model, tp or 2, "auto", example_inputs).plan
-
-
-@dataclass
-class Look:
-    """What was found in a model."""
-
-    batches: list[Mapping[str, Any]]
-    inference: Inference
-    vocabulary: VocabularyLayers
-    gathered: GatheredLayers
-    plan: Plan
-
-
-def look(
-    model: nn.Module,
-    ranks: int,
-    plan: str | Mapping[str, str],
-    example_inputs: Mapping[str, Any] | None,
-) -> Look:
-    """Finds what can be split over ``ranks`` ranks; arguments as for :func:`parallelize`."""
-    if plan == "transformers":
-        plan = transformers_plan(model)
-        if not plan:
-            raise ValueError(f"transformers has no plan for {type(model).__name__}; use 'auto'")
-    if isinstance(plan, str) and plan != "auto":
-        raise ValueError(f"plan={plan!r}: give 'auto', 'transformers' or a dictionary")
-    matcher = None if isinstance(plan, str) else check_plan(model, plan)
-
-    def allowed(name: str) -> bool:
-        assert matcher is not None
-        names = [name]
-        if name:
-            owned = model.get_submodule(name).named_parameters(recurse=False)
-            names += [f"{name}.{p}" for p, _ in owned]
-        return any(matcher.style(n) in SPLIT for n in names)
-
-    batches: list[Mapping[str, Any]] = (
-        [*example_batches(model)] if example_inputs is None else [example_inputs]
-    )
-    calls = capture_calls(model, batches)
-    vocabulary = vocabulary_layers(model, set(calls), ranks)
-    reserved = vocabulary.names
-    if matcher is not None:
-        vocabulary = vocabulary.only(allowed)
-    inference = infer(model, calls, ranks, reserved, None if matcher is None else allowed)
-    gathered = gathered_layers(model, calls, inference, reserved, ranks)
-    if matcher is not None:
-        gathered = gathered.only(allowed)
-    if not inference.proofs and not gathered.linears:
-        raise ValueError(_nothing(model, inference))
-    planned = make_plan(model, inference, vocabulary, gathered, ranks)
-    if matcher is not None:
-        check_followed(matcher, planned, model, inference)
-    return Look(batches, inference, vocabulary, gathered, planned)
-
-
-def _nothing(model: nn.Module, inference: Inference) -> str:
-    reasons: dict[str, str] = {}
-    for layer, reason in inference.reasons.items():
-        reasons.setdefault(reason, layer)
-    text = "; ".join(f"{layer}: {reason}" for reason, layer in list(reasons.items())[:4])
-    return f"no layer of {type(model).__name__} can be split: {text or 'no pair of layers found'}"
-
-
-def _apply(
-    model: nn.Module, tp: ParallelGroup, found: Look, vocabulary: VocabularyLayers
-) -> Record:
-    record = Record(tp)
-    model.__dict__["colrow_record"] = record
-    applier = Applier(model, record)
-    for name, proofs in found.inference.proofs.items():
-        for proof in proofs:
-            applier.proof(name, proof)
-    split_gathered(applier, found.gathered)
-    split_vocabulary(applier, vocabulary)
-    split_loss(applier, vocabulary)
-    if any(proof.local_results for proofs in found.inference.proofs.values() for proof in proofs):
-        applier.hook(model.register_forward_pre_hook(refuse_attention_weights, with_kwargs=True))
-    return record
+    if not isinstance(model, nn.Module):
+        model = model_of(model, None)
+    if not is_on_meta(model):
+        return look(model, tp or 2, "auto", example_inputs).plan
+    give_buffers(model, None, torch.device("cpu"))
+    return StandIn(model).look(model, tp or 2, "auto", example_inputs).plan

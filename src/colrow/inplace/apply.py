@@ -17,17 +17,25 @@ from colrow.inplace.modules import (
     OutputCut,
     Row,
     RowMixin,
-    Shared,
-    SharedMixin,
     Sum,
     become,
+)
+from colrow.inplace.parameters import (
+    LessMixin,
+    ParametersMixin,
+    Shared,
+    Spread,
+    begin_forward,
+    end_forward,
 )
 from colrow.inplace.prove import Proof
 from colrow.inplace.record import Record
 from colrow.inplace.search import Rows
 from colrow.inplace.simulate import take
+from colrow.inplace.streams import Stream, drops_out
 from colrow.inplace.unit import linear_kind, output_dim
 from colrow.layers.shared import SharedRows
+from colrow.partition import Partition, ShardSpec
 
 
 class Applier:
@@ -43,13 +51,14 @@ class Applier:
                     full = f"{path}.{name}" if path else name
                     self._owners.setdefault(id(parameter), []).append((module, name, full))
         self._split: dict[int, nn.Parameter] = {}
+        self._specs: dict[Any, tuple[ShardSpec, Rows]] = {}  # the rows stay, so that ids are unique
 
     def split(self, module: nn.Module, name: str, dim: int, rows: Rows) -> None:
         """Keeps this rank's indices of a parameter, wherever it is tied to."""
         whole = module._parameters[name]
         if whole is None or id(whole) in self._split:
             return
-        spec = spec_of_rows(tuple(whole.shape), dim, rows)
+        spec = self._spec(tuple(whole.shape), dim, rows)
         local = nn.Parameter(
             take(whole.detach(), dim, rows[self.tp.rank]).clone(), requires_grad=whole.requires_grad
         )
@@ -58,6 +67,13 @@ class Applier:
             self.record.specs[full] = spec
             owner._parameters[attribute] = local
             self._later(owner._parameters, attribute, whole)
+
+    def _spec(self, shape: tuple[int, ...], dim: int, rows: Rows) -> ShardSpec:
+        """Computed once for all blocks of one kind, which share their rows."""
+        key = shape, dim, id(rows)
+        if key not in self._specs:
+            self._specs[key] = spec_of_rows(shape, dim, rows), rows
+        return self._specs[key][0]
 
     def _later(self, where: dict[str, Any], name: str, value: Any) -> None:
         def step() -> None:
@@ -93,6 +109,7 @@ class Applier:
         group, rank = proof.group, self.tp.rank
         names = argument_names(module)
         entries: dict[str, Entry] = {}
+        stream = Stream(self.tp) if drops_out(module) else None
         entered = [c for c in group.columns if c not in proof.cuts.uncut]
         for layer, rows in group.columns.items():
             self._column(name, module, layer, rows, proof, entries, alone=len(entered) == 1)
@@ -101,9 +118,13 @@ class Applier:
             kind = linear_kind(target)
             assert kind is not None
             self.split(target, "weight", 1 - output_dim(kind), rows)
-            how = Row(self.tp, _path(name, layer), kind == "conv1d")
+            how = Row(self.tp, _path(name, layer), kind == "conv1d", stream=stream)
             self.attach(target, "colrow", how)
             self.change_class(target, RowMixin)
+        for layer in group.columns:
+            column = module.get_submodule(layer).__dict__.get("colrow")
+            if isinstance(column, Column):
+                column.stream = stream
         for path, (dim, rows) in group.parameters.items():
             owner, _, last = path.rpartition(".")
             self.split(module.get_submodule(owner), last, dim, rows)
@@ -112,6 +133,9 @@ class Applier:
             self.hook(module.get_submodule(layer).register_forward_hook(OutputCut(entry)))
         for path in sorted(proof.shared):
             self._share(name, module, path, once=path in proof.once)
+        if proof.less and rank:
+            self.attach(module, "colrow_less", proof.less)
+            self.change_class(module, LessMixin)
         if proof.summed:
             self.hook(module.register_forward_hook(Sum(self.tp, name)))
         partial = frozenset(proof.partial_arguments)
@@ -140,7 +164,7 @@ class Applier:
         assert kind is not None
         dim = output_dim(kind)
         weight: Any = target.weight
-        spec = spec_of_rows(tuple(weight.shape), dim, rows)
+        spec = self._spec(tuple(weight.shape), dim, rows)
         shared = SharedRows.of(spec, self.tp.rank)
         self.split(target, "weight", dim, rows)
         if target._parameters.get("bias") is not None:
@@ -160,12 +184,27 @@ class Applier:
     def _share(self, name: str, module: nn.Module, path: str, *, once: bool) -> None:
         owner, _, last = path.rpartition(".")
         target = module.get_submodule(owner)
-        shared = target.__dict__.get("colrow_shared")
-        if shared is None:
-            self.attach(target, "colrow_shared", {})
-            self.change_class(target, SharedMixin)
-            shared = target.__dict__["colrow_shared"]
+        self._directly(target)
+        shared = target.__dict__["colrow_shared"]
         shared[last] = Shared(self.tp, _path(name, path), once)
+
+    def spread(self, owner: nn.Module, name: str, path: str, dim: int) -> None:
+        """Divides a parameter that is gathered whenever its owner uses it."""
+        whole: Any = owner._parameters[name]
+        partition = Partition.even(whole.shape[dim], self.tp.size)
+        self.split(owner, name, dim, [list(range(a, b)) for a, b in partition.bounds])
+        self._directly(owner)
+        if "colrow_spread" not in owner.__dict__:
+            self.attach(owner, "colrow_spread", {})
+            self.hook(owner.register_forward_pre_hook(begin_forward))
+            self.hook(owner.register_forward_hook(end_forward, always_call=True))
+        owner.__dict__["colrow_spread"][name] = Spread(self.tp, path, dim, partition)
+
+    def _directly(self, target: nn.Module) -> None:
+        """Makes the module read its parameters through :class:`ParametersMixin`."""
+        if "colrow_shared" not in target.__dict__:
+            self.attach(target, "colrow_shared", {})
+            self.change_class(target, ParametersMixin)
 
 
 def _path(module: str, inner: str) -> str:

@@ -2,15 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from colrow.inplace.calls import ModuleCall
+from colrow.inplace.calls import ModuleCall, private
 from colrow.reference import FullPrecision
+
+
+class _GroupedInDouble(TorchFunctionMode):
+    """Inside it, products of groups of rows take fp64, which torch's kernel for them does not."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Replaces ``[rows, in]`` times ``[groups, in, out]`` by a product for each group."""
+        options = dict(kwargs or {})
+        if (
+            getattr(func, "__name__", "") in ("grouped_mm", "_grouped_mm")
+            and len(args) == 2
+            and args[0].dtype == torch.float64
+            and (args[0].dim(), args[1].dim()) == (2, 3)
+            and options.get("bias") is None
+            and options.get("offs") is not None
+        ):
+            ends = [0, *options["offs"].tolist()]
+            rows = [args[0][a:b] @ w for (a, b), w in zip(pairwise(ends), args[1], strict=True)]
+            rest = args[0].new_zeros(args[0].shape[0] - ends[-1], args[1].shape[2])
+            return torch.cat([*rows, rest])
+        return func(*args, **options)
 
 
 @contextmanager
@@ -19,7 +48,7 @@ def exact_arithmetic() -> Iterator[None]:
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with FullPrecision():
+        with FullPrecision(), _GroupedInDouble():
             yield
     finally:
         torch.set_default_dtype(before)
@@ -46,9 +75,23 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Configurations that ask for a cache do not, for a while."""
+    configs = {id(c): c for m in model.modules() if (c := vars(m).get("config")) is not None}
+    asking = [c for c in configs.values() if vars(c).get("use_cache") is True]
+    for config in asking:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in asking:
+            config.use_cache = True
+
+
 def run_example(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
-    """The model's result for these keyword arguments, in eval mode."""
-    with evaluating(model), arithmetic_of(model):
+    """The model's result for these keyword arguments, in eval mode and without a cache."""
+    with evaluating(model), arithmetic_of(model), without_cache(model):
         return model(**inputs)
 
 
@@ -86,4 +129,5 @@ def capture_calls(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> dic
 
 
 def _copied(leaf: Any) -> Any:
-    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+    """The leaf as it is now: the model may go on to change it, as it does a cache."""
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else private(leaf)

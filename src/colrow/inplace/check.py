@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from colrow.comm import primitives
 from colrow.inplace.atoms import indices_of
 from colrow.inplace.calls import tensors_of
-from colrow.inplace.capture import arithmetic_of, evaluating
+from colrow.inplace.capture import arithmetic_of, evaluating, without_cache
+from colrow.inplace.generation import Steps, generated
 from colrow.inplace.record import Record
+from colrow.inplace.unit import NoDropout
 from colrow.mesh import ParallelGroup
 
 _LIMITS = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -30,29 +32,75 @@ class Observation:
         results: its floating-point results, without gradients being recorded.
         loss: its own loss, or a random combination of its results.
         grads: of that loss, by parameter; empty for models too large to keep them.
+        steps: of generation.
     """
 
     results: list[Tensor]
     loss: Tensor | None
     grads: dict[str, Tensor]
+    steps: Steps
 
 
-def observe(model: nn.Module, inputs: Mapping[str, Any], *, with_labels: bool) -> Observation:
-    """Runs the model, in eval mode; its parameters' own gradients are left alone."""
-    with evaluating(model), arithmetic_of(model):
+def observe(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    *,
+    with_labels: bool,
+    of: Collection[str] | None = None,
+) -> Observation:
+    """Runs the model, in eval mode; its parameters' own gradients are left alone.
+
+    Args:
+        of: the parameters whose gradients to take; all by default.
+    """
+    with evaluating(model), arithmetic_of(model), torch.no_grad():
+        steps = generated(model, inputs)
+    with evaluating(model), arithmetic_of(model), without_cache(model):
         with torch.no_grad():
             results = [y.detach().clone() for y in tensors_of(model(**inputs))]
-        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        named = {
+            n: p for n, p in model.named_parameters() if p.requires_grad and (of is None or n in of)
+        }
         first = next(model.parameters())
         if sum(p.numel() for p in named.values()) > _MOST_ELEMENTS or first.element_size() < 4:
-            return Observation(results, None, {})
-        with torch.enable_grad():
+            return Observation(results, None, {}, steps)
+        if not named:
+            return Observation(results, None, {}, steps)
+        try:
+            loss, grads = _gradients(model, inputs, named, with_labels=with_labels)
+        except AssertionError:  # Reformer's backward runs its layers again, and only in training
+            model.train()
+            loss, grads = _gradients(model, inputs, named, with_labels=with_labels)
+    return Observation(results, loss, grads, steps)
+
+
+def _gradients(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    named: dict[str, nn.Parameter],
+    *,
+    with_labels: bool,
+) -> tuple[Tensor | None, dict[str, Tensor]]:
+    before = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    try:
+        with torch.enable_grad(), NoDropout(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
             loss = _loss(model, inputs, with_labels=with_labels)
-            if loss is None or not named:
-                return Observation(results, None, {})
+            if loss is None:
+                return None, {}
             grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    found = {n: g for n, g in zip(named, grads, strict=True) if g is not None}
-    return Observation(results, loss.detach(), found)
+        # Reversible layers leave the gradients of their own parameters there.
+        aside = [parameter.grad for parameter in named.values()]
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.grad = before[name]
+    found = {}
+    for name, grad, other in zip(named, grads, aside, strict=True):
+        both = [g for g in (grad, other) if g is not None]
+        if both:
+            found[name] = both[0] if len(both) == 1 else both[0] + both[1]
+    return loss.detach(), found
 
 
 def _loss(model: nn.Module, inputs: Mapping[str, Any], *, with_labels: bool) -> Tensor | None:
@@ -82,13 +130,19 @@ def difference(split: Observation, whole: Observation, record: Record) -> tuple[
         return math.inf, "the number of results"
     for number, (y, expected) in enumerate(zip(split.results, whole.results, strict=True)):
         note(_error(y, expected, 0.0), f"result {number}")
+    if whole.steps.logits:
+        if len(split.steps.logits) != len(whole.steps.logits):
+            return math.inf, f"generation with a cache: {split.steps.problem}"
+        for y, expected in zip(split.steps.logits, whole.steps.logits, strict=True):
+            note(_error(y, expected, 0.0), "generation with a cache")
     if split.loss is not None and whole.loss is not None:
         note(_error(split.loss, whole.loss, 0.0), "the loss")
     largest = max((float(g.norm()) for g in whole.grads.values()), default=0.0)
     for name, grad in whole.grads.items():
         spec = record.specs.get(name)
         if spec is not None and spec.dim is not None:
-            index = torch.tensor(indices_of(spec, record.tp.rank), device=grad.device)
+            held = indices_of(spec, record.tp.rank)
+            index = torch.tensor(held, dtype=torch.long, device=grad.device)
             grad = grad.index_select(spec.dim, index)
         mine = split.grads.get(name, torch.zeros_like(grad))
         note(_error(mine, grad, 1e-4 * largest), f"the gradient of {name}")

@@ -48,16 +48,7 @@ def example_batch(model: nn.Module) -> dict[str, Any]:
     batch: dict[str, Any] = {}
     if main == "input_ids" or "input_ids" in accepted:
         batch["input_ids"] = _tokens(0, config)
-    if (
-        main == "pixel_values"
-        or (
-            "pixel_values" in accepted
-            and getattr(config, "vision_config", None) is not None
-            and "text_config" in getattr(type(config), "sub_configs", {})
-            and main != "input_ids"
-        )
-        or _two_towers(model)
-    ):
+    if main == "pixel_values" or _sees(model, main) or _two_towers(model):
         batch["pixel_values"] = _images(config, first)
     if main == "input_features":
         shape = (BATCH, config.num_mel_bins, 2 * config.max_source_positions)
@@ -74,6 +65,16 @@ def example_batch(model: nn.Module) -> dict[str, Any]:
         key: value.to(first.device) if isinstance(value, Tensor) else value
         for key, value in batch.items()
     }
+
+
+def _sees(model: nn.Module, main: str) -> bool:
+    """Whether it needs images besides tokens: not where a part of its own reads the text."""
+    config: Any = model.config
+    if "pixel_values" not in inspect.signature(model.forward).parameters:
+        return False
+    if getattr(config, "vision_config", None) is None:
+        return False
+    return ("text_config" in getattr(type(config), "sub_configs", {})) == (main != "input_ids")
 
 
 def _two_towers(model: nn.Module) -> bool:

@@ -1,16 +1,21 @@
-"""Modules that use their weights directly and add up: experts in three-dimensional tensors.
+"""Modules that use their weights directly and add up: experts in stacked tensors.
 
 Such a module has no inner layer at which the ranks' parts could be summed, so its result is. It
-must be linear in one of its parameters, the last; the derivative with respect to that parameter
-then shows what reaches it, as inputs do for a row-parallel layer.
+must be affine in one of its parameters, the last; the derivative with respect to that parameter
+then shows what reaches it, as inputs do for a row-parallel layer. What the result has without that
+parameter counts once: biases are divided by the number of ranks, or, where it comes from no
+parameter (experts that hand tokens on), all ranks but the first subtract it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from colrow.inplace.atoms import connected, distribute, holders, members
 from colrow.inplace.calls import Key, ModuleCall
@@ -19,34 +24,68 @@ from colrow.inplace.probe import patterns
 from colrow.inplace.prove import NotProvenError, Proof, close, near, placed, sum_of
 from colrow.inplace.search import Group
 from colrow.inplace.simulate import Observed, Simulation, take
-from colrow.inplace.unit import Unit, UnitError
+from colrow.inplace.unit import Unit, UnitError, linear_kind
+
+
+def used_directly(module: nn.Module) -> list[str]:
+    """Names of parameters of two or three dimensions that no inner layer multiplies with."""
+    layers = {n for n, m in module.named_modules() if linear_kind(m) or isinstance(m, _NO_EXPERTS)}
+    return [
+        name
+        for name, parameter in module.named_parameters()
+        if parameter.dim() in (2, 3) and name.rpartition(".")[0] not in layers
+    ]
+
+
+def _stacked(module: nn.Module, free: set[str]) -> list[str]:
+    """Those that may be weights of several experts at once.
+
+    Those with three dimensions, and three alike with two.
+    """
+    found: dict[Any, list[str]] = {}
+    for name in sorted(free):
+        shape = tuple(module.get_parameter(name).shape)
+        found.setdefault("stacks" if len(shape) == 3 else shape, []).append(name)
+    return [n for k, names in found.items() if len(names) > 1 + (k != "stacks") for n in names]
+
+
+_NO_EXPERTS = (nn.Embedding, _ConvNd)
 
 
 def find_experts(
-    name: str, module: nn.Module, call: ModuleCall, ranks: int, reasons: dict[str, str]
+    name: str,
+    module: nn.Module,
+    call: ModuleCall,
+    free: set[str],
+    ranks: int,
+    reasons: dict[str, str],
 ) -> Proof | None:
-    """The split of a module that owns the weights of several experts, or None.
+    """The split of a module that uses the weights of several experts, or None.
 
-    A reason goes to ``reasons`` under the parameters' names.
+    Args:
+        free: parameters that may be split, by name inside the module.
+        reasons: gets the reason why not, under the parameters' names.
     """
-    stacked = [n for n, p in module.named_parameters(recurse=False) if p.dim() == 3]
-    if len(stacked) < 2:
+    names = _stacked(module, free)
+    if len(names) < 2:
         return None
     reason = "no way was found to split it inside each expert"
     try:
         unit = Unit.of(name, module, call)
-        for last, dim, group in _candidates(unit, stacked, ranks):
+        for last, dim, group in _candidates(unit, names, ranks):
             try:
                 return _prove(unit, last, dim, group, ranks)
             except NotProvenError as error:
                 reason = str(error)
     except UnitError as error:
         reason = f"could not be run alone: {error}"
-    reasons.update(dict.fromkeys(stacked, reason))
+    except RuntimeError as error:  # of an operation that has no second derivative
+        reason = f"could not be looked at: {error}"
+    reasons.update(dict.fromkeys(names, reason))
     return None
 
 
-def _candidates(unit: Unit, stacked: list[str], ranks: int) -> list[tuple[str, int, Group]]:
+def _candidates(unit: Unit, names: list[str], ranks: int) -> list[tuple[str, int, Group]]:
     """Parameters that may be the last, the dimension summed over, and what goes with them."""
     whole = Simulation(unit, Group({}, {})).whole()
     leaves = {n: x for (kind, n), x in whole.leaves.items() if kind == "parameter"}
@@ -56,7 +95,7 @@ def _candidates(unit: Unit, stacked: list[str], ranks: int) -> list[tuple[str, i
         for y in whole.results
     )
     found = []
-    for last in stacked:
+    for last in names:
         others = {n: x for n, x in leaves.items() if n != last}
         (grad,) = torch.autograd.grad(
             total,
@@ -66,13 +105,22 @@ def _candidates(unit: Unit, stacked: list[str], ranks: int) -> list[tuple[str, i
         )
         if grad is None or not grad.requires_grad:
             continue
-        for dim in range(1, grad.dim()):
+        flat = grad.dim() == 2  # all experts' features in one dimension
+        for dim in range(0 if flat else 1, grad.dim()):
             reach = patterns([grad.movedim(dim, -1)], list(others.values()))
             by_name = dict(zip(others, reach, strict=True))
-            group = _group(last, dim, leaves, by_name, ranks)
-            if group is not None:
-                found.append((last, dim, group))
+            width = grad.shape[dim]
+            for period in _periods(unit, width) if flat and not dim else [width]:
+                group = _group(last, dim, leaves, by_name, ranks, period)
+                if group is not None:
+                    found.append((last, dim, group))
     return sorted(found, key=lambda c: leaves[c[0]].shape[c[1]])
+
+
+def _periods(unit: Unit, width: int) -> list[int]:
+    """How many features one expert may have, of ``width`` that all have."""
+    numbers = {n for m in unit.module.modules() for n in vars(m).values() if type(n) is int}
+    return sorted(n for n in numbers if 1 < n < width and not width % n)
 
 
 def _group(
@@ -81,6 +129,7 @@ def _group(
     leaves: dict[str, Tensor],
     reach: dict[str, dict[int, list[int]]],
     ranks: int,
+    period: int,
 ) -> Group | None:
     width = leaves[last].shape[dim]
     everything = (1 << width) - 1
@@ -97,6 +146,7 @@ def _group(
         covered |= tie
     if not split or covered != everything:
         return None
+    ties += [sum(1 << i for i in range(j, width, period)) for j in range(period)]
     atoms = connected(width, ties)
     if len(atoms) < ranks:
         return None
@@ -135,15 +185,18 @@ def _prove(unit: Unit, last: str, dim: int, group: Group, ranks: int) -> Proof:
             found.append(_setting(simulation, rank, expected, settings(numbers, sizes[rank])))
     finally:
         weight.data.copy_(kept)
-    once = set()
+    once, less = set[str](), ""
     if any(float(y.abs().max()) > 0 for y in nothing):
         names = [n for n, _ in unit.module.named_parameters(recurse=False)]
         once = {n for n in names if n not in group.parameters}
-    parts = [_part(simulation, rank, found[rank], once, ranks) for rank in range(ranks)]
+        less = "" if once or unit.linears else last
+    parts = [_Part(simulation, rank, found[rank], once, less, ranks) for rank in range(ranks)]
     for number, y in enumerate(whole.results):
-        if not close(sum_of([part.results[number].detach() for part in parts]), y):
+        if not close(sum_of([part.results[number] for part in parts]), y):
             raise NotProvenError("the parts do not add up to the whole")
-    return _gradients(group, whole, parts, found, once)
+    proof = _gradients(group, whole, parts, found, once)
+    proof.less = less
+    return proof
 
 
 def _results(simulation: Simulation, weight: nn.Parameter, value: Tensor) -> list[Tensor]:
@@ -165,22 +218,59 @@ def _setting(simulation: Simulation, rank: int, expected: list[Tensor], tries: A
     raise NotProvenError(f"no local sizes found with which it computes its part: {last}")
 
 
-def _part(
-    simulation: Simulation, rank: int, setting: Setting, once: set[str], ranks: int
-) -> Observed:
-    parameters = {n: simulation.unit.module.get_parameter(n) for n in once}
+class _Part:
+    """What a rank adds to the sum.
+
+    Attributes:
+        results: its part of each result.
+    """
+
+    def __init__(
+        self,
+        simulation: Simulation,
+        rank: int,
+        setting: Setting,
+        once: set[str],
+        less: str,
+        ranks: int,
+    ) -> None:
+        module = simulation.unit.module
+        scaled = {n: 1 / ranks for n in once}
+        with _scaled(module, scaled):
+            self._own = simulation.rank(rank, setting, Observed())
+        self.results = [y.detach() for y in self._own.results]
+        self._less, self._base = less, None
+        if less and rank:
+            with _scaled(module, {less: 0.0}):
+                self._base = simulation.rank(rank, setting, Observed())
+            pairs = zip(self.results, self._base.results, strict=True)
+            self.results = [y - base.detach() for y, base in pairs]
+
+    def gradients(self, cotangents: list[Tensor]) -> dict[Any, Tensor]:
+        """As :meth:`Observed.gradients`."""
+        grads = self._own.gradients(cotangents)
+        if self._base is not None:
+            for name, grad in self._base.gradients(cotangents).items():
+                if name != ("parameter", self._less):
+                    grads[name] = grads[name] - grad
+        return grads
+
+
+@contextmanager
+def _scaled(module: nn.Module, factors: dict[str, float]) -> Iterator[None]:
+    parameters = {n: module.get_parameter(n) for n in factors}
     whole = {n: p.detach().clone() for n, p in parameters.items()}
     try:
         for n, p in parameters.items():
-            p.data.copy_(whole[n] / ranks)
-        return simulation.rank(rank, setting, Observed())
+            p.data.copy_(whole[n] * factors[n])
+        yield
     finally:
         for n, p in parameters.items():
             p.data.copy_(whole[n])
 
 
 def _gradients(
-    group: Group, whole: Observed, parts: list[Observed], found: list[Setting], once: set[str]
+    group: Group, whole: Observed, parts: list[_Part], found: list[Setting], once: set[str]
 ) -> Proof:
     generator = torch.Generator().manual_seed(3)
     cotangents = [

@@ -1,7 +1,8 @@
-"""Layers outside any pair, split by their output features, with the result gathered.
+"""What is in no pair: layers split by their output features, and other large parameters.
 
-That spreads their weights, and sends their results. It needs no proof beyond the layer's own
-formula, since its input and its result are the same on every rank, and so is the gradient.
+Of a layer the result is gathered, of a parameter that its module uses directly the parameter
+itself. That spreads the weights, and needs no proof beyond the layer's own formula, since its input
+and its result are the same on every rank, and so is the gradient.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
 from colrow.inplace.apply import Applier
@@ -26,16 +28,18 @@ _SMALLEST = 1e-3
 
 @dataclass
 class GatheredLayers:
-    """Layers to be split so, by name."""
+    """What is to be split so, by name; of parameters, along which dimension."""
 
     linears: dict[str, nn.Module]
     tables: dict[str, nn.Embedding]
+    parameters: dict[str, int]
 
     def only(self, allowed: Callable[[str], bool]) -> GatheredLayers:
         """Those that may be split."""
         return GatheredLayers(
             {n: m for n, m in self.linears.items() if allowed(n)},
             {n: m for n, m in self.tables.items() if allowed(n)},
+            {n: dim for n, dim in self.parameters.items() if allowed(n.rpartition(".")[0])},
         )
 
 
@@ -48,33 +52,62 @@ def gathered_layers(
 ) -> GatheredLayers:
     """The large layers that are called and are in no pair."""
     taken: set[int] = {id(p) for n in reserved for p in model.get_submodule(n).parameters()}
+    shared: set[int] = set()
     for name, proofs in inference.proofs.items():
         module = model.get_submodule(name)
         for proof in proofs:
             group = proof.group
             for layer in (*group.columns, *group.rows):
                 taken |= {id(p) for p in module.get_submodule(layer).parameters()}
-            taken |= {id(module.get_parameter(n)) for n in (*group.parameters, *proof.shared)}
+            taken |= {id(module.get_parameter(n)) for n in group.parameters}
+            shared |= {id(module.get_parameter(n)) for n in proof.shared}
     total = sum(p.numel() for p in model.parameters())
-    found = GatheredLayers({}, {})
+    found = GatheredLayers({}, {}, {})
     holders: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
         holders[id(parameter)] = holders.get(id(parameter), 0) + 1
     for name, module in model.named_modules():
         own = list(module.parameters(recurse=False))
-        if name not in calls or not own or any(id(p) in taken for p in own):
+        kind = linear_kind(module)
+        if kind is None or name not in calls:
+            if not {name, name.rpartition(".")[0]} & calls.keys():
+                continue
+            for last, parameter in module.named_parameters(recurse=False):
+                free = id(parameter) not in taken and holders[id(parameter)] == 1
+                if (
+                    free
+                    and parameter.numel() >= _SMALLEST * total
+                    and _worth(module, parameter, ranks)
+                ):
+                    found.parameters[f"{name}.{last}" if name else last] = _dim(parameter, ranks)
             continue
-        if own[0].numel() < _SMALLEST * total or any(holders[id(p)] > 1 for p in own):
+        if any(id(p) in taken | shared or holders[id(p)] > 1 for p in own):
+            continue
+        if own[0].numel() < _SMALLEST * total:
             continue
         if isinstance(module, nn.Embedding):
-            if module.num_embeddings >= ranks and plain_table(module) and _tokens(calls[name]):
+            plain = kind == "embedding" and plain_table(module)
+            if plain and module.num_embeddings >= ranks and _tokens(calls[name]):
                 found.tables[name] = module
             continue
-        kind = linear_kind(module)
         # A router's few scores are not worth a collective.
-        if kind and own[0].shape[output_dim(kind)] >= 4 * ranks:
+        if own[0].shape[output_dim(kind)] >= 4 * ranks:
             found.linears[name] = module
     return found
+
+
+def _worth(module: nn.Module, parameter: nn.Parameter, ranks: int) -> bool:
+    """Whether it is a matrix or a stack of them: no filter, table of places, or few scores."""
+    if isinstance(module, nn.Embedding | _ConvNd) or parameter.dim() < 2 or 1 in parameter.shape:
+        return False
+    return parameter.dim() > 2 or min(parameter.shape) >= 4 * ranks
+
+
+def _dim(parameter: nn.Parameter, ranks: int) -> int:
+    """The first dimension that divides well, or the longest."""
+    shape = parameter.shape
+    wide = [dim for dim in range(len(shape)) if shape[dim] >= 4 * ranks or not shape[dim] % ranks]
+    return wide[0] if wide else max(range(len(shape)), key=lambda dim: shape[dim])
 
 
 def _tokens(call: ModuleCall) -> bool:
@@ -102,3 +135,6 @@ def split_gathered(applier: Applier, layers: GatheredLayers) -> None:
         how = Gathered(applier.tp, name, kind == "conv1d", partition)
         applier.attach(module, "colrow", how)
         applier.change_class(module, GatheredMixin)
+    for path, dim in layers.parameters.items():
+        owner, _, last = path.rpartition(".")
+        applier.spread(applier.model.get_submodule(owner), last, path, dim)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from colrow.inplace.calls import ModuleCall
-from colrow.inplace.experts import find_experts
+from colrow.inplace.experts import find_experts, used_directly
 from colrow.inplace.probe import Reach, probe
 from colrow.inplace.prove import NotProvenError, Proof, prove
 from colrow.inplace.search import Group, find_groups
@@ -35,6 +35,17 @@ class Inference:
     proofs: dict[str, list[Proof]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 
+    def only(self, names: Collection[str], reason: str) -> Inference:
+        """The same with the proofs of these modules only; the others' layers get the reason."""
+        kept = Inference({n: p for n, p in self.proofs.items() if n in names}, dict(self.reasons))
+        for name in self.proofs.keys() - kept.proofs.keys():
+            prefix = f"{name}." if name else ""
+            for proof in self.proofs[name]:
+                group = proof.group
+                for layer in (*group.columns, *group.rows, *group.parameters):
+                    kept.reasons[prefix + layer] = reason
+        return kept
+
 
 def infer(
     model: nn.Module,
@@ -52,26 +63,29 @@ def infer(
     """
     result = Inference()
     modules = dict(model.named_modules())
-    kinds = {name: kind_of(module, calls.get(name)) for name, module in modules.items()}
-    loose: dict[Any, str] = {}  # kinds without regard to the call, for modules that were not called
-    for name in kinds:
-        if name in calls:
-            loose.setdefault(kind_of(modules[name], None), name)
     free = {name for name, module in modules.items() if linear_kind(module)} - reserved
     if allowed is not None:
         free = {name for name in free if allowed(name)}
+    weights = {n for n in used_directly(model) if allowed is None or allowed(n.rpartition(".")[0])}
+    layers, tensors = _Below(free), _Below(weights)
+    loose: dict[Any, str] | None = None  # kinds without regard to the call
     known: dict[Any, tuple[list[Proof], dict[str, str]]] = {}
-    for name in reversed(list(kinds)):
+    for name in reversed(list(modules)):
         module = modules[name]
         prefix = f"{name}." if name else ""
-        inside = {n.removeprefix(prefix) for n in free if n.startswith(prefix)}
-        call_of = name if name in calls else loose.get(kind_of(module, None))
-        if call_of is None or _is_stack(module):
+        inside, own = layers.of(name), tensors.of(name)
+        if not (inside or own) or _is_stack(module):
             continue
-        whole = allowed is None or allowed(name)
-        kind = (kinds[call_of], frozenset(inside), whole)
+        call_of: str | None = name
+        if name not in calls:
+            if loose is None:
+                loose = _kinds(modules, calls)
+            call_of = loose.get(kind_of(module, None))
+        if call_of is None:
+            continue
+        kind = (kind_of(modules[call_of], calls[call_of]), frozenset(inside), frozenset(own))
         if kind not in known:
-            known[kind] = _look_at(name, module, calls[call_of], inside, ranks, whole)
+            known[kind] = _look_at(name, module, calls[call_of], inside, own, ranks)
         proofs, reasons = known[kind]
         for layer, reason in reasons.items():
             result.reasons[prefix + layer] = reason
@@ -79,20 +93,66 @@ def infer(
             result.proofs[name] = proofs
         for proof in proofs:
             done = {prefix + layer for layer in (*proof.group.columns, *proof.group.rows)}
-            free -= done
+            layers.remove(done)
+            done |= {prefix + n for n in proof.group.parameters}
+            tensors.remove(done)
             for layer in done:
                 result.reasons.pop(layer, None)
     return result
 
 
+class _Below:
+    """Names of layers or parameters, by the modules in which they lie."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        self._names: dict[str, set[str]] = {}
+        for name in names:
+            for path in _above(name):
+                self._names.setdefault(path, set()).add(_inside(name, path))
+
+    def of(self, path: str) -> set[str]:
+        """Those inside a module, by their names there."""
+        return self._names.get(path, set())
+
+    def remove(self, names: Collection[str]) -> None:
+        """Takes these away."""
+        for name in names:
+            for path in _above(name):
+                if path in self._names:
+                    self._names[path].discard(_inside(name, path))
+
+
+def _above(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(len(parts))]
+
+
+def _inside(name: str, path: str) -> str:
+    return name[len(path) + 1 :] if path else name
+
+
+def _kinds(modules: Mapping[str, nn.Module], calls: Mapping[str, ModuleCall]) -> dict[Any, str]:
+    """The first module of each kind that was called."""
+    found: dict[Any, str] = {}
+    for name, module in modules.items():
+        if name in calls:
+            found.setdefault(kind_of(module, None), name)
+    return found
+
+
 def _look_at(
-    name: str, module: nn.Module, call: ModuleCall, free: set[str], ranks: int, whole: bool
+    name: str,
+    module: nn.Module,
+    call: ModuleCall,
+    free: set[str],
+    weights: set[str],
+    ranks: int,
 ) -> tuple[list[Proof], dict[str, str]]:
     inside = dict(module.named_modules())
     multiplying = [n for n in free if linear_kind(inside[n]) != "embedding"]
     reasons: dict[str, str] = {}
     proofs: list[Proof] = []
-    expert = find_experts(name, module, call, ranks, reasons) if whole else None
+    expert = find_experts(name, module, call, weights, ranks, reasons)
     if expert is not None:
         proofs.append(expert)
     if len(multiplying) < 2:
@@ -101,17 +161,32 @@ def _look_at(
         unit = Unit.of(name, module, call)
         reaches = _probe(unit, set(unit.linears), _FEW_UNITS)
         found = find_groups(reaches, free, ranks)
-        if found.reasons and any(reach.grain > 1 for reach in reaches.values()):
-            reaches = _probe(unit, set(unit.linears), _MANY_UNITS)
+        if coarse := _too_coarse(reaches, found.reasons):
+            reaches = reaches | _probe(unit, coarse, _MANY_UNITS)
             found = find_groups(reaches, free, ranks)
     except UnitError as error:
         return proofs, dict.fromkeys(multiplying, f"could not be run alone: {error}")
     reasons |= found.reasons
+    taken: set[str] = set()
     for group in found.groups:
+        layers = {*group.columns, *group.rows}
+        if layers & taken:  # the middle one of three in a row
+            continue
         proof = _prove(unit, group, reaches, free, ranks, reasons)
         if proof is not None:
+            taken |= layers
             proofs.append(proof)
     return proofs, reasons
+
+
+def _too_coarse(reaches: Mapping[str, Reach], reasons: Mapping[str, str]) -> set[str]:
+    """Layers that might be split if their input features were looked at more finely."""
+    return {
+        name
+        for name, reach in reaches.items()
+        if reach.grain > 1
+        and (name in reasons or any(any(reach.outputs.get(source, [])) for source in reasons))
+    }
 
 
 def _prove(

@@ -19,9 +19,11 @@ from colrow.comm import collectives
 from colrow.inplace.calls import Key, ModuleCall
 from colrow.inplace.gradients import sum_rows
 from colrow.inplace.simulate import take_periodic
+from colrow.inplace.streams import Stream
 from colrow.layers.fused import column_linear, row_linear
 from colrow.layers.shared import SharedRows
 from colrow.mesh import ParallelGroup
+from colrow.partition import Partition
 
 
 @cache
@@ -70,6 +72,22 @@ class Entry:
 
 
 @dataclass
+class Region:
+    """Blocks in which every rank has some tokens, while a forward pass is inside them.
+
+    Attributes:
+        layer: the name of the list of blocks.
+        partition: the tokens; None when every rank has all, as with too few of them.
+        inside: whether the pass is in a module that sees whole sequences.
+    """
+
+    tp: ParallelGroup
+    layer: str
+    partition: Partition | None = None
+    inside: bool = False
+
+
+@dataclass
 class Column:
     """How a column-parallel layer is split.
 
@@ -80,6 +98,8 @@ class Column:
         shared: output features that several ranks hold.
         entry: where its input comes from; None when its gradient is summed further up.
         alone: whether no other layer uses that entry.
+        region: where the gradient of its input is summed otherwise while tokens are divided.
+        stream: random numbers between it and the row-parallel layer; None without dropout.
     """
 
     tp: ParallelGroup
@@ -88,6 +108,8 @@ class Column:
     shared: SharedRows
     entry: Entry | None
     alone: bool
+    region: Region | None = None
+    stream: Stream | None = None
 
 
 class ColumnMixin(nn.Module):
@@ -101,11 +123,14 @@ class ColumnMixin(nn.Module):
         """``[..., in]``, the same on every rank, to ``[..., out_local]``. Backward: all-reduce."""
         how = self.colrow
         weight, bias = self.weight, self.bias
+        if how.stream is not None and self.training:
+            how.stream.part(x)
         weight = sum_rows(weight, how.tp, how.shared, int(how.transposed), how.layer)
         if bias is not None:
             bias = sum_rows(bias, how.tp, how.shared, 0, how.layer)
         weight = weight.t() if how.transposed else weight
-        if how.entry is None:
+        divided = how.region is not None and how.region.partition is not None
+        if how.entry is None or divided:
             return F.linear(x, weight, bias)
         if how.alone:
             return column_linear(x, weight, bias, how.tp, layer=how.layer)
@@ -121,11 +146,17 @@ class ColumnMixin(nn.Module):
 
 @dataclass
 class Row:
-    """How a row-parallel layer is split; attributes as in :class:`Column`."""
+    """How a row-parallel layer is split; attributes as in :class:`Column`.
+
+    Attributes:
+        region: where its result is divided by tokens while they are.
+    """
 
     tp: ParallelGroup
     layer: str
     transposed: bool
+    region: Region | None = None
+    stream: Stream | None = None
 
 
 class RowMixin(nn.Module):
@@ -136,16 +167,26 @@ class RowMixin(nn.Module):
     bias: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[..., in_local]`` to ``[..., out]`` on every rank. Forward: all-reduce."""
+        """``[..., in_local]`` to ``[..., out]`` on every rank. Forward: all-reduce.
+
+        To this rank's tokens where they are divided. Forward: reduce-scatter; backward: all-gather.
+        """
         how = self.colrow
+        if how.stream is not None:
+            how.stream.join(x)
         weight = self.weight.t() if how.transposed else self.weight
         if x.shape[-1] != weight.shape[1]:
             raise ValueError(
                 f"{how.layer} holds {weight.shape[1]} input features on this rank, but got an "
                 f"input of {x.shape[-1]}"
             )
-        y = row_linear(x, weight, how.tp, layer=how.layer)
+        tokens = how.region.partition if how.region is not None else None
+        y = row_linear(x, weight, how.tp, sequence=tokens, layer=how.layer)
+        if tokens is not None and y._is_view():
+            y = y.clone()  # so that it may be written into
         bias = self.bias
+        if bias is not None and tokens is not None:
+            bias = sum_rows(bias, how.tp, SharedRows.whole(bias.shape[0]), 0, how.layer)
         return y if bias is None else y + bias.to(y.dtype)
 
     def extra_repr(self) -> str:
@@ -163,32 +204,6 @@ class OutputCut:
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """The output."""
         return self.entry(output)
-
-
-@dataclass
-class Shared:
-    """How a parameter that every rank holds whole is used.
-
-    Attributes:
-        once: whether every rank adds it to a sum over ranks, so that it counts 1/tp on each.
-    """
-
-    tp: ParallelGroup
-    layer: str
-    once: bool
-
-
-class SharedMixin(nn.Module):
-    """A module with parameters of whose gradient every rank sees a part. Backward: all-reduce."""
-
-    def __getattr__(self, name: str) -> Any:
-        value: Any = super().__getattr__(name)
-        shared: dict[str, Shared] | None = self.__dict__.get("colrow_shared")
-        if shared and name in shared and value is not None:
-            how = shared[name]
-            value = sum_rows(value, how.tp, SharedRows.whole(value.shape[0]), 0, how.layer)
-            return value / how.tp.size if how.once else value
-        return value
 
 
 class Sum:

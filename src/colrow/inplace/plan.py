@@ -79,6 +79,12 @@ def make_plan(
         entries[name] = "colwise_gather_output", 1 / ranks, f"gathered: {reason}"
     for name in gathered.tables:
         entries[name] = "embedding_rowwise", 1 / ranks, "a large table"
+    for name in gathered.parameters:
+        owner = name.rpartition(".")[0]
+        known = inference.reasons.get(name) or inference.reasons.get(owner)
+        if known is None:
+            known = entries[name][2] if name in entries else "in no pair that can be split"
+        entries[name] = "gathered_parameter", 1 / ranks, f"gathered where it is used: {known}"
     theirs = Matcher(transformers_plan(model))
     styles: dict[str, str] = {}
     rows: dict[tuple[str, str, str], tuple[int, float]] = {}
@@ -133,10 +139,13 @@ def _entries(
 ) -> dict[str, tuple[str, float, str]]:
     """By module or parameter: style, a rank's average share, and a reason that is known here."""
     entries: dict[str, tuple[str, float, str]] = {}
+    known: dict[int, dict[str, tuple[str, float, str]]] = {}  # blocks of one kind share proofs
     for name, proofs in inference.proofs.items():
         module = model.get_submodule(name)
         for proof in proofs:
-            for inner, entry in _of_proof(module, proof, ranks).items():
+            if id(proof) not in known:
+                known[id(proof)] = _of_proof(module, proof, ranks)
+            for inner, entry in known[id(proof)].items():
                 entries[f"{name}.{inner}" if name else inner] = entry
     for name in vocabulary.embeddings:
         entries[name] = "embedding_rowwise", 1 / ranks, "the vocabulary"

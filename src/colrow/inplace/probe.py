@@ -17,7 +17,7 @@ from torch import Tensor
 from colrow.inplace.calls import Key
 from colrow.inplace.unit import Unit, linear_kind, multiply
 
-_CHUNK_ELEMENTS = 1 << 25
+_CHUNK_ELEMENTS = 1 << 18
 
 
 @dataclass

@@ -35,6 +35,8 @@ class Proof:
         local_results: results of which a rank has a part, by number, and the dimension.
         summed: whether the module's results are to be summed over the ranks.
         once: parameters of ``shared`` that every rank adds: they count 1/ranks on each.
+        less: the parameter without which all ranks but the first compute their result once more,
+            to subtract it; "" where there is nothing to subtract.
     """
 
     group: Group
@@ -45,6 +47,7 @@ class Proof:
     local_results: dict[int, int] = field(default_factory=dict)
     summed: bool = False
     once: set[str] = field(default_factory=set)
+    less: str = ""
 
 
 def prove(unit: Unit, group: Group, ranks: int) -> Proof:

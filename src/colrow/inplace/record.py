@@ -24,6 +24,10 @@ class Record:
     specs: dict[str, ShardSpec] = field(default_factory=dict)
     undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
+    def settle(self) -> None:
+        """Lets go of what the model was, and of its memory."""
+        self.undo.clear()
+
     def restore(self) -> None:
         """Makes the model what it was."""
         for step in reversed(self.undo):

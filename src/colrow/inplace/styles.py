@@ -12,6 +12,7 @@ style                              what a rank holds
 ``embedding_rowwise``              a range of the vocabulary
 ``embedding_colwise``              some features of every vector
 ``split_parameter``                its part of a parameter that is used directly (a head's scale)
+``gathered_parameter``             its part of a parameter that is whole while it is used
 ``moe_tp_experts``                 a part of every expert; the results are summed
 ``replicated_with_grad_allreduce`` everything, and of its gradient a part: the sum is made
 ``copy_output``                    everything; the gradient of the result is summed
@@ -28,7 +29,7 @@ COLUMN = frozenset({"colwise", "packed_colwise", "colwise_gather_output", "colwi
 ROW = frozenset({"rowwise", "packed_rowwise", "rowwise_split_input", "rowwise_rep"})
 TABLE = frozenset({"embedding_rowwise", "embedding_colwise"})
 EXPERTS = frozenset({"moe_tp_experts"})
-PARAMETER = frozenset({"split_parameter"})
+PARAMETER = frozenset({"split_parameter", "gathered_parameter"})
 WHOLE = frozenset(
     {
         "replicate",

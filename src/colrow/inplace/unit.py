@@ -18,8 +18,8 @@ from colrow.inplace.calls import Key, ModuleCall, argument_names, as_double, pri
 from colrow.inplace.capture import exact_arithmetic
 
 # Weights with more elements are represented by factors of this rank.
-_LARGE = 1 << 16
-_RANK = 8
+LARGE = 1 << 16
+RANK = 8
 
 Forward = Callable[..., Any]
 
@@ -116,14 +116,14 @@ class Factors:
         bias = None if bias is None else bias.detach()
         weight = weight.detach() if kind == "linear" else weight.detach().t()
         out, inside = weight.shape
-        if weight.numel() <= _LARGE:
+        if weight.numel() <= LARGE:
             if inside <= out:
                 return cls(torch.eye(inside, dtype=weight.dtype), weight, bias)
             return cls(weight, torch.eye(out, dtype=weight.dtype), bias)
         generator = torch.Generator().manual_seed(out * 31 + inside)
-        down = torch.randn(_RANK, inside, generator=generator, dtype=weight.dtype)
-        up = torch.randn(out, _RANK, generator=generator, dtype=weight.dtype)
-        return cls(down / inside**0.5, up / _RANK**0.5, bias)
+        down = torch.randn(RANK, inside, generator=generator, dtype=weight.dtype)
+        up = torch.randn(out, RANK, generator=generator, dtype=weight.dtype)
+        return cls(down / inside**0.5, up / RANK**0.5, bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """What the layer computes."""
@@ -150,7 +150,7 @@ class NoDropout(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Replaces dropout by the identity, and the dropout of fused attention by none."""
-        if func in _DROPOUTS:
+        if func in DROPOUTS:
             return args[0] if args else (kwargs or {})["input"]
         options = dict(kwargs or {})
         if func is F.scaled_dot_product_attention:
@@ -161,7 +161,7 @@ class NoDropout(TorchFunctionMode):
         return func(*args, **options)
 
 
-_DROPOUTS = frozenset(
+DROPOUTS = frozenset(
     {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout}
 )
 
@@ -198,8 +198,11 @@ class Unit:
             id(weight): nn.Parameter(torch.zeros(1, dtype=torch.float64).expand(weight.shape))
             for inner in module.modules()
             if linear_kind(inner) not in (None, "embedding")
-            and (weight := inner.get_parameter("weight")).numel() > _LARGE
+            and (weight := inner.get_parameter("weight")).numel() > LARGE
         }
+        for path, parameter in module.named_parameters():
+            if id(parameter) not in memo and parameter.numel() > 1 and not any(parameter.stride()):
+                raise UnitError(f"{path} is too large to be made up")
         try:
             twin = copy.deepcopy(module, memo)
         except (RuntimeError, TypeError) as error:

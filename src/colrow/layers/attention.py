@@ -14,6 +14,7 @@ from colrow.comm.agreement import common_seed
 from colrow.layers.column import QKVParallelLinear
 from colrow.layers.context import AttentionContext, KeyValueCache
 from colrow.layers.dropout import ParallelDropout
+from colrow.layers.grouped_query import attend, padded_groups
 from colrow.layers.norm import RMSNorm
 from colrow.layers.options import RopeConfig
 from colrow.layers.position import alibi_slopes, apply_rope, rope_frequencies
@@ -49,7 +50,7 @@ class ParallelAttention(nn.Module):
             global head index, and is computed outside the fused kernel.
         sequence_parallel: whether input and result are shards of the sequence; the heads always
             see the whole of it.
-        keep_gathered_input, overlap: as in :class:`FusedColumnParallelLinear`.
+        keep_gathered_input, overlap, chunk_bytes: as in :class:`FusedColumnParallelLinear`.
         layer_index: row of the key-value cache.
         layer: name for messages and the ledger.
 
@@ -75,6 +76,7 @@ class ParallelAttention(nn.Module):
         sequence_parallel: bool = False,
         keep_gathered_input: bool = True,
         overlap: bool = True,
+        chunk_bytes: int | None = None,
         layer_index: int = 0,
         layer: str = "",
         device: torch.device | str | None = None,
@@ -94,6 +96,7 @@ class ParallelAttention(nn.Module):
             sequence_parallel=sequence_parallel,
             keep_gathered_input=keep_gathered_input,
             overlap=overlap,
+            chunk_bytes=chunk_bytes,
             layer=f"{prefix}qkv",
             device=device,
             dtype=dtype,
@@ -108,6 +111,7 @@ class ParallelAttention(nn.Module):
             sequence_parallel=sequence_parallel,
             partition=heads.query.scaled(head_dim),
             overlap=overlap,
+            chunk_bytes=chunk_bytes,
             layer=f"{prefix}output",
             device=device,
             dtype=dtype,
@@ -130,6 +134,8 @@ class ParallelAttention(nn.Module):
         self.alibi = alibi
         self.slopes: Tensor | None
         self.frequencies: Tensor | None
+        self.padded: Tensor
+        self.unpadded: Tensor
         self._make_tables()
         self._shared_layers = SharedLayers(self)
 
@@ -143,6 +149,10 @@ class ParallelAttention(nn.Module):
             slopes = alibi_slopes(self.heads.query.length, "cpu")[start:stop].to(place)
         if self.rope is not None:
             frequencies = rope_frequencies(self.rope, "cpu").to(place)
+        groups = padded_groups(self.runs) if len(self.runs) > 1 else None
+        for index, name in enumerate(("padded", "unpadded")):
+            places = None if groups is None else torch.tensor(groups[index], device=place)
+            self.register_buffer(name, places, persistent=False)
         self.register_buffer("slopes", slopes, persistent=False)
         self.register_buffer("frequencies", frequencies, persistent=False)
 
@@ -211,11 +221,20 @@ class ParallelAttention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
         """Fused attention, one call for each run of KV heads that serve equally many queries."""
         mask = self._bias(context, q.dtype)
+        if q.shape[2] == 1 and len(self.runs) > 1 and (mask is None or mask.shape[1] == 1):
+            return self._attend_padded(q, k, v, mask)
         parts = []
         for (q0, q1), (kv0, kv1) in self.runs:
             bias = mask[:, q0:q1] if mask is not None and mask.shape[1] > 1 else mask
-            parts.append(_attend(q[:, q0:q1], k[:, kv0:kv1], v[:, kv0:kv1], bias))
+            parts.append(attend(q[:, q0:q1], k[:, kv0:kv1], v[:, kv0:kv1], bias))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _attend_padded(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """One query: as one call, in which every KV head serves as many heads as the fullest."""
+        batch, _, _, dim = q.shape
+        groups = q.index_select(1, self.padded).view(batch, self.kv_heads, -1, dim)
+        mixed = F.scaled_dot_product_attention(groups, k, v, mask).view(batch, -1, 1, dim)
+        return mixed.index_select(1, self.unpadded)
 
     def _attend_with_dropout(
         self,
@@ -261,18 +280,3 @@ class ParallelAttention(nn.Module):
             f"q_heads={self.q_heads} of {self.heads.query.length}, "
             f"kv_heads={self.kv_heads} of {self.heads.key_value.length}, head_dim={self.head_dim}"
         )
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Attention of ``[batch, heads, queries, dim]`` where every KV head serves equally many."""
-    batch, q_heads, queries, dim = q.shape
-    kv_heads = k.shape[1]
-    if queries == 1 and q_heads != kv_heads:
-        # One query: its group of heads becomes the query axis, and no key or value is repeated.
-        q = q.view(batch, kv_heads, q_heads // kv_heads, dim)
-        if mask is not None and mask.shape[1] > 1:
-            mask = mask.view(mask.shape[0], kv_heads, q_heads // kv_heads, -1)
-        return F.scaled_dot_product_attention(q, k, v, mask).view(batch, q_heads, 1, dim)
-    return F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=mask is None and queries > 1, enable_gqa=q_heads != kv_heads
-    )

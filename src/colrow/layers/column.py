@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from colrow.comm import collectives, primitives
+from colrow.layers.chunks import check_chunk_bytes
 from colrow.layers.decoding import Kernel
 from colrow.layers.fused import check_overlap, column_linear
 from colrow.layers.linear import (
@@ -33,6 +34,7 @@ class ColumnOptions(TypedDict, total=False):
     sequence_parallel: bool
     keep_gathered_input: bool
     overlap: bool
+    chunk_bytes: int | None
     layer: str
     device: torch.device | str | None
     dtype: torch.dtype | None
@@ -67,6 +69,10 @@ class FusedColumnParallelLinear(nn.Module):
         overlap: hide the collective of backward behind the weight gradient. Without it the layer
             is an explicit collective and ``F.linear``, node by node, which pipeline schedules that
             split backward need; under sequence parallelism that form keeps the gathered input.
+        chunk_bytes: under sequence parallelism, gather the input of forward in up to 4 chunks of at
+            least so many bytes, each behind the matmul of the one before. None, the default,
+            gathers it whole: on CPUs the core that multiplies also moves the bytes, and nothing
+            is hidden. Not used under torch.compile.
         layer: name for messages and the ledger.
 
     Attributes:
@@ -80,7 +86,8 @@ class FusedColumnParallelLinear(nn.Module):
 
     Raises:
         ValueError: a block that is divided over another number of ranks; ranks with different
-            seeds; ``overlap=False`` together with ``keep_gathered_input=False``.
+            seeds; ``overlap=False`` together with ``keep_gathered_input=False`` or
+            ``chunk_bytes``.
     """
 
     def __init__(
@@ -93,6 +100,7 @@ class FusedColumnParallelLinear(nn.Module):
         sequence_parallel: bool = False,
         keep_gathered_input: bool = True,
         overlap: bool = True,
+        chunk_bytes: int | None = None,
         layer: str = "",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -101,12 +109,13 @@ class FusedColumnParallelLinear(nn.Module):
         for block in blocks:
             primitives.check_parts(block, tp)
         check_overlap(sequence_parallel, keep_gathered_input, overlap)
+        check_chunk_bytes(chunk_bytes, overlap)
         self.in_features = in_features
         self.out_features = sum(block.length for block in blocks)
         self.tp, self.layer = tp, layer
         self.sequence_parallel = sequence_parallel
         self.keep_gathered_input = keep_gathered_input
-        self.overlap = overlap
+        self.overlap, self.chunk_bytes = overlap, chunk_bytes
         self.kernel: Kernel | None = None
         self.weight_spec = ShardSpec((self.out_features, in_features), 0, tuple(blocks))
         self.bias_spec = ShardSpec((self.out_features,), 0, tuple(blocks))
@@ -151,7 +160,7 @@ class FusedColumnParallelLinear(nn.Module):
         elif sequence is None:
             sequence = primitives.exchange_sizes(x, self.tp, -2, layer=self.layer)
         if self.kernel is not None and sequence is None and not torch.is_grad_enabled():
-            return self.kernel(x, self.bias)
+            return self.kernel(x, self.weight, self.bias)
         shared = shared or SharedWeights.of_layer(self)
         bias = None if self.bias is None else shared(self, "bias")
         return column_linear(
@@ -162,6 +171,7 @@ class FusedColumnParallelLinear(nn.Module):
             sequence=sequence,
             keep_gathered_input=self.keep_gathered_input,
             overlap=self.overlap,
+            chunk_bytes=self.chunk_bytes,
             layer=self.layer,
         )
 

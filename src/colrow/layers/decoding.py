@@ -8,22 +8,43 @@ gradients and optimiser state lie row by row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-Kernel = Callable[[Tensor, Tensor | None], Tensor]
-
 _TOKENS = 512  # what oneDNN lays the weight out for; measured to be the fastest for one token too
+
+
+class Kernel:
+    """``x W^T + b`` on a packed copy of a bf16 weight.
+
+    A weight that has changed since, or another one, is multiplied with as it is: the copy is then
+    of no use, but never wrong.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _TOKENS)
+        self._of = _state(weight)
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``[..., in]`` to ``[..., out]``; has no gradient."""
+        if x.dtype != weight.dtype or _state(weight) != self._of:
+            return F.linear(x, weight, bias)
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
+        return y
+
+
+def _state(weight: Tensor) -> tuple[int, int]:
+    """Where a weight is and how often it was written to, which inference tensors do not count."""
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
 def lay_out_(weight: nn.Parameter) -> Kernel | None:
     """Stores a weight ``[out, in]`` as decoding wants it; shape and values stay.
 
     Returns:
-        For bf16 where oneDNN is there, ``(x, bias) -> x W^T + b`` on the packed copy, which later
-        changes of the weight do not reach; else None: :func:`torch.nn.functional.linear` will do.
+        For bf16 where oneDNN is there, what multiplies with a packed copy; else None:
+        :func:`torch.nn.functional.linear` will do.
     """
     if weight.device.type != "cpu":
         return None
@@ -33,14 +54,7 @@ def lay_out_(weight: nn.Parameter) -> Kernel | None:
         return None
     if weight.dtype != torch.bfloat16 or not _has_packed_kernels():
         return None
-    with torch.no_grad():
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _TOKENS)
-
-    def kernel(x: Tensor, bias: Tensor | None) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-        return y
-
-    return kernel
+    return Kernel(weight)
 
 
 def _has_packed_kernels() -> bool:

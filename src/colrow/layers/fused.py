@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from colrow.comm import collectives, primitives
 from colrow.comm.autograd import apply
+from colrow.layers.chunked import gather_linear, linear_all_reduce, linear_reduce_scatter
 from colrow.mesh import ParallelGroup
 from colrow.partition import Partition
 
@@ -28,6 +29,7 @@ def column_linear(
     sequence: Partition | None = None,
     keep_gathered_input: bool = True,
     overlap: bool = True,
+    chunk_bytes: int | None = None,
     layer: str = "",
 ) -> Tensor:
     """``x W^T + b`` with this rank's output features.
@@ -55,7 +57,16 @@ def column_linear(
         whole = collectives.gather_from_sequence(x, tp, partition=sequence, layer=layer)
         return F.linear(whole, weight, bias)
     y: Tensor = apply(
-        _ColumnLinear, x, weight, bias, tp, sequence, keep_gathered_input, layer, _autocast(x)
+        _ColumnLinear,
+        x,
+        weight,
+        bias,
+        tp,
+        sequence,
+        keep_gathered_input,
+        chunk_bytes,
+        layer,
+        _autocast(x),
     )
     return y
 
@@ -77,6 +88,7 @@ def row_linear(
     *,
     sequence: Partition | None = None,
     overlap: bool = True,
+    chunk_bytes: int | None = None,
     layer: str = "",
 ) -> Tensor:
     """The sum over ranks of ``x W^T``.
@@ -93,14 +105,15 @@ def row_linear(
     """
     if tp.size == 1:
         return F.linear(x, weight)
-    if sequence is None and not torch.is_grad_enabled():
-        return primitives.all_reduce(F.linear(x, weight), tp, layer=layer, in_place=True)
     if torch.compiler.is_compiling() or not overlap:
         partial = F.linear(x, weight)
         if sequence is None:
             return collectives.reduce_from_tp(partial, tp, layer=layer)
         return collectives.reduce_scatter_to_sequence(partial, tp, partition=sequence, layer=layer)
-    y: Tensor = apply(_RowLinear, x, weight, tp, sequence, layer, _autocast(x))
+    if sequence is None and not torch.is_grad_enabled():
+        x, weight = _cast(x, _autocast(x)), _cast(weight, _autocast(x))
+        return linear_all_reduce(x, weight, tp, chunk_bytes=chunk_bytes, layer=layer)
+    y: Tensor = apply(_RowLinear, x, weight, tp, sequence, chunk_bytes, layer, _autocast(x))
     return y
 
 
@@ -114,6 +127,7 @@ class _ColumnLinear(torch.autograd.Function):
         tp: ParallelGroup,
         sequence: Partition | None,
         keep_gathered_input: bool,
+        chunk_bytes: int | None,
         layer: str,
         autocast: torch.dtype | None,
     ) -> Tensor:
@@ -121,12 +135,15 @@ class _ColumnLinear(torch.autograd.Function):
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
         x, weight = _cast(x, autocast), _cast(weight, autocast)
         bias = None if bias is None else _cast(bias, autocast)
-        whole = x
-        if sequence is not None:
-            whole = primitives.all_gather(x, tp, -2, partition=sequence, layer=layer)
+        if sequence is None:
+            whole, y = x, F.linear(x, weight, bias)
+        else:
+            whole, y = gather_linear(
+                x, weight, bias, tp, sequence, chunk_bytes=chunk_bytes, layer=layer
+            )
         ctx.gather_again = sequence is not None and not keep_gathered_input
         ctx.save_for_backward(x if ctx.gather_again else whole, weight)
-        return F.linear(whole, weight, bias)
+        return y
 
     @staticmethod
     @once_differentiable
@@ -157,7 +174,7 @@ class _ColumnLinear(torch.autograd.Function):
         if need_bias:
             dbias = rows.sum(0).to(bias_dtype)
         dx = None if pending is None else pending.wait().to(x_dtype)
-        return dx, dweight, dbias, None, None, None, None, None
+        return dx, dweight, dbias, None, None, None, None, None, None
 
 
 class _RowLinear(torch.autograd.Function):
@@ -168,33 +185,41 @@ class _RowLinear(torch.autograd.Function):
         weight: Tensor,
         tp: ParallelGroup,
         sequence: Partition | None,
+        chunk_bytes: int | None,
         layer: str,
         autocast: torch.dtype | None,
     ) -> Tensor:
         ctx.tp, ctx.sequence, ctx.layer = tp, sequence, layer
+        ctx.chunk_bytes = chunk_bytes
         ctx.dtypes = x.dtype, weight.dtype
         x, weight = _cast(x, autocast), _cast(weight, autocast)
         ctx.save_for_backward(x, weight)
-        partial = F.linear(x, weight)
         if sequence is None:
-            return primitives.all_reduce(partial, tp, layer=layer, in_place=True)
-        return primitives.reduce_scatter(partial, tp, -2, partition=sequence, layer=layer)
+            return linear_all_reduce(x, weight, tp, chunk_bytes=chunk_bytes, layer=layer)
+        return linear_reduce_scatter(x, weight, tp, sequence, chunk_bytes=chunk_bytes, layer=layer)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
         x_dtype, weight_dtype = ctx.dtypes
-        if ctx.sequence is not None:
-            grad = primitives.all_gather(
-                grad, ctx.tp, -2, partition=ctx.sequence, layer=ctx.layer, phase="backward"
+        need_x = ctx.needs_input_grad[0]
+        names = {"layer": ctx.layer, "phase": "backward"}
+        dx = dweight = None
+        if ctx.sequence is None:
+            dx = grad @ weight if need_x else None
+        elif need_x:
+            chunk_bytes: int | None = ctx.chunk_bytes
+            grad, dx = gather_linear(
+                grad, weight.t(), None, ctx.tp, ctx.sequence, chunk_bytes=chunk_bytes, **names
             )
-        dx = (grad @ weight).to(x_dtype) if ctx.needs_input_grad[0] else None
-        dweight = None
+        else:
+            grad = primitives.all_gather(grad, ctx.tp, -2, partition=ctx.sequence, **names)
+        dx = None if dx is None else dx.to(x_dtype)
         if ctx.needs_input_grad[1]:
             rows = grad.reshape(-1, grad.shape[-1])
             dweight = (rows.t() @ x.reshape(-1, x.shape[-1])).to(weight_dtype)
-        return dx, dweight, None, None, None, None
+        return dx, dweight, None, None, None, None, None
 
 
 def _autocast(x: Tensor) -> torch.dtype | None:

@@ -117,7 +117,7 @@ class _CrossEntropy(torch.autograd.Function):
         largest = values.amax(-1)
         # A shard of which every token is masked out (-inf) adds nothing, and inf - inf is nan.
         largest = largest.masked_fill(largest == -math.inf, torch.finfo(wide).min)
-        exponentials = torch.exp(values - largest.unsqueeze(-1))
+        exponentials = torch.sub(values, largest.unsqueeze(-1)).exp_()
         label_logit = values.gather(-1, position).squeeze(-1).masked_fill(~mine, 0)
         statistics = [largest, exponentials.sum(-1), label_logit]
         if label_smoothing:
@@ -138,9 +138,8 @@ class _CrossEntropy(torch.autograd.Function):
             mean = gathered[:, 3].sum(0) / partition.length
             loss = loss + label_smoothing * (log_total + (top - mean))
         ignored = labels == ignore_index
-        # This rank's share of the probabilities; exponentials is a buffer of our own.
-        share = exponentials.mul_((torch.exp(largest - top) / total).unsqueeze(-1))
-        ctx.save_for_backward(share, log_z, position, mine, ignored)
+        share = torch.exp(largest - top) / total  # times the exponentials: the probabilities
+        ctx.save_for_backward(exponentials, share, log_z, position, mine, ignored)
         ctx.label_smoothing, ctx.z_loss = label_smoothing, z_loss
         ctx.vocab_size, ctx.dtype = partition.length, logits.dtype
         return loss.masked_fill(ignored, 0)
@@ -148,10 +147,10 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        share, log_z, position, mine, ignored = ctx.saved_tensors
+        exponentials, share, log_z, position, mine, ignored = ctx.saved_tensors
         grad = grad.to(share.dtype).masked_fill(ignored, 0)
         scale = grad * (1 + 2 * ctx.z_loss * log_z)
-        dlogits = share * scale.unsqueeze(-1)
+        dlogits = exponentials * (share * scale).unsqueeze(-1)
         hit = (-(1 - ctx.label_smoothing) * grad).masked_fill(~mine, 0).unsqueeze(-1)
         dlogits.scatter_add_(-1, position, hit)
         if ctx.label_smoothing:

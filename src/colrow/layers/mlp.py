@@ -34,7 +34,7 @@ class ParallelMLP(nn.Module):
         bias: whether both layers have biases.
         partition: how ``ffn_size`` is divided; as evenly as possible by default.
         sequence_parallel: whether input and result are shards of the sequence.
-        keep_gathered_input, overlap: as in :class:`FusedColumnParallelLinear`.
+        keep_gathered_input, overlap, chunk_bytes: as in :class:`FusedColumnParallelLinear`.
         layer: name for messages and the ledger.
 
     Raises:
@@ -54,6 +54,7 @@ class ParallelMLP(nn.Module):
         sequence_parallel: bool = False,
         keep_gathered_input: bool = True,
         overlap: bool = True,
+        chunk_bytes: int | None = None,
         layer: str = "",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -73,6 +74,7 @@ class ParallelMLP(nn.Module):
             sequence_parallel=sequence_parallel,
             keep_gathered_input=keep_gathered_input,
             overlap=overlap,
+            chunk_bytes=chunk_bytes,
             layer=f"{prefix}up",
             device=device,
             dtype=dtype,
@@ -85,6 +87,7 @@ class ParallelMLP(nn.Module):
             sequence_parallel=sequence_parallel,
             partition=partition,
             overlap=overlap,
+            chunk_bytes=chunk_bytes,
             layer=f"{prefix}down",
             device=device,
             dtype=dtype,

@@ -56,7 +56,8 @@ def apply_rope(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     dims = cos.shape[-1]
     rotating, rest = (x, None) if dims == x.shape[-1] else (x[..., :dims], x[..., dims:])
     first, second = rotating.chunk(2, dim=-1)
-    turned = torch.addcmul(rotating * cos, torch.cat([second, first], dim=-1), sin)
+    # Both products are rounded: a fused multiply-add of one of them shows in fp32 gradients.
+    turned = (rotating * cos).add_(torch.cat([second, first], dim=-1).mul_(sin))
     return turned if rest is None else torch.cat([turned, rest], dim=-1)
 
 

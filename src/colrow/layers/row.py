@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from colrow.comm import collectives, primitives
+from colrow.layers.chunks import check_chunk_bytes
 from colrow.layers.decoding import Kernel
 from colrow.layers.fused import row_linear
 from colrow.layers.linear import (
@@ -46,6 +47,9 @@ class RowParallelLinear(nn.Module):
         overlap: matmul and collective as one node of the graph; without it the layer is
             ``F.linear`` and an explicit collective. Both send the same, and neither hides it: the
             collective comes last in forward and, under sequence parallelism, first in backward.
+        chunk_bytes: multiply and reduce in up to 4 chunks of at least so many bytes, so that each
+            reduction runs behind the next matmul; the same for the gather of backward. None, the
+            default, sends whole messages, see :class:`FusedColumnParallelLinear`.
         layer: name for messages and the ledger.
 
     Attributes:
@@ -56,7 +60,8 @@ class RowParallelLinear(nn.Module):
 
     Raises:
         ValueError: a partition of something else than ``in_features``, over another number of ranks
-            or with several holders of an index; ranks with different seeds.
+            or with several holders of an index; ranks with different seeds; ``overlap=False``
+            together with ``chunk_bytes``.
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class RowParallelLinear(nn.Module):
         sequence_parallel: bool = False,
         partition: Partition | None = None,
         overlap: bool = True,
+        chunk_bytes: int | None = None,
         layer: str = "",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -78,12 +84,13 @@ class RowParallelLinear(nn.Module):
         partition = partition or Partition.even(in_features, tp.size)
         check_partition(partition, in_features, "in_features")
         primitives.check_split(partition, tp)
+        check_chunk_bytes(chunk_bytes, overlap)
         self.in_features, self.out_features = in_features, out_features
         self.tp, self.layer = tp, layer
         self.partition = partition
         self.input_is_parallel = input_is_parallel
         self.sequence_parallel = sequence_parallel
-        self.overlap = overlap
+        self.overlap, self.chunk_bytes = overlap, chunk_bytes
         self.kernel: Kernel | None = None
         self.weight_spec = ShardSpec((out_features, in_features), 1, (partition,))
         self.bias_spec = ShardSpec.replicated(out_features)
@@ -140,11 +147,17 @@ class RowParallelLinear(nn.Module):
         elif sequence is None:
             sequence = Partition.even(x.shape[-2], self.tp.size)
         if self.kernel is not None and sequence is None and not torch.is_grad_enabled():
-            partial = self.kernel(x, None)
+            partial = self.kernel(x, self.weight, None)
             y = primitives.all_reduce(partial, self.tp, layer=self.layer, in_place=True)
         else:
             y = row_linear(
-                x, self.weight, self.tp, sequence=sequence, overlap=self.overlap, layer=self.layer
+                x,
+                self.weight,
+                self.tp,
+                sequence=sequence,
+                overlap=self.overlap,
+                chunk_bytes=self.chunk_bytes,
+                layer=self.layer,
             )
         if self.bias is None:
             return y

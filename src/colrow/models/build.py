@@ -29,6 +29,7 @@ class DecoderOptions(TypedDict, total=False):
     sequence_parallel: bool
     keep_gathered_input: bool
     overlap: bool
+    chunk_bytes: int | None
     check_inputs: bool
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from typing import Literal
 
 from colrow.comm.ledger import Call, Phase
+from colrow.layers.chunks import chunk_count, chunk_partition, row_chunks, sequence_chunks
 from colrow.models.config import Layout, ModelConfig, parameter_specs
 from colrow.models.stages import Stage
 from colrow.partition import Partition, ShardSpec
@@ -23,6 +24,7 @@ def predict_step(
     sequence: int,
     sequence_parallel: bool = False,
     keep_gathered_input: bool = True,
+    chunk_bytes: int | None = None,
     dtype: str = "float32",
 ) -> list[Call]:
     """Every collective of ``model.loss(...).backward()`` on one rank, in no particular order.
@@ -34,7 +36,8 @@ def predict_step(
     Args:
         config, layout: the model and how it is divided.
         batch, sequence: shape of ``input_ids``; each is a count of one microbatch on one rank.
-        keep_gathered_input: see :class:`colrow.layers.FusedColumnParallelLinear`.
+        keep_gathered_input, chunk_bytes: see :class:`colrow.layers.FusedColumnParallelLinear`; a
+            message in chunks is as many calls.
         dtype: element type of parameters and activations.
     """
     return predict_stage(
@@ -45,6 +48,7 @@ def predict_step(
         sequence=sequence,
         sequence_parallel=sequence_parallel,
         keep_gathered_input=keep_gathered_input,
+        chunk_bytes=chunk_bytes,
         dtype=dtype,
     )
 
@@ -58,6 +62,7 @@ def predict_stage(
     sequence: int,
     sequence_parallel: bool = False,
     keep_gathered_input: bool = True,
+    chunk_bytes: int | None = None,
     dtype: str = "float32",
     compute_dtype: str | None = None,
     shared: Literal["stage", "blocks", "later"] = "stage",
@@ -73,34 +78,48 @@ def predict_stage(
     if ranks == 1:
         return []
     width = compute_dtype or dtype
-    full = batch * sequence * config.hidden_size * ITEMSIZE[width]
-    padded = Partition.even(sequence, ranks).largest * ranks
-    split = batch * padded * config.hidden_size * ITEMSIZE[width]
+    row_bytes = config.hidden_size * ITEMSIZE[width]
+    full = batch * sequence * row_bytes
+    divided = Partition.even(sequence, ranks)
+    split = batch * divided.largest * ranks * row_bytes
+    rows = row_chunks(batch * sequence, chunk_count(full, batch * sequence, chunk_bytes))
+    positions = sequence_chunks(divided, chunk_count(split, min(divided.sizes), chunk_bytes))
+    in_rows = [(stop - start) * row_bytes for start, stop in rows]
+    in_positions = [
+        batch * chunk_partition(ranges).largest * ranks * row_bytes for ranges in positions
+    ]
     calls: list[Call] = []
 
     def add(op: str, phase: Phase, layer: str) -> None:
         calls.append(_call(op, phase, layer, full if op == "all_reduce" else split, width))
 
+    def add_chunks(op: str, phase: Phase, layer: str) -> None:
+        sizes = in_rows if op == "all_reduce" else in_positions
+        calls.extend(_call(op, phase, layer, size, width) for size in sizes)
+
     def column(layer: str) -> None:
         if not sequence_parallel:
             add("all_reduce", "backward", layer)
             return
-        add("all_gather", "forward", layer)
+        add_chunks("all_gather", "forward", layer)
         if not keep_gathered_input:
             add("all_gather", "backward", layer)
         add("reduce_scatter", "backward", layer)
 
     def row(layer: str) -> None:
         if not sequence_parallel:
-            add("all_reduce", "forward", layer)
+            add_chunks("all_reduce", "forward", layer)
             return
-        add("reduce_scatter", "forward", layer)
-        add("all_gather", "backward", layer)
+        add_chunks("reduce_scatter", "forward", layer)
+        add_chunks("all_gather", "backward", layer)
 
     if stage.is_first or stage.is_last:
         calls.append(_call("all_reduce", "forward", "inputs", 8 * INPUT_CHECK_ELEMENTS, "int64"))
-    if stage.is_first:
-        row("embedding")
+    if stage.is_first and sequence_parallel:
+        add("reduce_scatter", "forward", "embedding")
+        add("all_gather", "backward", "embedding")
+    elif stage.is_first:
+        add("all_reduce", "forward", "embedding")
     for index in stage.blocks:
         column(f"blocks.{index}.attention.qkv")
         row(f"blocks.{index}.attention.output")

@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from colrow import rng
-from colrow.layers.column import FusedColumnParallelLinear
 from colrow.layers.context import AttentionContext, KeyValueCache
-from colrow.layers.decoding import Kernel, lay_out_
-from colrow.layers.dropout import ParallelDropout
 from colrow.layers.fused import column_linear
 from colrow.layers.linear import divides_sequence
 from colrow.layers.loss import Reduction, vocab_parallel_cross_entropy
-from colrow.layers.row import RowParallelLinear
-from colrow.layers.shared import SharedLayers, SharedWeights, sum_gradients_
-from colrow.mesh import ParallelGroup
-from colrow.models.config import Layout, ModelConfig, parameter_specs
-from colrow.models.decoder_parts import DecoderParts, allocate
+from colrow.layers.shared import SharedWeights
 from colrow.models.inputs import (
     check_labels,
     check_next_token,
     check_same_on_all_ranks,
     check_stage_input,
 )
-from colrow.models.pipeline import Blocks, Pipeline
+from colrow.models.staged_layers import StagedLayers
 from colrow.models.stages import Stage
 from colrow.partition import Partition
 
 
-class Decoder(nn.Module):
+class Decoder(StagedLayers):
     """A decoder-only transformer whose every layer is divided over the ranks of ``tp``.
 
     In a pipeline it has the layers of this rank's stages alone, under the names that they have in
@@ -49,6 +39,8 @@ class Decoder(nn.Module):
         sequence_parallel: norms, dropout and residuals work on a shard of the sequence.
         keep_gathered_input: with sequence parallelism, keep gathered inputs for backward.
         overlap: hide the collectives of backward behind weight gradients.
+        chunk_bytes: multiply and send in chunks of at least so many bytes, so that collectives of
+            forward hide behind matmuls too, see :class:`colrow.layers.RowParallelLinear`.
         check_inputs: compare the batch, and the dropout key if there is one, over the ranks in
             every forward pass that is not decoding (one all-reduce of 16 bytes), since different
             ones give wrong numbers silently.
@@ -60,64 +52,6 @@ class Decoder(nn.Module):
             until :meth:`sum_shared_gradients_` is called: for schedules that go backward in two
             parts, which would run the sum in the graph more than once.
     """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        tp: ParallelGroup,
-        *,
-        pipeline: Pipeline | None = None,
-        layout: Layout | None = None,
-        tensor_split: str | Sequence[float] | None = None,
-        sequence_parallel: bool = False,
-        keep_gathered_input: bool = True,
-        overlap: bool = True,
-        check_inputs: bool = True,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.config, self.tp = config, tp
-        if layout is not None and tensor_split:
-            raise ValueError("a layout divides the model already: leave out tensor_split")
-        self.layout = layout or Layout.create(config, tp.size, tensor_split)
-        self.pipeline = pipeline or Pipeline.alone(config.num_layers)
-        self.stages = self.pipeline.stages
-        first, last = (
-            any(getattr(s, f"is_{end}") for s in self.stages) for end in ("first", "last")
-        )
-        self.specs = self.pipeline.split.held(
-            parameter_specs(config, self.layout), self.pipeline.pp.rank, tied=config.tie_embeddings
-        )
-        self.sequence_parallel = sequence_parallel = sequence_parallel and tp.size > 1
-        self.keep_gathered_input, self.overlap = keep_gathered_input, overlap
-        self.check_inputs = check_inputs
-        # Built without memory, then allocated once: no layer draws values that are replaced anyway.
-        parts = DecoderParts(
-            config,
-            self.layout,
-            tp,
-            sequence_parallel=sequence_parallel,
-            keep_gathered_input=keep_gathered_input,
-            overlap=overlap,
-            device=torch.device("meta"),
-            dtype=dtype,
-        )
-        here = first or (last and config.tie_embeddings)
-        self.embedding = parts.embedding() if here else None
-        self.positions = parts.positions() if first else None
-        self.embedding_norm = (
-            parts.norm("embedding_norm") if first and config.embedding_norm else None
-        )
-        self.dropout = ParallelDropout(config.embedding_dropout)
-        numbers = [number for stage in self.stages for number in stage.blocks]
-        self.blocks = Blocks({number: parts.block(number) for number in numbers})
-        self.norm = parts.norm("norm") if last else None
-        self.head = parts.head() if last else None
-        self.sums_shared_later = False
-        self.tied_kernel: Kernel | None = None
-        allocate(self, torch.device(device))
-        self._shared_layers = [SharedLayers(self.layers_of(stage)) for stage in self.stages]
 
     def forward(
         self,
@@ -226,29 +160,6 @@ class Decoder(nn.Module):
         )
         return self.logits(hidden[:, -1:], sequence, shared)[:, 0]
 
-    def one_stage(self, stage: Stage | None) -> Stage:
-        """The stage that is meant.
-
-        Raises:
-            ValueError: this rank has several and none was named, or the named one is elsewhere.
-        """
-        if stage is None and len(self.stages) == 1:
-            return self.stages[0]
-        if stage not in self.stages:
-            held = [held.index for held in self.stages]
-            raise ValueError(f"this rank has the pipeline stages {held}: name one of them")
-        return stage
-
-    def layers_of(self, stage: Stage) -> nn.ModuleList:
-        """The modules with the parameters of one of this rank's stages."""
-        found: list[nn.Module | None] = []
-        if stage.is_first:
-            found += [self.embedding, self.positions, self.embedding_norm]
-        found += [self.blocks[number] for number in stage.blocks]
-        if stage.is_last:
-            found += [self.norm, self.embedding if self.head is None else self.head]
-        return nn.ModuleList(dict.fromkeys(layer for layer in found if layer is not None))
-
     def _hidden(
         self,
         stage: Stage,
@@ -282,9 +193,15 @@ class Decoder(nn.Module):
             positions=positions,
             device=x.device,
         )
+        tokens = x if stage.is_first else x[..., 0]
         if stage.is_first:
             x = self._embedded(x, context, sequence, shared, key, divided=divided)
-        for number in stage.blocks:
+        if cache is not None and self.one_token and self.one_token.serves(tokens, attention_mask):
+            x = self.one_token(x, context, cache)
+            blocks = range(0)
+        else:
+            blocks = stage.blocks
+        for number in blocks:
             x = self.blocks[number](
                 x,
                 context=context,
@@ -332,7 +249,8 @@ class Decoder(nn.Module):
             return logits
         whole = not divides_sequence(self, sequence)
         if self.tied_kernel is not None and whole and not torch.is_grad_enabled():
-            return self.tied_kernel(hidden, None)
+            assert self.embedding is not None
+            return self.tied_kernel(hidden, self.embedding.weight, None)
         assert self.embedding is not None
         return column_linear(
             hidden,
@@ -342,39 +260,9 @@ class Decoder(nn.Module):
             sequence=None if whole else sequence,
             keep_gathered_input=self.keep_gathered_input,
             overlap=self.overlap,
+            chunk_bytes=self.chunk_bytes,
             layer="head",
         )
-
-    def sum_shared_gradients_(self) -> None:
-        """With ``sums_shared_later``: the sums over tp that the graph left out, in one bucket."""
-        sum_gradients_([at for layers in self._shared_layers for at in layers.all()], self.tp)
-
-    def for_decoding(self) -> Decoder:
-        """Lays the weights out for generating on a CPU, see :mod:`colrow.layers.decoding`.
-
-        Shapes, values and names stay, so everything still works, training more slowly. On GPUs it
-        does nothing. Call it again after the weights have changed. Returns the model itself.
-        """
-        for module in self.modules():
-            if isinstance(module, FusedColumnParallelLinear | RowParallelLinear):
-                module.kernel = lay_out_(module.weight)
-        if self.norm is not None and self.head is None and self.embedding is not None:
-            self.tied_kernel = lay_out_(self.embedding.weight)
-        return self
-
-    def weight_bytes_per_rank(self) -> list[int]:
-        """Bytes of parameters on each rank of the pipeline, tp innermost; nothing is sent."""
-        itemsize = next(self.parameters()).element_size()
-        whole, split = parameter_specs(self.config, self.layout), self.pipeline.split
-        held = [
-            split.held(whole, rank, tied=self.config.tie_embeddings).values()
-            for rank in range(split.ranks)
-        ]
-        return [
-            itemsize * sum(math.prod(spec.local_shape(rank)) for spec in specs)
-            for specs in held
-            for rank in range(self.tp.size)
-        ]
 
     def _dropout_key(self, given: int | Tensor | None) -> int | Tensor | None:
         """The key of this forward pass; None where nothing is dropped."""
@@ -383,11 +271,3 @@ class Decoder(nn.Module):
         if given is None and self.training and p > 0:
             return rng.draw_seed()
         return given
-
-    def extra_repr(self) -> str:
-        """Family, rank and what is held."""
-        held = sum(p.numel() for p in self.parameters())
-        return (
-            f"{self.config.family}, tp_rank={self.tp.rank}/{self.tp.size}, "
-            f"parameters held={held:,}, sequence_parallel={self.sequence_parallel}"
-        )

@@ -27,6 +27,7 @@ class _Sharding(TypedDict):
     sequence_parallel: bool
     keep_gathered_input: bool
     overlap: bool
+    chunk_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class DecoderParts:
     sequence_parallel: bool
     keep_gathered_input: bool
     overlap: bool
+    chunk_bytes: int | None
     device: torch.device
     dtype: torch.dtype | None
 
@@ -52,6 +54,7 @@ class DecoderParts:
             "sequence_parallel": self.sequence_parallel,
             "keep_gathered_input": self.keep_gathered_input,
             "overlap": self.overlap,
+            "chunk_bytes": self.chunk_bytes,
         }
 
     def norm(self, layer: str) -> nn.Module:

@@ -98,6 +98,7 @@ class LayerSplit:
         *,
         stages_per_rank: int = 1,
         v_shaped: bool = False,
+        costs: Costs | None = None,
     ) -> LayerSplit:
         """The split that is meant.
 
@@ -105,7 +106,8 @@ class LayerSplit:
             ranks: pipeline-parallel size.
             split: numbers, also as a text such as "3,1": one for each rank, or one for each stage.
                 Whole numbers that add up to the number of layers are layers; others are shares.
-                By default the stages are balanced by :func:`layer_costs`.
+                By default the stages are balanced.
+            costs: for balancing; by default :func:`layer_costs`.
 
         Raises:
             ValueError: more stages than layers, or numbers that do not say a split.
@@ -117,8 +119,8 @@ class LayerSplit:
                 f"many layers, and the model has {layers}: use fewer"
             )
         if split is None:
-            block, head = layer_costs(config)
-            return cls(balanced(layers, stages, block, last=head), ranks, v_shaped)
+            sizes = balanced(layers, stages, costs or layer_costs(config))
+            return cls(sizes, ranks, v_shaped)
         numbers = parse_shares(split, "layer split")
         if len(numbers) not in (ranks, stages):
             raise ValueError(
@@ -127,9 +129,9 @@ class LayerSplit:
             )
         literal = sum(numbers) == layers and all(n == int(n) for n in numbers)
         if len(numbers) == stages:
-            given = [int(n) for n in numbers]
-            sizes = tuple(given) if literal else Partition.ratio(layers, numbers).sizes
-            return cls(tuple(sizes), ranks, v_shaped)
+            given = tuple(int(n) for n in numbers)
+            sizes = given if literal else Partition.ratio(layers, numbers).sizes
+            return cls(sizes, ranks, v_shaped)
         of_rank = [int(n) for n in numbers] if literal else Partition.ratio(layers, numbers).sizes
         parts = [Partition.even(n, stages_per_rank).sizes for n in of_rank]
         order = [place(stage, ranks, v_shaped) for stage in range(stages)]
@@ -184,8 +186,23 @@ def place(stage: int, ranks: int, v_shaped: bool) -> int:
     return ranks - 1 - at if v_shaped and turn % 2 else at
 
 
-def layer_costs(config: ModelConfig, sequence: int = 0) -> tuple[float, float]:
-    """Floating point operations per token of a block's and of the head's forward pass.
+@dataclass(frozen=True)
+class Costs:
+    """What makes a stage slow, in any unit.
+
+    Attributes:
+        first: the embedding.
+        block: one block.
+        last: final norm, head and loss.
+    """
+
+    first: float
+    block: float
+    last: float
+
+
+def layer_costs(config: ModelConfig, sequence: int = 0) -> Costs:
+    """Floating point operations per token of the forward pass.
 
     Two for each weight of a matmul, and with a ``sequence`` length two products of queries with
     half of the keys and values. The embedding looks up and multiplies nothing.
@@ -194,23 +211,32 @@ def layer_costs(config: ModelConfig, sequence: int = 0) -> tuple[float, float]:
     key_value = config.num_kv_heads * config.head_dim
     attention = 2 * hidden * (2 * width + 2 * key_value) + 2 * sequence * width
     mlp = 2 * hidden * config.ffn_size * (3 if config.gated else 2)
-    return float(attention + mlp), float(2 * hidden * config.vocab_size)
+    return Costs(0.0, float(attention + mlp), float(2 * hidden * config.vocab_size))
 
 
-def balanced(layers: int, stages: int, block: float, *, last: float = 0.0) -> tuple[int, ...]:
+def balanced(layers: int, stages: int, costs: Costs) -> tuple[int, ...]:
     """Blocks of each stage so that the slowest stage is as fast as it can be.
 
-    Among splits that are equally good there, the one whose stages differ least.
-
-    Args:
-        block: cost of a block.
-        last: of what the last stage does beside its blocks.
+    Among splits that are equally good there, the one with the fewest blocks in the middle, so that
+    the ends do not idle.
     """
     if stages == 1:
         return (layers,)
-
-    def slowest(on_last: int) -> float:
-        return max(-(-(layers - on_last) // (stages - 1)) * block, on_last * block + last)
-
-    on_last = min(range(1, layers - stages + 2), key=lambda count: (slowest(count), -count))
-    return (*Partition.even(layers - on_last, stages - 1).sizes, on_last)
+    best: tuple[float, int] | None = None
+    sizes: tuple[int, ...] = ()
+    for on_first in range(1, layers - stages + 2):
+        for on_last in range(1, layers - on_first - stages + 3):
+            rest = layers - on_first - on_last
+            if stages == 2 and rest:
+                continue
+            middle = -(-rest // (stages - 2)) if stages > 2 else 0
+            slowest = max(
+                costs.first + on_first * costs.block,
+                middle * costs.block,
+                on_last * costs.block + costs.last,
+            )
+            if best is None or (slowest, middle) < best:
+                best = slowest, middle
+                inner = Partition.even(rest, stages - 2).sizes if stages > 2 else ()
+                sizes = (on_first, *inner, on_last)
+    return sizes

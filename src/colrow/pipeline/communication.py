@@ -28,6 +28,7 @@ def predict_pipeline_step(
     batch: int,
     sequence: int,
     dp: int = 1,
+    dp_rank: int = 0,
     fsdp: bool = False,
     sequence_parallel: bool = False,
     keep_gathered_input: bool = True,
@@ -44,7 +45,7 @@ def predict_pipeline_step(
     Args:
         tp_rank, pp_rank: which rank.
         microbatches, batch: of a dp rank in a step, and sequences in one.
-        dp, fsdp: data parallelism; what FSDP2 sends over dp is not in the list.
+        dp, dp_rank, fsdp: data parallelism; what FSDP2 sends over dp is not in the list.
         dtype: of parameters and gradients.
         compute_dtype: of activations, where it is another.
     """
@@ -92,7 +93,10 @@ def predict_pipeline_step(
     ends = (0, split.last_rank)
     if config.tie_embeddings and split.last_rank and pp_rank in ends:
         shape = held["embedding.weight"].local_shape(tp_rank)
-        rows = -(-shape[0] // dp) if sharded else shape[0]
+        rows = shape[0]
+        if sharded:  # as torch.chunk divides
+            chunk = -(-rows // dp)
+            rows = min(rows, (dp_rank + 1) * chunk) - min(rows, dp_rank * chunk)
         size = rows * math.prod(shape[1:]) * itemsize
         calls.append(Call("all_reduce", "backward", "embedding", size, dtype, "pp"))
     if dp > 1 and not fsdp:

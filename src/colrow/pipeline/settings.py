@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from colrow.models.config import ModelConfig
-from colrow.models.stages import LayerSplit
+from colrow.models.stages import Costs, LayerSplit
 from colrow.pipeline.schedules import SCHEDULES, Schedule
 
 ZERO_BUBBLE: tuple[Schedule, ...] = ("zero-bubble", "zbv")
@@ -26,12 +26,13 @@ def split_for(
     schedule: Schedule,
     layer_split: str | Sequence[float] | None = None,
     stages_per_rank: int = 0,
+    costs: Costs | None = None,
 ) -> LayerSplit:
     """The stages that a schedule needs.
 
     Args:
         ranks: pipeline-parallel size.
-        layer_split: as for :meth:`LayerSplit.create`.
+        layer_split, costs: as for :meth:`LayerSplit.create`.
         stages_per_rank: 0 for the fewest that the schedule takes.
 
     Raises:
@@ -56,6 +57,7 @@ def split_for(
         layer_split or None,
         stages_per_rank=count,
         v_shaped=schedule == "zbv" and ranks > 1,
+        costs=costs,
     )
 
 

@@ -75,10 +75,12 @@ def show(console: Console, timeline: Timeline) -> None:
         "F forward, B backward, I gradient of the input, W of the weights (small: every other "
         "microbatch), ~ waiting for communication, . idle"
     )
-    table = Table(title="Milliseconds of a step", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title="Milliseconds of a step", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
+    )
     kinds: list[Kind] = [kind for kind in LETTERS if any(_has(timeline, kind))]
-    for name in ("rank", "stages", *kinds, "communication", "idle", "microbatches kept"):
-        table.add_column(name, justify="right")
+    for name in ("rank", "stages", *kinds, "communication", "idle", "in flight"):
+        table.add_column(name, justify="right", min_width=len(name))
     for rank, spans in enumerate(timeline.ranks):
         found = timeline.time(rank)
         parts = [*(getattr(found, kind) for kind in kinds), found.communication, found.idle]
@@ -89,6 +91,7 @@ def show(console: Console, timeline: Timeline) -> None:
             str(found.microbatches_in_flight),
         )
     console.print(table)
+    console.print("in flight: microbatches whose activations a rank keeps, of each of its stages")
 
 
 def _has(timeline: Timeline, kind: Kind) -> list[bool]:

@@ -10,15 +10,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from colrow.checkpoint.training import TrainingCheckpoints
 from colrow.comm.ledger import record
 from colrow.mesh import Mesh, init_mesh
 from colrow.models.config import Layout, num_parameters
+from colrow.models.decoder import Decoder
+from colrow.pipeline.ranks import rank_map
+from colrow.pipeline.runner import PipelineRunner
+from colrow.pipeline.settings import schedule_named
 from colrow.train.batches import Order, Windows
 from colrow.train.data import global_rank, training_and_held_out
 from colrow.train.faults import StopRequest, check_agreement, stop_on_signals
-from colrow.train.model import build_model, model_config, save_model_files, tokenizer_name
+from colrow.train.model import (
+    build_model,
+    model_config,
+    pipeline_split,
+    save_model_files,
+    tokenizer_name,
+)
 from colrow.train.optimizer import adamw, learning_rate
 from colrow.train.parallel import parallelize
 from colrow.train.report import Record, Reporter, peak_flops, peak_memory_bytes
@@ -62,6 +73,7 @@ def train(settings: TrainSettings) -> Outcome:
         mesh = init_mesh(
             tp=settings.tp,
             dp=settings.dp,
+            pp=settings.pp,
             device=None if settings.device == "auto" else settings.device,
             engine=settings.engine,
             timeout=timedelta(seconds=settings.timeout_seconds),
@@ -75,6 +87,8 @@ def train(settings: TrainSettings) -> Outcome:
             save_model_files(settings, output / MODEL_FILES)
             (output / SETTINGS).write_text(to_toml(settings), encoding="utf-8")
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        if mesh.world_size > 1:
+            reporter.say(rank_map(mesh.tp.size, mesh.dp.size, run.model.pipeline.split))
         if start or restarts:
             again = f" (restart {restarts} of {settings.max_restarts})" if restarts else ""
             reporter.say(f"continuing after step {start}{again}")
@@ -82,6 +96,28 @@ def train(settings: TrainSettings) -> Outcome:
             return run.until_done(start, reporter, stop)
         finally:
             reporter.close()
+
+
+def _loss(settings: TrainSettings, model: Decoder, mesh: Mesh) -> nn.Module | PipelineRunner:
+    """What takes microbatches to gradients: the model, wrapped, or its pipeline."""
+    options: dict[str, Any] = {
+        "fsdp": settings.fsdp,
+        "compute_dtype": torch.bfloat16 if settings.precision == "bf16" else None,
+        "recompute": settings.recompute,
+        "label_smoothing": settings.label_smoothing,
+        "z_loss": settings.z_loss,
+    }
+    if mesh.pp.size == 1:
+        return parallelize(model, mesh, **options)
+    return PipelineRunner(
+        model,
+        mesh,
+        schedule_named(settings.schedule),
+        microbatches=settings.microbatches,
+        microbatch=settings.microbatch,
+        sequence=settings.sequence,
+        **options,
+    )
 
 
 class _Run:
@@ -92,15 +128,7 @@ class _Run:
     ) -> None:
         self.settings, self.mesh, self.order, self.held_out = settings, mesh, order, held_out
         self.model = build_model(settings, mesh)
-        self.loss = parallelize(
-            self.model,
-            mesh,
-            fsdp=settings.fsdp,
-            compute_dtype=torch.bfloat16 if settings.precision == "bf16" else None,
-            recompute=settings.recompute,  # type: ignore[arg-type]
-            label_smoothing=settings.label_smoothing,
-            z_loss=settings.z_loss,
-        )
+        self.loss = _loss(settings, self.model, mesh)
         self.optimizer = adamw(
             self.model,
             betas=(settings.beta1, settings.beta2),
@@ -191,7 +219,7 @@ class _Run:
             result = self.stepper.step(step, rate, stop=bool(stop))
             self._speed.add(result, time.perf_counter() - started)
             return result
-        with record(self.mesh.tp) as ledger:  # on CUDA recording waits for each collective
+        with record(*self.mesh.groups) as ledger:  # on CUDA recording waits for each collective
             result = self.stepper.step(step, rate, stop=bool(stop))
         self._speed.add(result, time.perf_counter() - started, ledger.seconds(exposed=True))
         return result
@@ -253,7 +281,9 @@ def check(settings: TrainSettings) -> None:
     Raises:
         ValueError: a model that is not there or cannot be divided, a missing tokenizer or text.
     """
-    Layout.create(model_config(settings), settings.tp, settings.tensor_split)
+    config = model_config(settings)
+    Layout.create(config, settings.tp, settings.tensor_split)
+    pipeline_split(settings, config)
     tokenizer_name(settings)
     for text in filter(None, (settings.data, settings.eval_data)):
         if not Path(text).exists():

@@ -18,6 +18,9 @@ from colrow.mesh import Mesh
 from colrow.models.build import from_config
 from colrow.models.config import ModelConfig
 from colrow.models.decoder import Decoder
+from colrow.models.stages import LayerSplit
+from colrow.pipeline.balance import planned_costs
+from colrow.pipeline.settings import ZERO_BUBBLE, check_schedule, schedule_named, split_for
 from colrow.train.settings import TrainSettings
 from colrow.train.tokenize import BYTES
 
@@ -38,26 +41,60 @@ _TOKENIZER_FILES = (
 def build_model(settings: TrainSettings, mesh: Mesh) -> Decoder:
     """The decoder, in training mode, with its parameters in fp32 (fp64 for fp64)."""
     dtype, random = DTYPES[settings.precision], settings.from_random
+    split = pipeline_split(settings, pretrained_config(settings.model))
+    overlap = schedule_named(settings.schedule) not in ZERO_BUBBLE or settings.pp == 1
     if random:
         model = from_config(
             settings.model,
             mesh,
             seed=settings.seed,
             dtype=dtype,
+            layer_split=split,
             sequence_parallel=settings.sequence_parallel,
             tensor_split=settings.tensor_split,
+            overlap=overlap,
         )
     else:
         model = from_pretrained(
             settings.model,
             mesh,
             dtype=dtype,
-            sequence_parallel=settings.sequence_parallel,
+            layer_split=split,
             tensor_split=settings.tensor_split,
+            sequence_parallel=settings.sequence_parallel,
+            overlap=overlap,
         )
     if settings.dropout >= 0 or not random:
         set_dropout(model, max(0.0, settings.dropout))
     return model.train()
+
+
+def pipeline_split(settings: TrainSettings, config: ModelConfig) -> LayerSplit:
+    """The stages of the run.
+
+    Raises:
+        ValueError: a pipeline that cannot run, with the reason.
+    """
+    schedule = schedule_named(settings.schedule)
+    costs = planned_costs(
+        config,
+        tp=settings.tp,
+        microbatch=settings.microbatch,
+        sequence=settings.sequence,
+        precision=settings.precision,
+    )
+    split = split_for(
+        config, settings.pp, schedule, settings.layer_split, settings.stages_per_rank, costs
+    )
+    check_schedule(
+        schedule,
+        split,
+        settings.microbatches,
+        recompute=settings.recompute,
+        fsdp=settings.fsdp and settings.dp > 1,
+        tied=config.tie_embeddings,
+    )
+    return split
 
 
 def set_dropout(model: Decoder, p: float) -> None:

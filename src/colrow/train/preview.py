@@ -8,9 +8,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from colrow.comm.ledger import Call
-from colrow.models.communication import predict_step
 from colrow.models.config import Layout, ModelConfig, num_parameters, parameter_specs
+from colrow.models.stages import LayerSplit
 from colrow.partition import parse_shares
+from colrow.pipeline.communication import predict_pipeline_step
+from colrow.pipeline.ranks import rank_map
+from colrow.pipeline.settings import ZERO_BUBBLE, schedule_named
 from colrow.planner.hardware import find_hardware
 from colrow.planner.layout import DTYPE as PLANNED
 from colrow.planner.layout import Layout as PlannedLayout
@@ -18,7 +21,7 @@ from colrow.planner.memory import training_memory
 from colrow.planner.model import ModelShape
 from colrow.train.batches import Order
 from colrow.train.data import training_and_held_out
-from colrow.train.model import model_config, tokenizer_name
+from colrow.train.model import model_config, pipeline_split, tokenizer_name
 from colrow.train.settings import TrainSettings
 from colrow.train.tokenize import BYTES
 
@@ -29,9 +32,10 @@ _COMPUTE_DTYPE = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
 
 @dataclass(frozen=True)
 class RankShare:
-    """What one tp rank holds; its dp replicas hold the same, or with FSDP2 a part of it.
+    """What a tp rank of a pipeline rank holds; its dp replicas the same, or with FSDP2 a part.
 
     Attributes:
+        pp_rank, tp_rank, layers: which rank, and its numbers of layers.
         query_heads, kv_heads, ffn_features, vocab_rows: of the whole model's.
         parameters: elements that it keeps between steps.
         parameter_bytes, gradient_bytes, optimizer_bytes: of those.
@@ -39,6 +43,9 @@ class RankShare:
             estimates them; None in fp64, which it does not know.
     """
 
+    pp_rank: int
+    tp_rank: int
+    layers: tuple[int, ...]
     query_heads: int
     kv_heads: int
     ffn_features: int
@@ -59,8 +66,11 @@ class Preview:
         sequences, held_out: of the data, to train on and to evaluate on.
         tokens_per_step: predicted per step, at most.
         epochs: how often the run sees its data.
-        shares: by tp rank.
-        calls: per step and rank over tp: operation to how many and their bytes.
+        ranks: which rank does what, for a person.
+        shares: by pp rank, then by tp rank.
+        calls: per step and rank over tp: operation to how many and their bytes; in a pipeline on
+            its first rank.
+        messages: the same of its messages to and from other stages.
         dp_bytes: of gradients (and with FSDP2 parameters) that a rank sends over dp per step.
         first_batch: the beginning of the first sequence, as text where the tokenizer is bytes.
     """
@@ -70,8 +80,10 @@ class Preview:
     held_out: int
     tokens_per_step: int
     epochs: float
+    ranks: str
     shares: tuple[RankShare, ...]
     calls: dict[str, tuple[int, int]]
+    messages: dict[str, tuple[int, int]]
     dp_bytes: int
     first_batch: str
 
@@ -85,11 +97,14 @@ class Preview:
             f"model: {self.parameters:,} parameters",
             f"data: {self.sequences:,} sequences, {self.held_out:,} held out; "
             f"{self.tokens_per_step:,} tokens per step, {self.epochs:.2f} epochs",
+            self.ranks,
         ]
-        for rank, share in enumerate(self.shares):
+        several = self.shares[-1].pp_rank > 0
+        for share in self.shares:
             total = share.parameter_bytes + share.gradient_bytes + share.optimizer_bytes
             lines.append(
-                f"tp rank {rank}: {share.query_heads} query heads, {share.kv_heads} KV heads, "
+                f"{f'pp rank {share.pp_rank}, ' if several else ''}tp rank {share.tp_rank}: "
+                f"{share.query_heads} query heads, {share.kv_heads} KV heads, "
                 f"{share.ffn_features} FFN features, {share.vocab_rows} vocabulary rows; "
                 f"{_mb(total)} = {_mb(share.parameter_bytes)} parameters + "
                 f"{_mb(share.gradient_bytes)} gradients + {_mb(share.optimizer_bytes)} optimiser"
@@ -101,6 +116,8 @@ class Preview:
             )
         for operation, (count, size) in self.calls.items():
             lines.append(f"each step, over tp: {count} x {operation}, {_mb(size)}")
+        for operation, (count, size) in self.messages.items():
+            lines.append(f"each step, over pp: {count} x {operation}, {_mb(size)}")
         if self.dp_bytes:
             lines.append(f"each step, over dp: {_mb(self.dp_bytes)}")
         return "\n".join([*lines, f"the first sequence begins: {self.first_batch}"])
@@ -118,10 +135,13 @@ def preview(settings: TrainSettings) -> Preview:
     config = model_config(settings)
     layout = Layout.create(config, settings.tp, settings.tensor_split)
     training, held_out = training_and_held_out(settings)
+    split = pipeline_split(settings, config)
     shares = tuple(
-        _share(settings, config, layout, rank, activations)
-        for rank, activations in enumerate(_activation_bytes(settings, config))
+        _share(settings, config, layout, split, pp_rank, rank, activations)
+        for pp_rank, stage in enumerate(_activation_bytes(settings, config, split))
+        for rank, activations in enumerate(stage)
     )
+    calls = _calls(settings, config, layout, split)
     largest = max(share.parameter_bytes for share in shares)
     dp_bytes = 0
     if settings.dp > 1:
@@ -135,8 +155,10 @@ def preview(settings: TrainSettings) -> Preview:
         held_out=held_out.count,
         tokens_per_step=per_step,
         epochs=settings.steps * settings.global_batch / training.count,
+        ranks=rank_map(settings.tp, settings.dp, split),
         shares=shares,
-        calls=_calls(settings, config, layout),
+        calls=_counts([call for call in calls if call.group == "tp"]),
+        messages=_counts([call for call in calls if call.group == "pp"]),
         dp_bytes=dp_bytes,
         first_batch=_beginning(settings, Order(training, settings.seed)),
     )
@@ -146,16 +168,22 @@ def _share(
     settings: TrainSettings,
     config: ModelConfig,
     layout: Layout,
+    split: LayerSplit,
+    pp_rank: int,
     rank: int,
     activations: int | None,
 ) -> RankShare:
     elements = 0
-    for spec in parameter_specs(config, layout).values():
+    specs = parameter_specs(config, layout)
+    for spec in split.held(specs, pp_rank, tied=config.tie_embeddings).values():
         shape = spec.local_shape(rank)
         rows = -(-shape[0] // settings.dp) if settings.fsdp else shape[0]
         elements += math.prod((rows, *shape[1:]))
     size = elements * _STATE_BYTES[settings.precision]
     return RankShare(
+        pp_rank=pp_rank,
+        tp_rank=rank,
+        layers=tuple(split.layers_of_rank(pp_rank)),
         query_heads=layout.heads.query.size(rank),
         kv_heads=layout.heads.key_value.size(rank),
         ffn_features=layout.ffn.size(rank),
@@ -168,15 +196,22 @@ def _share(
     )
 
 
-def _activation_bytes(settings: TrainSettings, config: ModelConfig) -> list[int | None]:
-    """By tp rank."""
-    if settings.precision not in PLANNED:
-        return [None] * settings.tp
-    split = settings.tensor_split
+def _activation_bytes(
+    settings: TrainSettings, config: ModelConfig, split: LayerSplit
+) -> list[list[int | None]]:
+    """By pp rank, then by tp rank."""
+    if settings.precision not in PLANNED or (settings.pp > 1 and settings.schedule in ZERO_BUBBLE):
+        return [[None] * settings.tp for _ in range(settings.pp)]
+    several = settings.pp > 1 and settings.schedule == "interleaved"
+    shares = settings.tensor_split
     planned = PlannedLayout(
         tp=settings.tp,
-        tp_weights=parse_shares(split, "tensor split") if split else (),
+        tp_weights=parse_shares(shares, "tensor split") if shares else (),
+        pp=settings.pp,
         dp=settings.dp,
+        schedule=settings.schedule if settings.pp > 1 else "1f1b",  # type: ignore[arg-type]
+        virtual_stages=split.stages_per_rank if several else 1,
+        stage_layers=tuple(len(split.layers_of_rank(rank)) for rank in range(settings.pp)),
         microbatch=settings.microbatch,
         global_batch=settings.global_batch,
         sequence=settings.sequence,
@@ -186,28 +221,43 @@ def _activation_bytes(settings: TrainSettings, config: ModelConfig) -> list[int 
         precision=settings.precision,
     )
     memory = training_memory(ModelShape("", config), planned, find_hardware(_ANY_GPU))
-    return [round(rank.activations + rank.transient) for rank in memory.ranks[0]]
+    return [[round(rank.activations + rank.transient) for rank in at] for at in memory.ranks]
 
 
 def _calls(
-    settings: TrainSettings, config: ModelConfig, layout: Layout
-) -> dict[str, tuple[int, int]]:
-    calls: list[Call] = predict_step(
+    settings: TrainSettings, config: ModelConfig, layout: Layout, split: LayerSplit
+) -> list[Call]:
+    """Of a step, on the first rank."""
+    width = _COMPUTE_DTYPE[settings.precision]
+    stored = _COMPUTE_DTYPE["fp64" if settings.precision == "fp64" else "fp32"]
+    calls = predict_pipeline_step(
         config,
         layout,
+        split,
+        schedule_named(settings.schedule) if settings.pp > 1 else "1f1b",
+        tp_rank=0,
+        pp_rank=0,
+        microbatches=settings.microbatches,
         batch=settings.microbatch,
         sequence=settings.sequence,
+        dp=settings.dp,
+        fsdp=settings.fsdp,
         sequence_parallel=settings.sequence_parallel,
-        dtype=_COMPUTE_DTYPE[settings.precision],
+        dtype=stored,
+        compute_dtype=width if width != stored else None,
     )
     if settings.recompute == "full":  # blocks run forward again
-        again = [call for call in calls if call.layer.startswith("blocks.")]
-        calls = calls + [call for call in again if call.phase == "forward"]
+        inside = [call for call in calls if call.layer.startswith("blocks.")]
+        calls += [call for call in inside if call.phase == "forward" and call.group == "tp"]
+    return calls
+
+
+def _counts(calls: list[Call]) -> dict[str, tuple[int, int]]:
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
     for call in calls:
-        counts[call.op] += settings.microbatches
-        sizes[call.op] += settings.microbatches * call.bytes
+        counts[call.op] += 1
+        sizes[call.op] += call.bytes
     return {operation: (counts[operation], sizes[operation]) for operation in sorted(counts)}
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from colrow.pipeline.schedules import SCHEDULES
+
 PRECISIONS = ("fp32", "bf16", "fp64")
 RECOMPUTE = ("none", "selective", "full")
 
@@ -51,6 +53,16 @@ class TrainSettings:
     tensor_split: str = _option(
         "", "the tp ranks' shares of every tensor, such as 2,1 or 0.5,0.3,0.2; by default equal"
     )
+    pp: int = _option(1, "pipeline-parallel size: layers are divided over so many ranks")
+    schedule: str = _option("1f1b", "of the pipeline's microbatches", SCHEDULES)
+    layer_split: str = _option(
+        "",
+        "layers of each pipeline rank, such as 3,1, or shares, such as 0.5,0.3,0.2; by default so "
+        "that all ranks take equally long",
+    )
+    stages_per_rank: int = _option(
+        0, "stages of a pipeline rank (default 2 for interleaved and zbv, else 1)"
+    )
     sequence_parallel: bool = _option(
         False, "divide norms, dropout and residuals over the sequence"
     )
@@ -60,7 +72,12 @@ class TrainSettings:
         "auto", "what carries bytes between ranks: auto, mpi (CPU ranks of one host), gloo or nccl"
     )
     sequence: int = _option(512, "tokens of a sequence")
-    microbatch: int = _option(1, "sequences in one forward pass of a dp rank")
+    microbatch: int = _option(
+        0, "sequences in one forward pass of a dp rank (default 1, or what microbatches says)"
+    )
+    microbatches: int = _option(
+        0, "forward passes of a dp rank in one step (default: what microbatch says)"
+    )
     global_batch: int = _option(8, "sequences in one step, over all dp ranks")
     steps: int = _option(100, "optimiser steps of the whole run")
     precision: str = _option(
@@ -97,10 +114,11 @@ class TrainSettings:
         for name in ("model", "data", "output"):
             if not getattr(self, name):
                 raise ValueError(f"--{name} is needed, on the command line or in the TOML file")
-        at_least = {1: ("tp", "dp", "microbatch", "global_batch", "steps", "keep", "log_every",
-                        "save_every", "eval_sequences"),
-                    0: ("eval_every", "warmup_steps", "max_restarts", "clip", "weight_decay",
-                        "learning_rate", "label_smoothing", "z_loss"),
+        self._resolve_microbatches()
+        at_least = {1: ("tp", "pp", "global_batch", "steps", "keep", "log_every", "save_every",
+                        "eval_sequences"),
+                    0: ("stages_per_rank", "eval_every", "warmup_steps", "max_restarts", "clip",
+                        "weight_decay", "learning_rate", "label_smoothing", "z_loss"),
                     2: ("sequence",)}  # fmt: skip
         for least, names in at_least.items():
             for name in names:
@@ -113,20 +131,39 @@ class TrainSettings:
                     f"{entry.name}={getattr(self, entry.name)!r}: must be one of "
                     f"{', '.join(choices)}"
                 )
-        if self.global_batch % (self.dp * self.microbatch):
-            raise ValueError(
-                f"global_batch={self.global_batch} is not a multiple of dp x microbatch = "
-                f"{self.dp} x {self.microbatch}"
-            )
         if self.dropout != -1.0 and not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1")
         if self.sequence_parallel and self.sequence < self.tp:
             raise ValueError(f"a sequence of {self.sequence} cannot be divided over tp={self.tp}")
 
     @property
-    def microbatches(self) -> int:
-        """Forward passes of a dp rank in one step."""
-        return self.global_batch // (self.dp * self.microbatch)
+    def ranks(self) -> int:
+        """Of the whole grid."""
+        return self.tp * self.dp * self.pp
+
+    def _resolve_microbatches(self) -> None:
+        """Of the size of a microbatch and their number each follows from the other."""
+        for name in ("dp", "microbatch", "microbatches"):
+            least = 1 if name == "dp" else 0
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least {least or 1}")
+        by_size = bool(self.microbatch or not self.microbatches)
+        given = (self.microbatch or 1) if by_size else self.microbatches
+        rest, left = divmod(self.global_batch, self.dp * given)
+        if left or not rest:
+            raise ValueError(
+                f"global_batch={self.global_batch} is not a multiple of dp x "
+                f"{'microbatch' if by_size else 'microbatches'} = {self.dp} x {given}"
+            )
+        microbatch, count = (given, rest) if by_size else (rest, given)
+        if self.microbatches not in (0, count):
+            raise ValueError(
+                f"microbatches={self.microbatches} of {self.microbatch} sequences on each of "
+                f"{self.dp} dp ranks do not make up global_batch={self.global_batch}: leave one of "
+                "microbatches and microbatch out"
+            )
+        object.__setattr__(self, "microbatch", microbatch)
+        object.__setattr__(self, "microbatches", count)
 
     @property
     def from_random(self) -> bool:
@@ -161,6 +198,8 @@ def to_toml(settings: TrainSettings) -> str:
     """The settings as a TOML file that :func:`load_settings` reads."""
     lines = ["# The settings of this run, resolved: colrow train THIS_FILE repeats it."]
     for entry in dataclasses.fields(settings):
+        if entry.name == "microbatches":  # follows from microbatch, also when dp changes
+            continue
         value = getattr(settings, entry.name)
         if isinstance(value, bool):
             text = str(value).lower()

@@ -64,6 +64,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": 8, "moe_topk": 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {"zero_expert_num": 3},
     "mamba2": {"num_heads": 10, "head_dim": 8, "n_groups": 2},
     "mimo_v2_flash": {
         "v_head_dim": 6,
@@ -82,6 +83,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "head_dim": 8,
         "hidden_size": 48,
     },
+    "nemotron_h": {"mamba_num_heads": 12, "mamba_head_dim": 8, "n_groups": 3},
     "qwen4_exp_text": {
         "indexer_n_heads": 3,
         "indexer_kv_heads": 1,

@@ -2,5 +2,6 @@
 
 MPI moves a small message between two processes of a host in microseconds, through shared memory,
 where Gloo goes through sockets. ``start`` brings MPI up in ranks that no mpiexec started, ``group``
-is the process group, ``work`` waits. Needs the ``cpu`` extra (mpi4py and an MPI library).
+(of ``reductions`` and ``exchanges``) is the process group, ``work`` waits. Needs the ``cpu`` extra
+(mpi4py and an MPI library).
 """

@@ -78,3 +78,14 @@ def operation(op: RedOpType, dtype: torch.dtype) -> MPI.Op:
     if found is None:
         raise ValueError(f"the MPI engine does not know the reduction {op} of {dtype}")
     return found
+
+
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether the two may overlap, which MPI forbids."""
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() and a.numel() > 0
+
+
+def copy_into(target: Tensor, source: Tensor) -> None:
+    """Copies without autograd's notice."""
+    with torch.no_grad():
+        target.copy_(source)

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -14,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 
+from colrow.comm.mpi.peers import Peers
+
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 BACKEND = "colrow_mpi"
-_PORT = "colrow/pmi_port"
 _servers: list[subprocess.Popen[str]] = []
 
 
@@ -38,7 +40,7 @@ def _create(options: Any, _: object) -> dist.ProcessGroup:
     communicator = _communicator(options.store, options.group_rank, options.group_size, ranks)
     from colrow.comm.mpi.group import MpiGroup  # starts MPI where it is imported first
 
-    return MpiGroup(options.group_rank, options.group_size, communicator, options.timeout)
+    return MpiGroup(options.group_rank, communicator, options.timeout, ranks, _peers())
 
 
 def started() -> bool:
@@ -78,9 +80,11 @@ def _start(store: Store, rank: int, size: int) -> None:
     """MPI_Init; the ranks find each other through mpiexec's server or through our own."""
     own = "PMI_RANK" not in os.environ and "PMIX_RANK" not in os.environ
     if own:
+        # torchrun's ranks keep the store when they are started again.
+        key = f"colrow/pmi_port/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         if rank == 0:
-            store.set(_PORT, str(_serve(size)))
-        port = store.get(_PORT).decode()
+            store.set(key, str(_serve(size)))
+        port = store.get(key).decode()
         os.environ.update(PMI_PORT=f"127.0.0.1:{port}", PMI_ID=str(rank))
     import mpi4py
 
@@ -91,10 +95,9 @@ def _start(store: Store, rank: int, size: int) -> None:
     finally:
         if own:  # not for the processes that this one will start
             del os.environ["PMI_PORT"], os.environ["PMI_ID"]
-    if own:
-        mpi.COMM_WORLD.Barrier()  # all ranks have opened the shared memory
-        _forget_shared_memory()
-    else:
+    mpi.COMM_WORLD.Barrier()  # all ranks have opened the shared memory
+    _forget_shared_memory()
+    if not own:
         atexit.register(_finalize, mpi)
 
 
@@ -115,6 +118,11 @@ def _mpi() -> Any:
     from mpi4py import MPI
 
     return MPI
+
+
+@cache
+def _peers() -> Peers:
+    return Peers(_mpi().COMM_WORLD)
 
 
 def _serve(size: int) -> int:

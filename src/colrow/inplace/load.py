@@ -1,0 +1,182 @@
+"""The weights of a model that is split in place, read from files; a rank reads what it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from colrow.checkpoint.locate import resolve_model_path
+from colrow.checkpoint.reader import Ranges, TensorReader, open_reader
+from colrow.inplace.file_names import FileNames, file_names, whole_shape
+from colrow.inplace.record import record_of
+from colrow.inplace.sources import Source
+from colrow.partition import ShardSpec
+
+_CHUNK_BYTES = 4 << 20
+
+
+def load_weights(
+    model: nn.Module, path: str | Path, *, device: torch.device | str | None = None
+) -> nn.Module:
+    """Fills a parallelised model from a checkpoint; each rank reads only its own slices.
+
+    Parameters on the meta device are allocated first. Tensors that transformers stores under other
+    names or in other shapes than its models hold them are converted as its own table says.
+
+    Args:
+        path: a directory with safetensors (in one file or sharded), a safetensors file, or a hub
+            id that is in the local cache.
+        device: where to allocate parameters; the CPU by default.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: nothing there, tensors that are missing, left over or mis-shaped, a form that
+            cannot be read part by part, or different values for parameters that are tied.
+
+    Sends nothing. Needs little more memory than the rank's part.
+    """
+    with open_weights(path) as reader:
+        found = checked_names(model, reader)
+        fill(model, found, reader, torch.device(device or "cpu"))
+    return model
+
+
+def open_weights(path: str | Path) -> TensorReader:
+    """A checkpoint in the form of safetensors.
+
+    Raises:
+        ValueError: when there is none, or it is a GGUF file.
+    """
+    file = resolve_model_path(path)
+    if file.suffix == ".gguf":
+        raise ValueError(
+            f"{file} has llama.cpp's names and layouts, which only colrow.from_pretrained reads; "
+            "write a directory from it first: colrow convert FILE DIRECTORY --to hf"
+        )
+    return open_reader(file)
+
+
+def checked_names(model: nn.Module, reader: TensorReader) -> FileNames:
+    """Where every tensor of the model is.
+
+    Raises:
+        ValueError: when one is missing, left over, or of another shape.
+    """
+    found = file_names(model, reader)
+    missing = [
+        names[0]
+        for names, _ in tied_parameters(model)
+        if not any(n in found.sources for n in names)
+    ]
+    if missing:
+        raise ValueError(f"{reader.description} lacks {_some(missing)} of {type(model).__name__}")
+    if found.extra:
+        raise ValueError(
+            f"{reader.description} has {_some(found.extra)}, for which {type(model).__name__} has "
+            "no place; the file and the model do not belong together"
+        )
+    for name, source in found.sources.items():
+        if source.shape != (shape := whole_shape(model, name)):
+            raise ValueError(
+                f"{name} in {reader.description} has shape {source.shape}, but the model's is "
+                f"{shape}"
+            )
+    return found
+
+
+def tied_parameters(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
+    """Every parameter with all its names."""
+    found: dict[int, tuple[list[str], nn.Parameter]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        found.setdefault(id(parameter), ([], parameter))[0].append(name)
+    return list(found.values())
+
+
+@torch.no_grad()
+def fill(model: nn.Module, found: FileNames, reader: TensorReader, device: torch.device) -> None:
+    """Copies this rank's part of every parameter into the model."""
+    record = record_of(model)
+    specs = record.specs if record is not None else {}
+    rank = record.tp.rank if record is not None else 0
+    allocate(model, lambda _, like: torch.empty_like(like, device=device))
+    for names, parameter in tied_parameters(model):
+        first, *others = [found.sources[n] for n in names if n in found.sources]
+        spec = specs.get(names[0])
+        for place, chunk in chunks(first, parameter, spec, rank):
+            place.copy_(chunk)
+        for other in others:
+            for place, chunk in chunks(other, parameter, spec, rank):
+                if not torch.equal(place.cpu(), chunk):
+                    raise ValueError(
+                        f"{' and '.join(names)} are one parameter in {type(model).__name__}, but "
+                        f"{reader.description} has different values for them: set "
+                        "tie_word_embeddings=False in its configuration"
+                    )
+
+
+def chunks(
+    source: Source, parameter: Tensor, spec: ShardSpec | None, rank: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """A few rows of a rank's part at a time: where they belong, and their values."""
+    part: list[Ranges] = [((0, length),) for length in source.shape]
+    if spec is not None and spec.dim is not None:
+        part[spec.dim] = tuple(spec.global_ranges(rank))
+    if not part:
+        yield parameter, source.read((), parameter.dtype)
+        return
+    rows = max(1, parameter[:1].numel() * parameter.element_size())
+    step = max(1, _CHUNK_BYTES // rows)
+    for start in range(0, parameter.shape[0], step):
+        stop = min(start + step, parameter.shape[0])
+        wanted = [_within(part[0], start, stop), *part[1:]]
+        yield parameter[start:stop], source.read(wanted, parameter.dtype)
+
+
+def _within(ranges: Ranges, first: int, last: int) -> Ranges:
+    """Of the indices that ``ranges`` list, one after the other, the first-th to the last-th."""
+    found, passed = [], 0
+    for start, stop in ranges:
+        low, high = start + max(first - passed, 0), start + min(last - passed, stop - start)
+        if low < high:
+            found.append((low, high))
+        passed += stop - start
+    return tuple(found)
+
+
+def allocate(
+    model: nn.Module, value: Callable[[str, nn.Parameter], Tensor]
+) -> list[Callable[[], None]]:
+    """Gives parameters on the meta device a value, by their first name; returns what undoes it."""
+    made: dict[int, nn.Parameter] = {}
+    undo: list[Callable[[], None]] = []
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, parameter in module._parameters.items():
+            if parameter is None or not parameter.is_meta:
+                continue
+            if id(parameter) not in made:
+                full = f"{path}.{name}" if path else name
+                made[id(parameter)] = nn.Parameter(
+                    value(full, parameter), requires_grad=parameter.requires_grad
+                )
+            module._parameters[name] = made[id(parameter)]
+            undo.append(_setter(module._parameters, name, parameter))
+    return undo
+
+
+def _setter(
+    where: dict[str, nn.Parameter | None], name: str, value: nn.Parameter
+) -> Callable[[], None]:
+    def step() -> None:
+        where[name] = value
+
+    return step
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(sorted(names)[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -1,0 +1,323 @@
+"""One block in which every rank sees some tokens, run in one process against the whole block."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from colrow.inplace.calls import Key, ModuleCall, tensors_of
+from colrow.inplace.prove import Proof, close, near, sum_of
+from colrow.inplace.sequence_boundary import Boundary, DropoutSpy, shorten
+from colrow.inplace.unit import Unit, UnitError
+from colrow.partition import Partition
+
+_TOKENS = 1
+
+
+class SequenceError(Exception):
+    """Why a block's tokens cannot be divided."""
+
+
+@dataclass
+class Block:
+    """What was proven of a block.
+
+    Attributes:
+        boundaries: the modules inside it that see whole sequences.
+        shared: its parameters outside those; each rank has their gradient for its own tokens.
+        drops: whether it drops out activations outside those.
+    """
+
+    boundaries: list[Boundary]
+    shared: list[str]
+    drops: bool
+
+
+@dataclass
+class _Run:
+    """What happened in a run; the inner modules are cut out of the graph."""
+
+    inputs: dict[str, dict[Key, Tensor]] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)  # leaves
+    trees: dict[str, Any] = field(default_factory=dict)
+    results: list[Tensor] = field(default_factory=list)
+    arguments: dict[Key, Tensor] = field(default_factory=dict)
+    dropped: list[tuple[int, ...]] = field(default_factory=list)  # shapes of what is dropped out
+
+
+def prove_block(
+    name: str,
+    module: nn.Module,
+    call: ModuleCall,
+    hidden: Key,
+    whole_inside: Sequence[str],
+    proofs: Mapping[str, list[Proof]],
+    calls: Mapping[str, ModuleCall],
+    ranks: int,
+) -> Block:
+    """The proof that all outside ``whole_inside`` works on tokens one by one.
+
+    Args:
+        proofs: of the modules inside the block, and ("") of the block itself.
+
+    Raises:
+        SequenceError: when it does not.
+    """
+    own = _own_layers(proofs.get("", []))
+    whole_inside = [*whole_inside, *own]
+    try:
+        unit = Unit.of(name, module, call)
+        loose = [n for n in unit.linears if not _inside(n, whole_inside)]
+        if loose:
+            raise SequenceError(f"{loose[0]} lies outside the modules that are split")
+        boundaries: list[Boundary] = []
+        drops = False
+        for training in (False, True):
+            unit.training = training
+            boundaries, drops = _prove(unit, hidden, whole_inside, own, ranks)
+        for boundary in boundaries:
+            if boundary.name in own:
+                continue
+            inner = proofs.get(boundary.name, [])
+            below = [p for p in proofs if p.startswith(f"{boundary.name}.")]
+            if len(inner) == 1 and not below:
+                shorten(boundary, unit, inner[0], calls[boundary.name])
+    except UnitError as error:
+        if isinstance(error.__cause__, SequenceError):
+            raise error.__cause__ from None
+        raise SequenceError(f"it could not be run alone: {error}") from error
+    shared = [n for n, _ in module.named_parameters() if not _inside(n, whole_inside)]
+    return Block(boundaries, shared, drops)
+
+
+def _own_layers(proofs: Sequence[Proof]) -> dict[str, bool]:
+    """Split layers of the block itself, and whether they are row-parallel.
+
+    Raises:
+        SequenceError: when more than these is split.
+    """
+    found: dict[str, bool] = {}
+    for proof in proofs:
+        group = proof.group
+        more = [*group.parameters, *(name for name, _ in group.arguments), *proof.shared]
+        more += [*proof.cuts.outputs, *proof.cuts.uncut, *(n for n, _ in proof.partial_arguments)]
+        if proof.summed or more:
+            raise SequenceError("the block itself holds split parameters")
+        found |= dict.fromkeys(group.columns, False) | dict.fromkeys(group.rows, True)
+    return found
+
+
+def _inside(name: str, paths: Sequence[str]) -> bool:
+    return any(name == path or name.startswith(f"{path}.") for path in paths)
+
+
+def _prove(
+    unit: Unit, hidden: Key, inside: Sequence[str], own: Mapping[str, bool], ranks: int
+) -> tuple[list[Boundary], bool]:
+    columns = {n for n, is_row in own.items() if not is_row}
+    whole = _run(unit, inside, columns, None, {}, hidden)
+    if not whole.results or whole.results[0].dim() != 3:
+        raise SequenceError("its result is not [batch, sequence, hidden]")
+    if missing := [n for n in inside if n not in whole.outputs]:
+        raise SequenceError(f"{missing[0]} gives no tokens, or is not called")
+    length = whole.arguments[hidden].shape[_TOKENS]
+    if length < ranks:
+        raise SequenceError(
+            f"the example has {length} tokens for {ranks} ranks: give example_inputs with more"
+        )
+    partition = Partition.even(length, ranks)
+    parts = []
+    gathered: dict[str, set[Key]] = {}
+    for bounds in partition.bounds:
+        part = _run(unit, inside, columns, bounds, whole.trees, hidden)
+        if set(part.outputs) != set(whole.outputs):
+            raise SequenceError("it calls other modules for a part of the tokens")
+        for path, given in part.inputs.items():
+            gathered.setdefault(path, set()).update(_compare_given(path, given, whole, bounds))
+        if not close(part.results[0], _cut(whole.results[0], bounds)):
+            raise SequenceError("its result for a token depends on other tokens")
+        for mine, other in zip(part.results[1:], whole.results[1:], strict=True):
+            if not close(mine, other):
+                raise SequenceError("another of its results depends on the tokens")
+        parts.append(part)
+    if any(shape[1:2] != (length,) or len(shape) != 3 for shape in whole.dropped):
+        raise SequenceError("it drops out something other than tokens")
+    for path, is_row in own.items():
+        if bool(gathered[path]) == is_row:
+            raise SequenceError(f"{path} does not get {'whole' if is_row else 'divided'} sequences")
+    _compare_gradients(unit, hidden, inside, columns, whole, parts, partition, gathered)
+    boundaries = []
+    for path in inside:
+        keys = dict.fromkeys(sorted(gathered[path]), path in columns)
+        row = "" if own.get(path) else None
+        boundaries.append(Boundary(path, keys, row, path not in columns))
+    return boundaries, bool(whole.dropped)
+
+
+def _cut(x: Tensor, bounds: tuple[int, int]) -> Tensor:
+    return x[:, bounds[0] : bounds[1]]
+
+
+def _run(
+    unit: Unit,
+    inside: Sequence[str],
+    columns: set[str],
+    bounds: tuple[int, int] | None,
+    trees: Mapping[str, Any],
+    hidden: Key,
+) -> _Run:
+    seen = _Run()
+    spy = DropoutSpy()
+
+    def leaf(key: Key, value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        if key == hidden and bounds is not None:
+            value = _cut(value, bounds)
+        value = seen.arguments[key] = value.clone().requires_grad_()
+        return value * 1
+
+    def replaced(path: str) -> Callable[..., Any]:
+        module = unit.module.get_submodule(path)
+        names = _argument_names(type(module).forward)
+        factors = unit.factors.get(path)
+        own = type(module).forward if factors is None else lambda _, x: factors(x)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if path in seen.inputs:
+                raise SequenceError(f"{path} is called more than once")
+            given = seen.inputs[path] = {}
+
+            def keep(key: Key, value: Any) -> Any:
+                if isinstance(value, Tensor):
+                    given[key] = value
+                return value
+
+            ModuleCall(args, kwargs).mapped(names, keep)
+            if bounds is None:
+                spy.elsewhere = True
+                seen.trees[path] = pytree.tree_map(_detached, own(module, *args, **kwargs))
+            # Between layers of the block itself there are whole sequences, up to the last.
+            spy.elsewhere = path in columns
+            part = None if path in columns else bounds
+            return _as_leaf(trees.get(path, seen.trees.get(path)), path, seen, part)
+
+        return forward
+
+    def root(*args: Any, **kwargs: Any) -> Any:
+        with spy:
+            return type(unit.module).forward(unit.module, *args, **kwargs)
+
+    forwards = {path: replaced(path) for path in inside} | {"": root}
+    seen.results = tensors_of(unit.run(leaf, forwards))
+    seen.dropped = spy.seen
+    return seen
+
+
+def _argument_names(forward: Any) -> tuple[str, ...]:
+    """The names of the positional arguments of a class's forward."""
+    names = [
+        p.name
+        for p in inspect.signature(forward).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    return tuple(names[1:])
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+
+def _as_leaf(tree: Any, path: str, seen: _Run, bounds: tuple[int, int] | None) -> Any:
+    """A result whose first floating-point tensor, these tokens of it, is a leaf."""
+    leaves, spec = pytree.tree_flatten(tree)
+    for number, value in enumerate(leaves):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            if value.dim() != 3:
+                raise SequenceError(f"{path} does not give [batch, sequence, hidden]")
+            part = value if bounds is None else _cut(value, bounds)
+            seen.outputs[path] = part.clone().requires_grad_()
+            leaves[number] = seen.outputs[path] * 1  # a block may write into what it is given
+            break
+    return pytree.tree_unflatten(leaves, spec)
+
+
+def _compare_given(
+    path: str, given: dict[Key, Tensor], whole: _Run, bounds: tuple[int, int]
+) -> set[Key]:
+    """The tensors of which this module gets a part of the tokens; the others are as ever."""
+    cut = set()
+    for key, x in given.items():
+        y = whole.inputs[path].get(key)
+        if y is not None and x.shape == y.shape and close(x, y):
+            continue
+        if y is None or y.dim() != 3 or not x.is_floating_point() or not close(x, _cut(y, bounds)):
+            raise SequenceError(f"{key[0]} of {path} depends on other tokens")
+        cut.add(key)
+    return cut
+
+
+def _compare_gradients(
+    unit: Unit,
+    hidden: Key,
+    inside: Sequence[str],
+    columns: set[str],
+    whole: _Run,
+    parts: list[_Run],
+    partition: Partition,
+    gathered: Mapping[str, set[Key]],
+) -> None:
+    parameters = {n: p for n, p in unit.module.named_parameters() if not _inside(n, inside)}
+    places = [(path, key) for path in inside for key in sorted(gathered[path])]
+    # The row-parallel layers of the block itself, which get whole sequences.
+    uncut = [(p, k) for p in inside if columns and not gathered[p] for k in whole.inputs[p]]
+    generator = torch.Generator().manual_seed(7)
+
+    def random(x: Tensor) -> Tensor:
+        return torch.randn(x.shape, generator=generator, dtype=torch.float64)
+
+    targets = [whole.results[0], *(whole.inputs[path][key] for path, key in places)]
+    cotangents = [random(x) for x in targets]
+    whole_cotangents = [random(whole.inputs[path][key]) for path, key in uncut]
+
+    def gradients(run: _Run, bounds: tuple[int, int] | None) -> dict[Any, Tensor]:
+        ends = [run.results[0], *(run.inputs[path][key] for path, key in places)]
+        given = [c if bounds is None else _cut(c, bounds) for c in cotangents]
+        ends += [run.inputs[path][key] for path, key in uncut]
+        given += whole_cotangents
+        live = [(y, c) for y, c in zip(ends, given, strict=True) if y.requires_grad]
+        leaves: dict[Any, Tensor] = {("argument", k): x for k, x in run.arguments.items()}
+        leaves |= {("output", path): x for path, x in run.outputs.items()}
+        leaves |= {("parameter", n): p for n, p in parameters.items()}
+        grads = torch.autograd.grad(
+            [y for y, _ in live], [*leaves.values()], [c for _, c in live], allow_unused=True
+        )
+        return {
+            name: torch.zeros_like(x) if g is None else g
+            for (name, x), g in zip(leaves.items(), grads, strict=True)
+        }
+
+    expected = gradients(whole, None)
+    got = [gradients(part, b) for part, b in zip(parts, partition.bounds, strict=True)]
+    scale = max(float(g.abs().max()) for g in expected.values() if g.numel())
+    for name, grad in expected.items():
+        mine = [g[name] for g in got]
+        if name[0] == "output" and name[1] in columns:
+            right = all(near(g, grad, scale) for g in mine)
+        elif name == ("argument", hidden) or name[0] == "output":
+            right = all(
+                near(g, _cut(grad, b), scale) for g, b in zip(mine, partition.bounds, strict=True)
+            )
+        elif name[0] == "parameter":
+            right = near(sum_of(mine), grad, scale)
+        else:
+            right = not grad.any() and not any(g.any() for g in mine)
+        if not right:
+            what = name[1][0] if name[0] == "argument" else name[1]
+            raise SequenceError(f"the gradient of {what} is not made of the tokens' own")

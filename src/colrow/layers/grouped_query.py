@@ -1,0 +1,38 @@
+"""Grouped-query attention where a rank's KV heads need not all serve equally many query heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from colrow.partition import Range
+
+
+def padded_groups(runs: Sequence[tuple[Range, Range]]) -> tuple[list[int], list[int]]:
+    """Query heads, the last of a smaller group repeated, and where each head then stands."""
+    sizes = [(q1 - q0) // (kv1 - kv0) for (q0, q1), (kv0, kv1) in runs for _ in range(kv0, kv1)]
+    widest, first = max(sizes), 0
+    padded: list[int] = []
+    unpadded: list[int] = []
+    for size in sizes:
+        unpadded += range(len(padded), len(padded) + size)
+        padded += [first + min(i, size - 1) for i in range(widest)]
+        first += size
+    return padded, unpadded
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of ``[batch, heads, queries, dim]`` where every KV head serves equally many."""
+    batch, q_heads, queries, dim = q.shape
+    kv_heads = k.shape[1]
+    if queries == 1 and q_heads != kv_heads:
+        # One query: its group of heads becomes the query axis, and no key or value is repeated.
+        q = q.view(batch, kv_heads, q_heads // kv_heads, dim)
+        if mask is not None and mask.shape[1] > 1:
+            mask = mask.view(mask.shape[0], kv_heads, q_heads // kv_heads, -1)
+        return F.scaled_dot_product_attention(q, k, v, mask).view(batch, q_heads, 1, dim)
+    return F.scaled_dot_product_attention(
+        q, k, v, mask, is_causal=mask is None and queries > 1, enable_gqa=q_heads != kv_heads
+    )

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from colrow.checkpoint.pretrained import from_pretrained
+from colrow.comm import collectives
+from colrow.comm.ledger import Call, record
+from colrow.generate.cache import KeyValueCache
+from colrow.mesh import ParallelGroup
+from colrow.models.decoder import Decoder
+from colrow.reference import precision
+from tests.generate import models
+from tests.models import tiny
+from tests.ranks import RankPool
+
+FLAT = {"llama", "llama-biased-tied", "qwen2", "gpt_neox", "gpt_neox-serial"}
+PROMPT = 4
+IDS = tiny.batch()[:1, :9]
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Tensor]]:
+    """Checkpoints, and transformers' logits of the positions that are decoded one by one."""
+    root = tmp_path_factory.mktemp("one_token")
+    found = {}
+    for name in tiny.CASES:
+        model: Any = models.save(name, root / name).eval()
+        with precision(torch.float64), torch.inference_mode():
+            found[name] = root / name, model(IDS).logits[0, PROMPT:].clone()
+    return found
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_logits_are_those_of_transformers(
+    n: int, cases: dict[str, tuple[Path, Tensor]], ranks: RankPool
+) -> None:
+    results = ranks(n, decoded, {name: str(path) for name, (path, _) in cases.items()})[0]
+    for name, (_, expected) in cases.items():
+        flat, logits, sent_as_modules_do = results[name]
+        assert flat == (name in FLAT), name
+        assert (logits - expected).norm() < 1e-12 * expected.norm(), name
+        assert sent_as_modules_do, name
+
+
+def decoded(tp: ParallelGroup, paths: dict[str, str]) -> dict[str, tuple[bool, Tensor, bool]]:
+    found = {}
+    for name, path in paths.items():
+        model = from_pretrained(path, tp, dtype=torch.float64).for_decoding().eval()
+        flat = model.one_token is not None
+        logits, calls = one_by_one(model, tp)
+        model.one_token = None
+        _, of_modules = one_by_one(model, tp)
+        found[name] = flat, logits, calls == of_modules
+    return found
+
+
+@torch.no_grad()
+def one_by_one(model: Decoder, tp: ParallelGroup) -> tuple[Tensor, list[Call]]:
+    """Whole logits of the tokens behind the prompt, and what was sent for them."""
+    cache = KeyValueCache.for_model(model, 1, 5)  # grows on the way
+    model.last_logits(IDS[:, :PROMPT], attention_mask=None, cache=cache)
+    local = []
+    with record(tp) as ledger:
+        for position in range(PROMPT, IDS.shape[1]):
+            token = IDS[:, position : position + 1]
+            local.append(model.last_logits(token, attention_mask=None, cache=cache))
+    whole = collectives.gather_from_tp(torch.cat(local), tp, partition=model.layout.vocab)
+    return whole, ledger.calls
+
+
+def test_changed_weights_and_hooks_count(
+    cases: dict[str, tuple[Path, Tensor]], ranks: RankPool
+) -> None:
+    assert all(all(checks) for checks in ranks(2, changed, str(cases["qwen2"][0])))
+
+
+def changed(tp: ParallelGroup, path: str) -> list[bool]:
+    model = from_pretrained(path, tp, dtype=torch.float64).for_decoding().eval()
+    before, _ = one_by_one(model, tp)
+    seen: list[int] = []
+    hook = model.blocks[1].register_forward_hook(lambda *_: seen.append(1))
+    hooked, _ = one_by_one(model, tp)
+    hook.remove()
+    after, _ = one_by_one(model, tp)
+    down: Any = model.get_submodule("blocks.0.mlp.down")
+    down.weight = torch.nn.Parameter(down.weight * 2, requires_grad=False)
+    doubled, _ = one_by_one(model, tp)
+    model.one_token = None
+    by_modules, _ = one_by_one(model, tp)
+    return [
+        not torch.equal(doubled, before),
+        bool((doubled - by_modules).norm() < 1e-12 * by_modules.norm()),
+        len(seen) == 1 + IDS.shape[1] - PROMPT,
+        bool((hooked - after).norm() < 1e-12 * after.norm()),
+        torch.equal(before, after),
+    ]
