@@ -17,7 +17,7 @@ from typing import NoReturn, Protocol, cast
 
 from colrow.launch import BAD_INPUT, RankFailure, debugging, error_message
 
-_NOT_COMMANDS = {"__main__", "common"}
+_NOT_COMMANDS = {"__main__", "common", "bench_pipeline"}
 
 
 class Command(Protocol):

@@ -78,17 +78,15 @@ def block_bytes(
 
 
 def _norms(model: ModelShape, layout: Layout, sizes: Sizes) -> float:
-    """The norms' inputs; an RMSNorm written out also keeps what it multiplies with its weight.
+    """The norms' inputs. With a parallel residual both norms have one.
 
-    Narrow inputs are widened to fp32 first, and then that copy is kept instead. With a parallel
-    residual both norms have one input.
+    An RMSNorm of narrow inputs that is written out keeps an fp32 copy of each instead, and what it
+    multiplies with its weight.
     """
     config = model.config
     inputs = 1 if config.parallel_residual else 2
-    if config.norm == "layernorm" or layout.program.fused_elementwise:
+    if config.norm == "layernorm" or layout.program.fused_elementwise or sizes.item >= 4:
         return inputs * sizes.residual
-    if sizes.item >= 4:
-        return (inputs + 2) * sizes.residual
     return 2 * (4 / sizes.item + 1) * sizes.residual
 
 
@@ -104,8 +102,8 @@ def _attention(
     """The fused Q, K, V; rotated or normed copies; the scores where they are stored; the output."""
     config, program = model.config, layout.program
     normed = 0.0
-    if config.qk_norm:
-        wide = not program.fused_elementwise and sizes.item < 4
+    if config.qk_norm and (program.fused_elementwise or sizes.item < 4):
+        wide = not program.fused_elementwise
         normed = (sizes.query + sizes.key_value) * (4 / sizes.item + 1 if wide else 1)
     if not flash and program.written_dropout and config.attention_dropout:
         # Contiguous copies of queries, and of keys and values for every query head, take the place

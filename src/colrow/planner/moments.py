@@ -59,7 +59,7 @@ def moments(
     if last_stage:
         logits = layout.microbatch * layout.sequence * vocab
         widened = 4 if item < 4 else 0
-        found["loss"] = logits * (item + 4 + widened) + probabilities
+        found["loss"] = logits * (item + widened) + probabilities
         found["head backward"] = logits * item + vocab * hidden * item + sizes.full
     if experts > 1:  # copies of the tokens, sorted by expert
         found["mlp backward"] += 2 * experts * sizes.full
