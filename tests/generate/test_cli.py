@@ -201,7 +201,7 @@ def test_an_answer_ends_where_the_context_ends(
         ),
         (["Hi", "--tensor-split", "2,1"], "has 2 numbers for a tensor-parallel size of 1"),
         (["Hi", "--pp", "3"], "3 pipeline stages (3 ranks x 1) need at least as many layers"),
-        (["Hi", "--layer-split", "1,1"], "has 2 numbers for 1 pipeline ranks"),
+        (["Hi", "--layer-split", "1,1"], "has 2 numbers for 1 pipeline rank: give one"),
         (["--prompt-file", "no/such/file"], "no/such/file: No such file or directory"),
         (["Hi", "--json", "no/such/file"], "there is no directory for no/such/file"),
         (["Hi", "--no-chat", "--system", "x"], "a system message has no place"),
