@@ -107,8 +107,12 @@ def read_and_measure(directory: Path) -> dict[str, int]:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_no_rank_takes_memory_for_the_whole_model(directory: Path) -> None:
-    """It is 538 MB in fp32; the largest weight is 113 MB, of which a rank holds half."""
+    """It is 538 MB in fp32; the largest weight is 113 MB, of which a rank holds half.
+
+    Memory is fullest in the backward pass of the check of a few tokens: the gradient of that half,
+    its copy in oneDNN's layout, activations.
+    """
     for measured in run_world(2, read_and_measure, directory, timeout=300):
         print(measured)
         assert measured["held"] < 0.54 * 538e6
-        assert measured["peak"] < measured["held"] + 170e6
+        assert measured["peak"] < measured["held"] + 200e6
