@@ -203,8 +203,9 @@ def _data_parallel_size(world: int, tp: int, pp: int, dp: int | None) -> int:
     if dp is None:
         if world % (tp * pp):
             raise ValueError(
-                f"{world} ranks cannot be arranged as tp={tp} x pp={pp} x dp: {world} is not a "
-                f"multiple of {tp * pp}; start a multiple of {tp * pp} ranks or change tp or pp"
+                f"{world} rank{'s' * (world > 1)} cannot be arranged as tp={tp} x pp={pp} x dp: "
+                f"{world} is not a multiple of {tp * pp}; start a multiple of {tp * pp} ranks "
+                f"(torchrun --nproc-per-node {tp * pp} SCRIPT) or change tp or pp"
             )
         return world // (tp * pp)
     if tp * pp * dp != world:

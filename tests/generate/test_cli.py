@@ -201,7 +201,7 @@ def test_an_answer_ends_where_the_context_ends(
         ),
         (["Hi", "--tensor-split", "2,1"], "has 2 numbers for a tensor-parallel size of 1"),
         (["Hi", "--pp", "3"], "3 pipeline stages (3 ranks x 1) need at least as many layers"),
-        (["Hi", "--layer-split", "1,1"], "has 2 numbers for 1 pipeline ranks"),
+        (["Hi", "--layer-split", "1,1"], "has 2 numbers for a pipeline of 1 rank"),
         (["--prompt-file", "no/such/file"], "no/such/file: No such file or directory"),
         (["Hi", "--json", "no/such/file"], "there is no directory for no/such/file"),
         (["Hi", "--no-chat", "--system", "x"], "a system message has no place"),
@@ -219,6 +219,14 @@ def test_bad_input_is_one_line_and_exit_code_2(
 def test_a_model_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "no/such/model.gguf", "Hi"]) == 2
     assert "there is no model at 'no/such/model.gguf'" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.txt").touch()
+    for command in (["generate", str(tmp_path / "notes.txt"), "Hi"], ["verify", str(tmp_path)]):
+        assert main(command) == 2
+        err = capsys.readouterr().err
+        assert "Accepted: a directory with model.safetensors" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("how", ["--tp", pytest.param("--pp", marks=pytest.mark.slow)])

@@ -83,7 +83,7 @@ def test_a_large_head_takes_layers_from_its_stage() -> None:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: sizes(4, 2, "3,1,1"), "has 3 numbers for 2 pipeline ranks"),
+        (lambda: sizes(4, 2, "3,1,1"), "has 3 numbers for a pipeline of 2 ranks"),
         (lambda: sizes(4, 2, "3;1"), "should be numbers with commas"),
         (lambda: sizes(4, 2, "4,0"), "positive numbers"),
         (lambda: sizes(4, 2, "100,1"), "leaves stage 1 without a layer"),

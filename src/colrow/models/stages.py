@@ -124,8 +124,10 @@ class LayerSplit:
         numbers = parse_shares(split, "layer split")
         if len(numbers) not in (ranks, stages):
             raise ValueError(
-                f"the layer split {split!r} has {len(numbers)} numbers for {ranks} pipeline ranks"
+                f"the layer split {split!r} has {len(numbers)} number{'s' * (len(numbers) > 1)} "
+                f"for a pipeline of {ranks} rank{'s' * (ranks > 1)}"
                 + (f" (or {stages} stages)" if stages != ranks else "")
+                + ": give one for each"
             )
         literal = sum(numbers) == layers and all(n == int(n) for n in numbers)
         if len(numbers) == stages:
