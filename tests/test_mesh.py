@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,6 +68,32 @@ def refuse(tp: ParallelGroup) -> None:
         init_mesh(tp=2, pp=2, dp=2)
 
 
+@pytest.mark.parametrize("fails", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_script_that_ends_leaves_its_process_group(fails: bool) -> None:
+    """Under a launcher as well; after an exception the rank ends at once, whatever is open."""
+    script = (
+        "import atexit, colrow, torch.distributed as dist\n"
+        "atexit.register(lambda: print(dist.is_initialized()))\n"
+        "colrow.init_mesh(tp=2, engine='gloo')\n" + "1 / 0\n" * fails
+    )
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=60)[0] for rank in ranks]
+    assert said == [f"{fails}\n"] * 2
+    assert [rank.returncode for rank in ranks] == [int(fails)] * 2
+
+
 def test_a_world_that_does_not_factor_is_refused(ranks: RankPool) -> None:
     ranks(4, refuse)
 
@@ -106,7 +135,9 @@ def test_without_a_launcher_the_world_is_one() -> None:
         handle = getattr(mesh, name)
         assert (handle.group, handle.rank, handle.size, handle.name) == (None, 0, 1, name)
     assert init_mesh(tp=1, pp=1, dp=1, device="cpu").device == torch.device("cpu")
-    with pytest.raises(ValueError, match="1 ranks cannot be arranged as tp=2"):
+    with pytest.raises(
+        ValueError, match=r"1 rank cannot be arranged as tp=2.*torchrun --nproc-per-node 2"
+    ):
         init_mesh(tp=2)
     with pytest.raises(ValueError, match="tp=1 x pp=1 x dp=2 needs 2 ranks, but 1 was started"):
         init_mesh(dp=2)

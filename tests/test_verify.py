@@ -242,6 +242,8 @@ def test_failing_ends_with_one(tiny_models: Path, capsys: pytest.CaptureFixture[
     assert "5 query heads cannot be split over 6 ranks" in capsys.readouterr().err
     assert main(["verify", "nowhere", "--tp", "2"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+    assert main(["verify", str(tiny_models / "llama"), "--sequence", "99999"]) == 2
+    assert "--sequence 99999 is longer than the model's context" in capsys.readouterr().err
 
 
 def test_relative_error() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
+import sys
 import warnings
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -153,6 +155,8 @@ def init_mesh(
     else:
         carrier = choose_engine(engine, chosen.type, world, local_world)
         dist.init_process_group(_backend(carrier), timeout=timeout, **rendezvous_arguments())
+        if carrier.name == "gloo":
+            atexit.register(_leave)
     grid = torch.arange(world).view(pp, dp, tp)
     device_mesh = DeviceMesh(chosen.type, grid, mesh_dim_names=("pp", "dp", "tp"))
     _warn_if_tp_spans_hosts(tp, local_world)
@@ -165,6 +169,16 @@ def init_mesh(
     stages = handle("pp")
     ends = _pipeline_ends(grid, stages, timeout)
     return Mesh(handle("tp"), handle("dp"), stages, device_mesh, chosen, carrier, ends)
+
+
+def _leave() -> None:
+    """Ends Gloo's threads before C++ tears them down, which aborts some of the ranks.
+
+    Not behind an exception: a collective that is still open would be waited for, and the launcher
+    would not hear of the failure.
+    """
+    if dist.is_initialized() and not hasattr(sys, "last_value"):
+        dist.destroy_process_group()
 
 
 def _pipeline_ends(
@@ -203,8 +217,9 @@ def _data_parallel_size(world: int, tp: int, pp: int, dp: int | None) -> int:
     if dp is None:
         if world % (tp * pp):
             raise ValueError(
-                f"{world} ranks cannot be arranged as tp={tp} x pp={pp} x dp: {world} is not a "
-                f"multiple of {tp * pp}; start a multiple of {tp * pp} ranks or change tp or pp"
+                f"{world} rank{'s' * (world > 1)} cannot be arranged as tp={tp} x pp={pp} x dp: "
+                f"{world} is not a multiple of {tp * pp}; start a multiple of {tp * pp} ranks "
+                f"(torchrun --nproc-per-node {tp * pp} SCRIPT) or change tp or pp"
             )
         return world // (tp * pp)
     if tp * pp * dp != world:

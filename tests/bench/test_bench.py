@@ -185,6 +185,7 @@ def test_the_command(tiny_models: Path, tmp_path: Path, capsys: pytest.CaptureFi
         (["gpt3-175b", "--sequence", "1"], "sequence=1: at least 2 is needed"),
         (["gpt3-175b", "--decode", "--sequence-parallel"], "decoding has one token at a time"),
         (["gpt3-175b", "--plot", "/nowhere/x.png"], "there is no directory for /nowhere/x.png"),
+        (["gpt3-175b", "--plot", "x.foo"], "x.foo: the name should end in .png, .svg or .pdf"),
     ],
 )
 def test_bad_input_is_one_line(

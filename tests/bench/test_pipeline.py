@@ -85,7 +85,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "<svg" in picture.read_text()
     text = capsys.readouterr().out
     assert "interleaved, pp 2, 4 microbatches of 1 x 8 tokens" in text
-    assert "as it ran:" in text and "if messages took no time:" in text
+    assert "as it ran:" in text and "with median times, if messages took none:" in text
     assert "cost the same: 11.1%" in text
 
 

@@ -84,6 +84,7 @@ def test_one_rank_of_a_launcher_reports_a_dry_run(
         (["gpt3-175b", "--tp", "97"], "96 query heads cannot be split over 97 ranks"),
         (["gpt3-175b", "--sequence", "1"], "--sequence must be at least 2"),
         (["gpt3-175b", "--sequence", "2049"], "2049 positions is longer than the model's 2048"),
+        (["gpt3-175b", "--recompute-gather"], "changes --sequence-parallel alone: give both"),
         (["nowhere.gguf"], "there is no model at 'nowhere.gguf'"),
         (["gpt3-175b", "--tp", "0"], "'0' is not a whole number of at least 1"),
     ],

@@ -221,6 +221,14 @@ def test_a_model_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert "there is no model at 'no/such/model.gguf'" in capsys.readouterr().err
 
 
+def test_a_file_that_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.txt").touch()
+    for command in (["generate", str(tmp_path / "notes.txt"), "Hi"], ["verify", str(tmp_path)]):
+        assert main(command) == 2
+        err = capsys.readouterr().err
+        assert "Accepted: a directory with model.safetensors" in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("how", ["--tp", pytest.param("--pp", marks=pytest.mark.slow)])
 def test_a_rank_that_is_killed_ends_the_command(chat_model: str, how: str) -> None:
     process = start(chat_model, "Hi", how, "2", "--max-new-tokens", "90000")

@@ -134,6 +134,7 @@ def test_no_tokenizer_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no tokenizer could be read from") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+    assert "copy the files of the tokenizer" in str(caught.value)
 
 
 def test_end_tokens_of_both_configurations(tmp_path: Path) -> None:

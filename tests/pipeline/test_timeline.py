@@ -165,7 +165,7 @@ def test_a_picture_in_letters() -> None:
     text = StringIO()
     show(Console(file=text, width=80, highlight=False), BY_HAND)
     assert "as it ran: 10000.00 ms, bubble 60.0%" in text.getvalue()
-    assert "if messages took no time: 8000.00 ms, bubble 50.0%" in text.getvalue()
+    assert "with median times, if messages took none: 8000.00 ms, bubble 50.0%" in text.getvalue()
 
 
 def test_a_picture_and_json(tmp_path: Path) -> None:

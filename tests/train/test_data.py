@@ -104,6 +104,8 @@ def test_files_that_cannot_be_used_are_named(
 def test_tokens_outside_the_vocabulary_and_cut_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the tokenizer gave token 9, but the model's vocabulary"):
         write_tokens(tmp_path / "t", [Encoded([1, 9])], vocab_size=9)
+    with pytest.raises(ValueError, match="the text is empty"):
+        write_tokens(tmp_path / "t", [Encoded([])], vocab_size=9)
     assert list(tmp_path.iterdir()) == []
     write_tokens(tmp_path / "t", [Encoded([1, 8, 3])], vocab_size=9)
     file = tmp_path / "t" / "tokens.bin"

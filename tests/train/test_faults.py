@@ -156,6 +156,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "text": ({"data": "/nowhere.txt"}, "there is no text at '/nowhere.txt'"),
     "tokenizer": ({"tokenizer": ""}, "has no tokenizer: give --tokenizer"),
     "short": ({"sequence": 10**7}, "not enough for one sequence"),
+    "output": ({"output": __file__}, "is a file: name a directory"),
     "precision": ({"precision": "fp8"}, "invalid choice"),
 }
 

@@ -48,7 +48,7 @@ def test_verify_takes_an_architecture_and_a_saved_model(
         (["zoo", "--only", "lama"], "no architecture lama"),
         (["verify", "--tp", "2"], "either MODEL or --architecture"),
         (["verify", "somewhere", "--architecture", "llama"], "either MODEL or --architecture"),
-        (["verify", "--architecture", "lama"], "no architecture lama"),
+        (["verify", "--architecture", "lama"], "did you mean llama"),
         (["verify", "--architecture", "llama", "--tp", "1"], "at least 2"),
         (["verify", "--architecture", "llama", "--dtype", "bf16"], "fp32 or fp64"),
     ],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from colrow.bench.result import Measurement
 
 PARTS = {
@@ -12,12 +14,14 @@ PARTS = {
 }
 
 
-def check_matplotlib(option: str = "--plot") -> None:
-    """Raises ValueError when there will be no picture; for before the work."""
+def check_picture(path: str, option: str = "--plot") -> None:
+    """Raises ValueError when there will be no picture at ``path``; for before the work."""
     try:
-        import matplotlib.figure  # noqa: F401
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError(f"{option} needs matplotlib: pip install 'colrow[plots]'") from error
+    if Path(path).suffix[1:].lower() not in Figure().canvas.get_supported_filetypes():
+        raise ValueError(f"{option} {path}: the name should end in .png, .svg or .pdf")
 
 
 def plot(measurements: list[Measurement], path: str) -> None:

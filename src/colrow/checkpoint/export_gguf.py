@@ -31,7 +31,7 @@ def write_gguf(model: Decoder, path: str | Path, like: str | Path, dtype: torch.
         ValueError: another dtype, another model than that of ``like``, or gguf is not installed.
     """
     if dtype not in _DTYPES:
-        raise ValueError(f"a GGUF file is written in fp32 or fp16, not {dtype}")
+        raise ValueError(f"a GGUF file is written in fp32 or fp16, not {str(dtype)[6:]}")
     expected, config = pretrained_config(like), model.config
     for name in ("family", "vocab_size", "hidden_size", "num_layers", "num_heads", "ffn_size"):
         if getattr(expected, name) != getattr(config, name):

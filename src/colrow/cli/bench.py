@@ -167,9 +167,9 @@ def run(args: argparse.Namespace) -> int:
     for size in sizes:
         Layout.create(settings.config, size, settings.tensor_split_of(size))
     if args.plot:
-        from colrow.bench.plot import check_matplotlib
+        from colrow.bench.plot import check_picture
 
-        check_matplotlib()
+        check_picture(args.plot)
     found: list[Measurement] = []
     for size in sizes:
         measured = run_on_ranks(_measure, settings, size, ranks=size)

@@ -99,9 +99,9 @@ def run(args: argparse.Namespace, config: ModelConfig) -> int:
     )
     Layout.create(config, settings.tp, settings.tensor_split)
     if args.timeline:
-        from colrow.bench.plot import check_matplotlib
+        from colrow.bench.plot import check_picture
 
-        check_matplotlib("--timeline")
+        check_picture(args.timeline, "--timeline")
     found = run_on_ranks(_measure, settings, ranks=settings.pp * settings.tp)
     if found is None:
         return 0

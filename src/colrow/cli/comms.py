@@ -80,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
     """Records, compares and prints."""
     if args.sequence < 2:
         raise ValueError("--sequence must be at least 2: the loss compares a token with the next")
+    if args.recompute_gather and not args.sequence_parallel:
+        raise ValueError("--recompute-gather changes --sequence-parallel alone: give both")
     from colrow.models.config import Layout
 
     config, has_weights = model_configuration(args.model)

@@ -127,12 +127,14 @@ def run(args: argparse.Namespace) -> int:
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     prompts = _prompts(args)
 
+    from colrow.checkpoint.locate import find_weights, resolve_model_path
     from colrow.checkpoint.pretrained import pretrained_config
     from colrow.generate.answer import Request, answer
     from colrow.generate.tokenizer import encode_prompt, end_tokens, load_tokenizer
     from colrow.models.config import Layout
     from colrow.models.stages import LayerSplit
 
+    find_weights(resolve_model_path(args.model))
     config = pretrained_config(args.model)
     Layout.create(config, args.tp, args.tensor_split)
     LayerSplit.create(config, args.pp, args.layer_split)
@@ -209,9 +211,11 @@ def _statistics(result: dict[str, object]) -> str:
     answers = cast(list[dict[str, list[int]]], result.get("answers", [result]))
     tokens = sum(len(answer["token_ids"]) for answer in answers)
     megabytes = [f"{size / 1e6:.0f}" for size in cast(list[int], result["weight_bytes_per_rank"])]
+    layers = cast(list[int], result["layers_per_stage"])
     return (
         f"{tokens} tokens, {result['tokens_per_second']:.1f} tokens/s, first token after "
         f"{result['time_to_first_token_seconds']:.2f} s, {result['dtype']} weights "
         f"{' + '.join(megabytes)} MB on {len(megabytes)} rank{'s' if len(megabytes) > 1 else ''}"
+        + (f", layers {' + '.join(map(str, layers))}" if len(layers) > 1 else "")
         + (f", engine {result['engine']}" if len(megabytes) > 1 else "")
     )

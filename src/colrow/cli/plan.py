@@ -74,22 +74,54 @@ def _add_layout(group: argparse._ArgumentGroup) -> None:
     from colrow.planner.layout import DTYPE, OPTIMIZERS, RECOMPUTE, SCHEDULES
     from colrow.planner.software import SOFTWARE
 
-    for name in ("tp", "pp", "dp", "microbatch", "global-batch", "sequence", "virtual-stages"):
-        group.add_argument(f"--{name}", type=int, metavar="N")
-    group.add_argument("--sequence-parallel", action="store_true", default=None)
-    group.add_argument("--recompute", choices=RECOMPUTE, help="default none")
+    for name, text in (
+        ("tp", "tensor-parallel size: devices that share each layer"),
+        ("pp", "pipeline-parallel size: stages of consecutive layers"),
+        ("dp", "data-parallel size: replicas, each with a part of the batch"),
+        ("microbatch", "sequences in one forward pass of a replica"),
+        (
+            "global-batch",
+            "sequences in one step, over all replicas (default: in a search two for each device, "
+            "for a given layout a microbatch for each stage and replica)",
+        ),
+        ("sequence", "tokens of a sequence (default the model's positions, at most 4096)"),
+        ("virtual-stages", "stages on each device, of --schedule interleaved"),
+    ):
+        group.add_argument(f"--{name}", type=int, metavar="N", help=text)
+    group.add_argument(
+        "--sequence-parallel",
+        action="store_true",
+        default=None,
+        help="divide norms, dropout and residuals over the sequence",
+    )
+    group.add_argument(
+        "--recompute",
+        choices=RECOMPUTE,
+        help="activations to compute again in backward: of attention (selective) or whole blocks "
+        "(full) (default none)",
+    )
     group.add_argument("--schedule", choices=SCHEDULES, help="of the pipeline (default 1f1b)")
     group.add_argument("--zero", type=int, choices=(0, 1, 2, 3), help="3 is FSDP (default 0)")
-    group.add_argument("--precision", choices=tuple(DTYPE), default="bf16")
-    group.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
+    group.add_argument(
+        "--precision", choices=tuple(DTYPE), default="bf16", help="of the matmuls (default bf16)"
+    )
+    group.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="default adamw")
     group.add_argument(
         "--master-weights",
         action=argparse.BooleanOptionalAction,
         help="fp32 gradients and weights beside 16-bit ones (default: yes in 16 bit)",
     )
-    group.add_argument("--attention", choices=("auto", "flash", "unfused"), default="auto")
     group.add_argument(
-        "--software", choices=tuple(SOFTWARE), default="colrow", help="whose overlap and kernels"
+        "--attention",
+        choices=("auto", "flash", "unfused"),
+        default="auto",
+        help="its kernels (default auto: what --software and the device have)",
+    )
+    group.add_argument(
+        "--software",
+        choices=tuple(SOFTWARE),
+        default="colrow",
+        help="whose overlap and kernels (default colrow)",
     )
     group.add_argument(
         "--stage-layers", metavar="N,N,...", help="layers of each pipeline stage, when uneven"
@@ -102,9 +134,13 @@ def _add_inference(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--inference", action="store_true", help="plan generation")
     group.add_argument("--batch", type=int, default=1, metavar="N", help="sequences per replica")
     group.add_argument("--prompt", type=int, metavar="N", help="tokens read (default 1024)")
-    group.add_argument("--new-tokens", type=int, default=256, metavar="N")
-    group.add_argument("--weights", choices=tuple(WEIGHT_BYTES), default="fp16")
-    group.add_argument("--kv-cache", choices=tuple(KV_BYTES), default="fp16")
+    group.add_argument("--new-tokens", type=int, default=256, metavar="N", help="(default 256)")
+    group.add_argument(
+        "--weights", choices=tuple(WEIGHT_BYTES), default="fp16", help="their format (default fp16)"
+    )
+    group.add_argument(
+        "--kv-cache", choices=tuple(KV_BYTES), default="fp16", help="its format (default fp16)"
+    )
     group.add_argument(
         "--device-memory", metavar="GB,GB,...", help="unequal devices: split by memory"
     )

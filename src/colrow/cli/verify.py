@@ -90,6 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Verifies and prints the report."""
+    from colrow.checkpoint.locate import find_weights, resolve_model_path
     from colrow.checkpoint.pretrained import pretrained_config
     from colrow.models.config import Layout
 
@@ -99,7 +100,14 @@ def run(args: argparse.Namespace) -> int:
         return _run_in_place(args)
     if args.sequence < 2:
         raise ValueError("--sequence must be at least 2: the loss compares a token with the next")
-    Layout.create(pretrained_config(args.model), args.tp, args.tensor_split)
+    find_weights(resolve_model_path(args.model))
+    config = pretrained_config(args.model)
+    Layout.create(config, args.tp, args.tensor_split)
+    if args.sequence > config.max_positions:
+        raise ValueError(
+            f"--sequence {args.sequence} is longer than the model's context of "
+            f"{config.max_positions} positions: use at most that"
+        )
     report = run_on_ranks(_verify, args, ranks=args.tp)
     if report is None:
         return 0

@@ -9,6 +9,7 @@ from typing import Protocol, cast
 from colrow.checkpoint.locate import resolve_model_path
 
 _REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not (yet) a character
+_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 _NEEDS_EXTRA = "reading a tokenizer needs the package {name}: pip install 'colrow[models]'"
 
 
@@ -74,9 +75,20 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
                 trust_remote_code=False,
             )
     except Exception as cause:  # transformers raises many kinds for files that are not right
-        reason = str(cause).strip().partition("\n")[0] or type(cause).__name__
-        raise ValueError(f"no tokenizer could be read from {path}: {reason}") from cause
+        raise ValueError(
+            f"no tokenizer could be read from {path}: {_reason(path, cause)}"
+        ) from cause
     return cast(Tokenizer, tokenizer)
+
+
+def _reason(path: Path, cause: Exception) -> str:
+    directory = path if path.is_dir() else path.parent
+    if path.suffix != ".gguf" and not any(any(directory.glob(name)) for name in _FILES):
+        return (
+            f"{directory} has none of {', '.join(_FILES)}; copy the files of the tokenizer there "
+            "that the model was trained with (a model trained on bytes has none)"
+        )
+    return str(cause).strip().partition("\n")[0].rstrip(":") or type(cause).__name__
 
 
 def encode_prompt(

@@ -10,7 +10,8 @@ def rank_map(tp: int, dp: int, split: LayerSplit) -> str:
 
     tp is innermost, so that its ranks are inside a host where they fit; then dp, then pp.
     """
-    lines = [f"{tp * dp * split.ranks} ranks = pp {split.ranks} x dp {dp} x tp {tp}"]
+    total = tp * dp * split.ranks
+    lines = [f"{total} rank{'s' * (total > 1)} = pp {split.ranks} x dp {dp} x tp {tp}"]
     if split.ranks == 1:
         return lines[0]
     for pp in range(split.ranks):

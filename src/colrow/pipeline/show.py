@@ -61,7 +61,10 @@ def show(console: Console, timeline: Timeline) -> None:
     ideal = timeline.ideal()
     width = max(20, console.width - _MARGIN)
     longest = max(timeline.seconds, ideal.seconds)
-    for title, what in (("as it ran", timeline), ("if messages took no time", ideal)):
+    for title, what in (
+        ("as it ran", timeline),
+        ("with median times, if messages took none", ideal),
+    ):
         console.print(
             f"{title}: {1e3 * what.seconds:.2f} ms, bubble {what.bubble_fraction:.1%}",
             highlight=False,

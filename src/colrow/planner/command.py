@@ -89,7 +89,10 @@ def _sizes(args: Namespace) -> dict[str, int]:
     if args.dp is None:
         sizes["dp"], rest = divmod(args.gpus, tp * pp)
         if rest or not sizes["dp"]:
-            raise ValueError(f"{args.gpus} devices do not divide by tp × pp = {tp} × {pp}")
+            raise ValueError(
+                f"{args.gpus} devices do not divide by tp × pp = {tp} × {pp}: give a multiple of "
+                f"{tp * pp} as --gpus, or leave it out"
+            )
     dp = sizes["dp"]
     if args.gpus != tp * pp * dp:
         raise ValueError(

@@ -114,6 +114,8 @@ class TrainSettings:
         for name in ("model", "data", "output"):
             if not getattr(self, name):
                 raise ValueError(f"--{name} is needed, on the command line or in the TOML file")
+        if Path(self.output).is_file():
+            raise ValueError(f"--output {self.output} is a file: name a directory")
         self._resolve_microbatches()
         at_least = {1: ("tp", "pp", "global_batch", "steps", "keep", "log_every", "save_every",
                         "eval_sequences"),
@@ -181,8 +183,10 @@ def load_settings(file: str | Path | None, overrides: Mapping[str, Any]) -> Trai
     if file is not None:
         try:
             values = tomllib.loads(Path(file).read_text(encoding="utf-8"))
-        except tomllib.TOMLDecodeError as error:
-            raise ValueError(f"{file} is not TOML: {error}") from error
+        except ValueError as error:  # not TOML, or not even text
+            raise ValueError(
+                f"{file} is not a TOML file of settings ({error}); a model is given as --model"
+            ) from error
     types = get_type_hints(TrainSettings)
     for name, value in values.items():
         if name not in types:

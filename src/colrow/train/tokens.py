@@ -80,7 +80,7 @@ def write_tokens(path: str | Path, documents: Iterable[Encoded], *, vocab_size: 
         vocab_size: ids are below it; up to 65536 they take two bytes, else four.
 
     Raises:
-        ValueError: an id outside the vocabulary.
+        ValueError: an id outside the vocabulary, or no token at all.
     """
     path = Path(path)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -106,6 +106,8 @@ def write_tokens(path: str | Path, documents: Iterable[Encoded], *, vocab_size: 
                     file.write(content)
                     digest.update(content)
                 total += len(ids)
+        if not total:
+            raise ValueError("the text is empty: there is nothing to train on")
         if not masked:
             (part / _COUNTED).unlink()
         meta = {

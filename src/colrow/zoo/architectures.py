@@ -6,6 +6,7 @@ import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -102,9 +103,12 @@ def architectures(only: Sequence[str] | None = None, *, even: bool = False) -> l
         return every
     unknown = [n for n in only if not any(n in (a.model_type, a.name) for a in every)]
     if unknown:
+        names = [a.name for a in every]
+        close = list(dict.fromkeys(m for n in unknown for m in get_close_matches(n, names)))
         raise ValueError(
-            f"transformers has no architecture {', '.join(unknown)} among its causal language "
-            f"models, nor is it one of {', '.join(OTHERS)}; colrow zoo --list shows the names"
+            f"there is no architecture {', '.join(unknown)} here"
+            + (f": did you mean {' or '.join(close)}?" if close else ";")
+            + " colrow zoo --list shows all names"
         )
     return [a for a in every if a.model_type in only or a.name in only]
 
