@@ -152,13 +152,11 @@ class NoDropout(TorchFunctionMode):
         """Replaces dropout by the identity, and the dropout of fused attention by none."""
         if func in DROPOUTS:
             return args[0] if args else (kwargs or {})["input"]
-        options = dict(kwargs or {})
-        if func is F.scaled_dot_product_attention:
-            options["dropout_p"] = 0.0
-            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
-            if len(args) > 4:
-                del options["dropout_p"]
-        return func(*args, **options)
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        if len(args) > 4:
+            return func(*args[:4], 0.0, *args[5:], **(kwargs or {}))
+        return func(*args, **{**(kwargs or {}), "dropout_p": 0.0})
 
 
 DROPOUTS = frozenset(
@@ -242,7 +240,7 @@ class Unit:
             torch.random.fork_rng(devices=[]),
             _replaced(self.module, forwards),
         ):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             try:
                 return self.module(*call.args, **call.kwargs)
             except (
