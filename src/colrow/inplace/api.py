@@ -98,8 +98,12 @@ def parallelize(
         return model
     batch = found.batches[0]
     labels = "input_ids" in batch and knows_loss(model, found.vocabulary)
-    whole = observe(model, batch, with_labels=labels)
-    _split_checked(model, mesh, found, whole, lambda _: observe(model, batch, with_labels=labels))
+    whole = observe(model, batch, with_labels=labels, results=found.results)
+
+    def observed(_: Record) -> Observation:
+        return observe(model, batch, with_labels=labels, drops=whole.drops)
+
+    _split_checked(model, mesh, found, whole, observed)
     return model
 
 
@@ -131,12 +135,15 @@ def _without_values(
             )
             if options.check:
                 labels = "input_ids" in found.batches[0] and knows_loss(model, found.vocabulary)
-                whole = stand_in.observe(found.batches[0], with_labels=labels)
+                whole = stand_in.observe(found, with_labels=labels)
                 emptied: list[Callable[[], None]] = []
 
                 def observed(record: Record) -> Observation:
                     emptied[:] = stand_in.fill(model, record, mesh.device)
-                    return stand_in.observe_split(model, found.batches[0], with_labels=labels)
+                    batch = found.batches[0]
+                    return stand_in.observe_split(
+                        model, batch, with_labels=labels, drops=whole.drops
+                    )
 
                 _split_checked(model, mesh, found, whole, observed)
                 if reader is None:
