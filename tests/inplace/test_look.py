@@ -74,3 +74,5 @@ def test_patterns_of_vectors_and_of_what_reaches_nothing() -> None:
     assert found[1] == {0: [1, 2, 4, 8], -1: [1, 2, 4, 8]}
     assert found[2] == {0: [0b11, 0b1100], -1: [0b11, 0b1100]}
     assert found[3] == {0: [0, 0, 0], -1: [0, 0, 0]}
+    (whole,) = patterns([target.flatten()], [rows])
+    assert whole[0] == [0b1111, 0, 0] and whole[1] == found[0][1]
