@@ -78,7 +78,7 @@ class Twice(nn.Module):
 
 
 def test_a_captured_cache_is_as_it_was_at_the_call() -> None:
-    calls = capture_calls(Twice().double(), [{"x": X}])
+    calls, _ = capture_calls(Twice().double(), [{"x": X}])
     assert [len(calls[f"layers.{i}"].args[1].seen) for i in range(2)] == [0, 1]
 
 

@@ -36,9 +36,9 @@ BLOOM = decoder("b", "bloom", hidden=128, heads=8, layers=4, vocab=512)
 DROPPING = decoder("d", "gpt2", hidden=128, heads=8, layers=8, vocab=512, dropout=0.1)
 
 
-def runs(tp: Any, cases: list[tuple[ModelShape, Layout]]) -> list[list[dict[str, Any]]]:
-    """Each case three times: late releases of sent buffers only add to a peak."""
-    return [[measured(tp, shape, layout) for _ in range(3)] for shape, layout in cases]
+def runs(tp: Any, cases: list[tuple[ModelShape, Layout]]) -> list[dict[str, Any]]:
+    """Each case; where something is sent three steps, since late releases only add to a peak."""
+    return [measured(tp, shape, layout, 3 if tp.size > 1 else 1) for shape, layout in cases]
 
 
 def held(memory: RankMemory) -> float:
@@ -69,10 +69,9 @@ def test_a_real_step_takes_what_is_predicted(ranks: RankPool, tp: int) -> None:
             found, memory = by_rank[rank][index], predicted[rank]
             where = f"{shape.config.family} {layout.describe()} {layout.precision} rank {rank}"
             for part in ("weights", "gradients", "optimizer"):
-                assert found[0][part] == getattr(memory, part), f"{where}: {part}"
-            assert found[0]["calls"] == summarize(tp_calls(shape, layout)), where
-            peak = min(run["peak"] for run in found)
-            assert held(memory) == pytest.approx(peak, rel=0.05), where
+                assert found[part] == getattr(memory, part), f"{where}: {part}"
+            assert found["calls"] == summarize(tp_calls(shape, layout)), where
+            assert held(memory) == pytest.approx(found["peak"], rel=0.05), where
 
 
 def test_four_ranks_send_what_is_predicted(ranks: RankPool) -> None:

@@ -34,8 +34,9 @@ def continue_from(
 ) -> dict[str, list[float]]:
     """Two steps from each of the checkpoints, in this layout; their losses."""
     mesh, found = make_mesh(world, layout), {}
+    stepper = make_stepper(mesh, layout, tokens, seed=7)  # other weights, to be replaced
     for name in names:
-        stepper = make_stepper(mesh, layout, tokens, seed=7)  # other weights, to be replaced
+        stepper.optimizer.state.clear()
         checkpoints = TrainingCheckpoints(directory / name, mesh, group=world.group)
         assert checkpoints.latest() == FIRST
         state = checkpoints.load(FIRST, stepper.model, stepper.optimizer)

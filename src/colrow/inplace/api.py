@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from colrow.inplace.capture import evaluating
 from colrow.inplace.check import (
     Observation,
     agreed_error,
@@ -86,21 +87,15 @@ def parallelize(
         raise ValueError("this model has been parallelised already")
     options = _Options(plan, example_inputs, sequence_parallel, check)
     if is_on_meta(model):
-        return _without_values(model, mesh, weights, options)
+        with evaluating(model):
+            return _without_values(model, mesh, weights, options)
     if weights is not None:
         raise ValueError("weights are for a model on the meta device; this one has its own")
     if tp.size == 1:
         return model
     check_equal_weights(model, tp)
-    found = look(model, tp.size, plan, example_inputs, sequence_parallel=sequence_parallel)
-    if not check:
-        carry_out(model, tp, found, found.vocabulary).settle()
-        return model
-    batch = found.batches[0]
-    labels = "input_ids" in batch and knows_loss(model, found.vocabulary)
-    whole = observe(model, batch, with_labels=labels)
-    _split_checked(model, mesh, found, whole, lambda _: observe(model, batch, with_labels=labels))
-    return model
+    with evaluating(model):
+        return _with_values(model, mesh, options)
 
 
 @dataclass(frozen=True)
@@ -111,6 +106,28 @@ class _Options:
     example_inputs: Mapping[str, Any] | None
     sequence_parallel: bool
     check: bool
+
+
+def _with_values(model: nn.Module, mesh: Mesh, options: _Options) -> nn.Module:
+    found = look(
+        model,
+        mesh.tp.size,
+        options.plan,
+        options.example_inputs,
+        sequence_parallel=options.sequence_parallel,
+    )
+    if not options.check:
+        carry_out(model, mesh.tp, found, found.vocabulary).settle()
+        return model
+    batch = found.batches[0]
+    labels = "input_ids" in batch and knows_loss(model, found.vocabulary)
+    whole = observe(model, batch, with_labels=labels, results=found.results)
+
+    def observed(_: Record) -> Observation:
+        return observe(model, batch, with_labels=labels, drops=whole.drops)
+
+    _split_checked(model, mesh, found, whole, observed)
+    return model
 
 
 def _without_values(
@@ -131,12 +148,15 @@ def _without_values(
             )
             if options.check:
                 labels = "input_ids" in found.batches[0] and knows_loss(model, found.vocabulary)
-                whole = stand_in.observe(found.batches[0], with_labels=labels)
+                whole = stand_in.observe(found, with_labels=labels)
                 emptied: list[Callable[[], None]] = []
 
                 def observed(record: Record) -> Observation:
                     emptied[:] = stand_in.fill(model, record, mesh.device)
-                    return stand_in.observe_split(model, found.batches[0], with_labels=labels)
+                    batch = found.batches[0]
+                    return stand_in.observe_split(
+                        model, batch, with_labels=labels, drops=whole.drops
+                    )
 
                 _split_checked(model, mesh, found, whole, observed)
                 if reader is None:

@@ -51,6 +51,7 @@ class Applier:
                     full = f"{path}.{name}" if path else name
                     self._owners.setdefault(id(parameter), []).append((module, name, full))
         self._split: dict[int, nn.Parameter] = {}
+        self._dropping: dict[int, bool] = {}  # configurations
         self._specs: dict[Any, tuple[ShardSpec, Rows]] = {}  # the rows stay, so that ids are unique
 
     def split(self, module: nn.Module, name: str, dim: int, rows: Rows) -> None:
@@ -109,7 +110,7 @@ class Applier:
         group, rank = proof.group, self.tp.rank
         names = argument_names(module)
         entries: dict[str, Entry] = {}
-        stream = Stream(self.tp) if drops_out(module) else None
+        stream = Stream(self.tp) if drops_out(module, self._dropping) else None
         entered = [c for c in group.columns if c not in proof.cuts.uncut]
         for layer, rows in group.columns.items():
             self._column(name, module, layer, rows, proof, entries, alone=len(entered) == 1)

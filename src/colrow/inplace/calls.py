@@ -6,6 +6,8 @@ import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -53,12 +55,26 @@ class ModuleCall:
 
 def argument_names(module: nn.Module) -> tuple[str, ...]:
     """The names of the positional arguments of the module's forward."""
-    parameters = inspect.signature(module.forward).parameters.values()
+    forward = module.forward
+    if isinstance(forward, MethodType) and isinstance(forward.__func__, FunctionType):
+        return _names_of_method(forward.__func__)
+    return _positional(forward)
+
+
+@cache
+def _names_of_method(function: Callable[..., Any]) -> tuple[str, ...]:
+    return _positional(function)[1:]
+
+
+def _positional(function: Callable[..., Any]) -> tuple[str, ...]:
+    parameters = inspect.signature(function).parameters.values()
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return tuple(p.name for p in parameters if p.kind in kinds)
 
 
 def _map(name: str, value: Any, change: Callable[[Key, Any], Any]) -> Any:
+    if value is None or isinstance(value, Tensor | int | float | str):
+        return change((name, 0), value)
     leaves, spec = pytree.tree_flatten(value)
     return pytree.tree_unflatten([change((name, i), x) for i, x in enumerate(leaves)], spec)
 

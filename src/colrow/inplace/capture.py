@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from colrow.inplace.calls import ModuleCall, private
+from colrow.inplace.calls import ModuleCall, private, tensors_of
 from colrow.reference import FullPrecision
 
 
@@ -67,12 +67,14 @@ def arithmetic_of(model: nn.Module) -> Iterator[None]:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode for every module, each as it was afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    if any(mode for _, mode in modes):
+        model.eval()
     try:
         yield
     finally:
         for module, mode in modes:
-            module.training = mode
+            if module.training != mode:
+                module.training = mode
 
 
 @contextmanager
@@ -95,12 +97,18 @@ def run_example(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         return model(**inputs)
 
 
-def capture_calls(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> dict[str, ModuleCall]:
+def capture_calls(
+    model: nn.Module, batches: Sequence[Mapping[str, Any]]
+) -> tuple[dict[str, ModuleCall], list[Tensor]]:
     """The first call of every module inside ``model`` during forward passes, by name.
 
     Batches after the first may be ones that the model does not take.
+
+    Returns:
+        The calls, and the floating-point results for the first batch.
     """
     calls: dict[str, ModuleCall] = {}
+    results: list[Tensor] = []
 
     def hook(name: str) -> Any:
         def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -118,14 +126,17 @@ def capture_calls(model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> dic
         with torch.no_grad():
             for number, batch in enumerate(batches):
                 try:
-                    run_example(model, batch)
+                    result = run_example(model, batch)
                 except Exception:  # whatever the model's code raises
                     if number == 0:
                         raise
+                    continue
+                if number == 0:
+                    results = [y.detach().clone() for y in tensors_of(result)]
     finally:
         for handle in handles:
             handle.remove()
-    return calls
+    return calls, results
 
 
 def _copied(leaf: Any) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,12 +34,14 @@ class Observation:
         loss: its own loss, or a random combination of its results.
         grads: of that loss, by parameter; empty for models too large to keep them.
         steps: of generation.
+        drops: whether dropout had to be left out of the loss.
     """
 
     results: list[Tensor]
     loss: Tensor | None
     grads: dict[str, Tensor]
     steps: Steps
+    drops: bool = False
 
 
 def observe(
@@ -47,44 +50,56 @@ def observe(
     *,
     with_labels: bool,
     of: Collection[str] | None = None,
+    results: list[Tensor] | None = None,
+    drops: bool = True,
 ) -> Observation:
     """Runs the model, in eval mode; its parameters' own gradients are left alone.
 
     Args:
         of: the parameters whose gradients to take; all by default.
+        results: what the model gives in eval mode without a cache, where that is known.
+        drops: False where it is known that the model's loss takes no dropout in eval mode.
     """
-    with evaluating(model), arithmetic_of(model), torch.no_grad():
-        steps = generated(model, inputs)
-    with evaluating(model), arithmetic_of(model), without_cache(model):
+    with evaluating(model), arithmetic_of(model):
         with torch.no_grad():
-            results = [y.detach().clone() for y in tensors_of(model(**inputs))]
-        named = {
-            n: p for n, p in model.named_parameters() if p.requires_grad and (of is None or n in of)
-        }
-        first = next(model.parameters())
-        if sum(p.numel() for p in named.values()) > _MOST_ELEMENTS or first.element_size() < 4:
-            return Observation(results, None, {}, steps)
-        if not named:
-            return Observation(results, None, {}, steps)
-        try:
-            loss, grads = _gradients(model, inputs, named, with_labels=with_labels)
-        except AssertionError:  # Reformer's backward runs its layers again, and only in training
-            model.train()
-            loss, grads = _gradients(model, inputs, named, with_labels=with_labels)
-    return Observation(results, loss, grads, steps)
+            steps = generated(model, inputs)
+        with without_cache(model):
+            if results is None:
+                with torch.no_grad():
+                    results = [y.detach().clone() for y in tensors_of(model(**inputs))]
+            named = {
+                n: p
+                for n, p in model.named_parameters()
+                if p.requires_grad and (of is None or n in of)
+            }
+            seen = Observation(results, None, {}, steps)
+            size = sum(p.numel() for p in named.values())
+            if not named or size > _MOST_ELEMENTS or next(model.parameters()).element_size() < 4:
+                return seen
+            mode = NoDropout() if drops else None
+            try:
+                loss, grads = _gradients(model, inputs, named, mode, with_labels=with_labels)
+            except AssertionError:  # Reformer's backward runs its layers again, only in training
+                model.train()
+                mode = NoDropout()
+                loss, grads = _gradients(model, inputs, named, mode, with_labels=with_labels)
+            return replace(seen, loss=loss, grads=grads, drops=mode is not None and mode.met)
 
 
 def _gradients(
     model: nn.Module,
     inputs: Mapping[str, Any],
     named: dict[str, nn.Parameter],
+    mode: NoDropout | None,
     *,
     with_labels: bool,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
-    before = {name: parameter.grad for name, parameter in model.named_parameters()}
-    model.zero_grad(set_to_none=True)
+    parameters = list(model.parameters())
+    before = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
     try:
-        with torch.enable_grad(), NoDropout(), torch.random.fork_rng(devices=[]):
+        with torch.enable_grad(), mode or nullcontext(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             loss = _loss(model, inputs, with_labels=with_labels)
             if loss is None:
@@ -93,11 +108,11 @@ def _gradients(
         # Reversible layers leave the gradients of their own parameters there.
         aside = [parameter.grad for parameter in named.values()]
     finally:
-        for name, parameter in model.named_parameters():
-            parameter.grad = before[name]
+        for parameter, grad in zip(parameters, before, strict=True):
+            parameter.grad = grad
     found = {}
-    for name, grad, other in zip(named, grads, aside, strict=True):
-        both = [g for g in (grad, other) if g is not None]
+    for name, mine, other in zip(named, grads, aside, strict=True):
+        both = [g for g in (mine, other) if g is not None]
         if both:
             found[name] = both[0] if len(both) == 1 else both[0] + both[1]
     return loss.detach(), found
@@ -137,7 +152,7 @@ def difference(split: Observation, whole: Observation, record: Record) -> tuple[
             note(_error(y, expected, 0.0), "generation with a cache")
     if split.loss is not None and whole.loss is not None:
         note(_error(split.loss, whole.loss, 0.0), "the loss")
-    largest = max((float(g.norm()) for g in whole.grads.values()), default=0.0)
+    largest = max((_norm(g) for g in whole.grads.values()), default=0.0)
     for name, grad in whole.grads.items():
         spec = record.specs.get(name)
         if spec is not None and spec.dim is not None:
@@ -153,10 +168,16 @@ def _error(a: Tensor, b: Tensor, smallest: float) -> float:
     if a.shape != b.shape:
         return math.inf
     a, b = a.double(), b.double()
-    same = torch.isfinite(b) | (a != b)  # masked results are infinite in both
-    scale = max(float(b[torch.isfinite(b)].norm()), smallest)
-    error = float((a - b)[same].norm())
+    error, scale = _norm(a - b), _norm(b)
+    if not math.isfinite(error) or not math.isfinite(scale):
+        same = torch.isfinite(b) | (a != b)  # masked results are infinite in both
+        error, scale = _norm((a - b)[same]), _norm(b[torch.isfinite(b)])
+    scale = max(scale, smallest)
     return error / scale if scale else error
+
+
+def _norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x))
 
 
 def limit_of(model: nn.Module) -> float:

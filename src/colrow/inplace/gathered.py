@@ -67,12 +67,14 @@ def gathered_layers(
     for _, parameter in model.named_parameters(remove_duplicate=False):
         holders[id(parameter)] = holders.get(id(parameter), 0) + 1
     for name, module in model.named_modules():
-        own = list(module.parameters(recurse=False))
+        own = [p for p in module._parameters.values() if p is not None]
         kind = linear_kind(module)
         if kind is None or name not in calls:
             if not {name, name.rpartition(".")[0]} & calls.keys():
                 continue
-            for last, parameter in module.named_parameters(recurse=False):
+            for last, parameter in module._parameters.items():
+                if parameter is None:
+                    continue
                 free = id(parameter) not in taken and holders[id(parameter)] == 1
                 if (
                     free

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from colrow.inplace.apply import Applier
 from colrow.inplace.attention_weights import refuse_attention_weights
@@ -42,6 +42,7 @@ class _Context:
 
     Attributes:
         runnable: what is run in place of ``model`` where that has no values, inside ``running``.
+        results: of the model for the first batch.
         reserved: layers that have one row for each token.
         allowed: whether a layer may be split; None where all may.
     """
@@ -51,6 +52,7 @@ class _Context:
     running: Callable[[], AbstractContextManager[None]]
     batches: list[Mapping[str, Any]]
     calls: Mapping[str, ModuleCall]
+    results: list[Tensor]
     vocabulary: VocabularyLayers
     reserved: set[str]
     ranks: int
@@ -89,6 +91,11 @@ class Look:
     def batches(self) -> list[Mapping[str, Any]]:
         """Keyword arguments of the forward passes that were looked at."""
         return self.context.batches
+
+    @property
+    def results(self) -> list[Tensor]:
+        """The whole model's floating-point results for the first of them, as it was run."""
+        return self.context.results
 
     @property
     def vocabulary(self) -> VocabularyLayers:
@@ -147,7 +154,7 @@ def look(
         [*example_batches(runnable)] if example_inputs is None else [example_inputs]
     )
     with running():
-        calls = capture_calls(runnable, batches)
+        calls, results = capture_calls(runnable, batches)
     vocabulary = vocabulary_layers(model, set(calls), ranks)
     reserved = vocabulary.names
     if matcher is not None:
@@ -160,6 +167,7 @@ def look(
         running,
         batches,
         calls,
+        results,
         vocabulary,
         reserved,
         ranks,

@@ -97,12 +97,19 @@ def probe(unit: Unit, wanted: set[str], most_units: int = 512) -> dict[str, Reac
         widths = {x.shape[-1] for x in inputs[name]}
         if len(widths) > 1 or not any(x.requires_grad for x in inputs[name]):
             continue
-        if not _any_reaches(inputs[name], leaves[: sum(map(len, outputs.values()))]):
+        live = _reaching(inputs[name], leaves)
+        of_layers = sum(map(len, outputs.values()))
+        if not any(live[:of_layers]):
             continue
         (width,) = widths
         grain = _grain(width, most_units)
         reach = Reach(width, grain)
-        reached = patterns(inputs[name], leaves, grain)
+        some = [leaf for leaf, reaches in zip(leaves, live, strict=True) if reaches]
+        seen = iter(patterns(inputs[name], some, grain, vectors=sum(live[:of_layers])))
+        reached = [
+            next(seen) if reaches else _nothing(leaf)
+            for leaf, reaches in zip(leaves, live, strict=True)
+        ]
         position = 0
         for other, ys in outputs.items():
             reach.outputs[other] = _union([reached[position + i][-1] for i in range(len(ys))])
@@ -119,10 +126,17 @@ def probe(unit: Unit, wanted: set[str], most_units: int = 512) -> dict[str, Reac
     return found
 
 
-def _any_reaches(targets: list[Tensor], leaves: list[Tensor]) -> bool:
+def _reaching(targets: list[Tensor], leaves: list[Tensor]) -> list[bool]:
+    """For each leaf, whether the graph leads from it to a target."""
     total: Any = sum(x.sum() for x in targets if x.requires_grad)
     grads = torch.autograd.grad(total, leaves, retain_graph=True, allow_unused=True)
-    return any(grad is not None for grad in grads)
+    return [grad is not None for grad in grads]
+
+
+def _nothing(leaf: Tensor) -> dict[int, list[int]]:
+    """The patterns of a leaf that reaches nothing."""
+    empty = {dim: [0] * length for dim, length in enumerate(leaf.shape)}
+    return empty | {-1: empty[leaf.dim() - 1] if empty else []}
 
 
 def _union(patterns: list[list[int]]) -> list[int]:
@@ -140,32 +154,39 @@ def _grain(width: int, most_units: int) -> int:
 
 
 def patterns(
-    targets: list[Tensor], leaves: list[Tensor], grain: int = 1
+    targets: list[Tensor], leaves: list[Tensor], grain: int = 1, *, vectors: int = 0
 ) -> list[dict[int, list[int]]]:
-    """For each leaf and dim, for each index, the set of features of the targets it reaches."""
+    """For each leaf and dim, for each index, the set of features of the targets it reaches.
+
+    The last dim is also there as -1.
+
+    Args:
+        vectors: of so many leaves, the first, only the last dim is looked at.
+    """
     whole = targets[0].shape[-1]
     width = -(-whole // grain)
     total = sum(leaf.numel() for leaf in leaves)
     chunk = max(1, min(width, _CHUNK_ELEMENTS // max(1, total)))
-    rows: list[dict[int, list[Tensor]]] = [{} for _ in leaves]
+    dims = [range(x.dim())[-1 if i < vectors else 0 :] for i, x in enumerate(leaves)]
+    rows: list[dict[int, list[Tensor]]] = [{dim: [] for dim in mine} for mine in dims]
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(x.shape, generator=generator, dtype=torch.float64) for x in targets]
     for start in range(0, width, chunk):
         features = range(start, min(width, start + chunk))
         grads = _derivatives(targets, weights, features, leaves, grain)
-        for place, grad in enumerate(grads):
-            for dim in range(leaves[place].dim()):
-                others = tuple(d + 1 for d in range(leaves[place].dim()) if d != dim)
-                hit = torch.zeros(len(features), leaves[place].shape[dim], dtype=torch.bool)
-                if grad is not None:
-                    hit = (grad != 0).any(others) if others else grad != 0
-                rows[place].setdefault(dim, []).append(hit)
-            if not leaves[place].dim():
-                rows[place] = {}
+        for leaf, grad, by_dim in zip(leaves, grads, rows, strict=True):
+            reaches = None if grad is None else grad != 0
+            for dim, parts in by_dim.items():
+                if reaches is None:
+                    hit = torch.zeros(len(features), leaf.shape[dim], dtype=torch.bool)
+                else:
+                    others = tuple(d + 1 for d in range(leaf.dim()) if d != dim)
+                    hit = reaches.any(others) if others else reaches
+                parts.append(hit)
+    found = [{dim: _masks(torch.cat(parts)) for dim, parts in by_dim.items()} for by_dim in rows]
     return [
-        {dim: _masks(torch.cat(parts)) for dim, parts in by_dim.items()}
-        | {-1: _masks(torch.cat(by_dim[max(by_dim)])) if by_dim else []}
-        for by_dim in rows
+        masks | {-1: masks[leaf.dim() - 1] if masks else []}
+        for leaf, masks in zip(leaves, found, strict=True)
     ]
 
 

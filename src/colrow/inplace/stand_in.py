@@ -106,14 +106,20 @@ class StandIn:
             sequence_parallel=sequence_parallel,
         )
 
-    def observe(self, batch: Mapping[str, Any], *, with_labels: bool) -> Observation:
-        """What the whole model gives, with these weights.
+    def observe(self, found: Look, *, with_labels: bool) -> Observation:
+        """What the whole model gives for the batch that it was looked at with.
 
         Raises:
             ValueError: when it gives nothing that could tell right from wrong.
         """
         with self.running():
-            seen = observe(self.model, batch, with_labels=with_labels, of=self._small)
+            seen = observe(
+                self.model,
+                found.batches[0],
+                with_labels=with_labels,
+                of=self._small,
+                results=found.results,
+            )
         results = [y[torch.isfinite(y)] for y in seen.results]
         if not any(y.numel() and float(y.std()) > 0 for y in results):
             raise ValueError(
@@ -135,12 +141,12 @@ class StandIn:
         return emptied
 
     def observe_split(
-        self, model: nn.Module, batch: Mapping[str, Any], *, with_labels: bool
+        self, model: nn.Module, batch: Mapping[str, Any], *, with_labels: bool, drops: bool
     ) -> Observation:
         """What the split model gives once it is filled."""
         first = next(model.parameters())
         inputs = pytree.tree_map(lambda leaf: _placed(leaf, first), dict(batch))
-        return observe(model, inputs, with_labels=with_labels, of=self._small)
+        return observe(model, inputs, with_labels=with_labels, of=self._small, drops=drops)
 
     @property
     def _small(self) -> set[str]:

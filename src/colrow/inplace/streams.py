@@ -49,14 +49,26 @@ def _generator(device: torch.device) -> torch.Generator:
     return torch.default_generator
 
 
-def drops_out(module: nn.Module) -> bool:
-    """Whether a module, or a configuration that it holds, has a probability of dropout."""
+def drops_out(module: nn.Module, configurations: dict[int, bool]) -> bool:
+    """Whether a module, or a configuration that it holds, has a probability of dropout.
+
+    Args:
+        configurations: by id, those whose answer is known; new ones are added.
+    """
     for inner in module.modules():
         if isinstance(inner, nn.Dropout) and inner.p > 0:
             return True
         for name, value in vars(inner).items():
-            values = vars(value) if hasattr(value, "to_dict") else {name: value}
-            for key, number in values.items():
-                if "drop" in key and isinstance(number, float) and number > 0:
+            if hasattr(value, "to_dict"):
+                if id(value) not in configurations:
+                    configurations[id(value)] = any(map(_drops, vars(value).items()))
+                if configurations[id(value)]:
                     return True
+            elif _drops((name, value)):
+                return True
     return False
+
+
+def _drops(item: tuple[str, Any]) -> bool:
+    name, value = item
+    return isinstance(value, float) and "drop" in name and value > 0

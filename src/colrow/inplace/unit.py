@@ -140,7 +140,15 @@ def multiply(kind: str, module: nn.Module, x: Tensor) -> Tensor:
 
 
 class NoDropout(TorchFunctionMode):
-    """Inside it, dropout drops nothing."""
+    """Inside it, dropout drops nothing.
+
+    Attributes:
+        met: whether any was asked for that would have dropped something.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.met = False
 
     def __torch_function__(
         self,
@@ -150,17 +158,19 @@ class NoDropout(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Replaces dropout by the identity, and the dropout of fused attention by none."""
-        if func in DROPOUTS:
-            return args[0] if args else (kwargs or {})["input"]
         options = dict(kwargs or {})
-        if func is F.scaled_dot_product_attention:
-            options["dropout_p"] = 0.0
-            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
-            if len(args) > 4:
-                del options["dropout_p"]
-        return func(*args, **options)
+        if func in DROPOUTS:
+            options.update(zip(("input", "p", "training"), args, strict=False))
+            self.met |= bool(options.get("training", options.get("train", True)))
+            return options["input"]
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **options)
+        options.update(zip(_ATTENTION, args, strict=False))
+        self.met |= options.get("dropout_p", 0.0) > 0
+        return func(**{**options, "dropout_p": 0.0})
 
 
+_ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 DROPOUTS = frozenset(
     {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout}
 )
@@ -242,7 +252,7 @@ class Unit:
             torch.random.fork_rng(devices=[]),
             _replaced(self.module, forwards),
         ):
-            torch.manual_seed(0)
+            torch.default_generator.manual_seed(0)
             try:
                 return self.module(*call.args, **call.kwargs)
             except (
