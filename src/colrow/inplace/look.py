@@ -131,7 +131,7 @@ def look(
         plan = transformers_plan(model)
         if not plan:
             raise ValueError(f"transformers has no plan for {type(model).__name__}; use 'auto'")
-    if isinstance(plan, str) and plan != "auto":
+    if plan != "auto" and not isinstance(plan, Mapping):
         raise ValueError(f"plan={plan!r}: give 'auto', 'transformers' or a dictionary")
     matcher = None if isinstance(plan, str) else check_plan(model, plan)
 
