@@ -99,6 +99,17 @@ def check_saving(tp: ParallelGroup, directory: str) -> None:
         model.save_pretrained(f"{directory}/whole")
     colrow.parallelize(model, mesh)
     colrow.save_pretrained(model, f"{directory}/split")
+    with pytest.raises(NotADirectoryError if tp.rank == 0 else RuntimeError):
+        colrow.save_pretrained(model, f"{directory}/whole/config.json/below")
+    for part in (model, model.transformer):
+        with pytest.raises(ValueError, match="resize the model before it is parallelised"):
+            part.resize_token_embeddings(200)
+        with pytest.raises(ValueError, match=r"call colrow\.save_pretrained"):
+            part.save_pretrained(directory, state_dict=part.state_dict())
+    part = nn.Sequential(model)
+    part.save_pretrained = None  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="only the part '0' of this Sequential"):
+        colrow.save_pretrained(part, directory)
 
 
 def test_files_are_those_of_the_whole_model(ranks: RankPool, tmp_path: Path) -> None:
@@ -200,6 +211,12 @@ def test_plans_that_cannot_be_followed() -> None:
     pair = {"mixed": "colwise", "back": "rowwise"}
     refused(pair | {"norm.weight": "split_parameter"}, "'split_parameter' for norm.weight")()
     refused([*pair], r"give 'auto', 'transformers' or a dictionary")()  # type: ignore[arg-type]
+
+
+def test_a_directory_whose_configuration_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("no JSON")
+    with pytest.raises(ValueError, match=r"config\.json: .*not a valid JSON"):
+        plan_for(tmp_path)
 
 
 def check_row_input(tp: ParallelGroup) -> None:

@@ -33,6 +33,7 @@ from colrow.inplace.vocabulary import (
     split_vocabulary,
     vocabulary_layers,
 )
+from colrow.inplace.whole_only import refuse_what_needs_whole_weights
 from colrow.mesh import ParallelGroup
 
 
@@ -196,6 +197,7 @@ def carry_out(
     split_vocabulary(applier, vocabulary)
     split_loss(applier, vocabulary)
     split_stacks(applier, found.stacks)
+    refuse_what_needs_whole_weights(applier)
     if any(proof.local_results for proofs in found.inference.proofs.values() for proof in proofs):
         applier.hook(model.register_forward_pre_hook(refuse_attention_weights, with_kwargs=True))
     return record
