@@ -126,5 +126,8 @@ def test_a_copy_of_a_model_has_weights_of_its_own(cases: dict[str, tuple[Path, T
         copied.get_parameter("blocks.0.mlp.down.weight").mul_(0)
     after, _ = one_by_one(copied, alone)
     slow, _ = one_by_one(copied.for_decoding(), alone)
+    model.blocks[0].dropout.p = 0.5
+    dropping, _ = one_by_one(model.for_decoding().train(), alone)
+    assert not torch.allclose(dropping, before)
     assert not torch.allclose(after, before)
     assert (after - slow).norm() < 1e-12 * slow.norm()

@@ -44,7 +44,9 @@ class OneToken:
             for parent in self._modules
             for name, child in parent._modules.items()
         ]
-        self._blocks = [_flat(block) for block in blocks if isinstance(block, ParallelBlock)]
+        known = [block for block in blocks if isinstance(block, ParallelBlock)]
+        self._drops = any(block.dropout.p + block.attention.dropout.p for block in known)
+        self._blocks = [_flat(block) for block in known]
 
     def __reduce__(self) -> Any:
         """Nothing: it belongs to these modules, and not to a copy of them."""
@@ -69,6 +71,7 @@ class OneToken:
             and attention_mask is None
             and not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
+            and not (self._drops and self._modules[0].training)
             and not any(m._forward_hooks or m._forward_pre_hooks for m in self._modules)
             and all(children[name] is child for children, name, child in self._places)
         )
