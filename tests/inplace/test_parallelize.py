@@ -145,7 +145,7 @@ def check_ranks_that_disagree(tp: ParallelGroup) -> None:
         plan = {"both": "sideways"} if tp.rank else "auto"
         colrow.parallelize(model, mesh, plan, example_inputs=inputs)
     # Where each rank computes in the model, the one that fails must not go on to a collective.
-    together._TOGETHER = timedelta(seconds=0.2)
+    usual, together._TOGETHER = together._TOGETHER, timedelta(seconds=0.2)
     try:
         if tp.rank:
             with pytest.raises(RuntimeError, match=r"tp rank 1 alone failed .*: of no use"):
@@ -156,7 +156,7 @@ def check_ranks_that_disagree(tp: ParallelGroup) -> None:
             together.all_come("", tp)
         together.all_come("of all", tp)
     finally:
-        together._TOGETHER = timedelta(seconds=30)
+        together._TOGETHER = usual
 
 
 def test_ranks_that_find_different_things_or_fail_alone(ranks: RankPool) -> None:

@@ -25,7 +25,7 @@ from colrow.inplace.meta import give_buffers, is_on_meta, model_of
 from colrow.inplace.plan import Plan
 from colrow.inplace.record import Record, check_whole
 from colrow.inplace.stand_in import StandIn
-from colrow.inplace.together import all_come, look_together
+from colrow.inplace.together import LeftAloneError, all_come, look_together
 from colrow.inplace.vocabulary import VocabularyLayers, knows_loss
 from colrow.mesh import Mesh
 
@@ -235,12 +235,14 @@ class _Attempt:
         self.record = carry_out(self.model, self.mesh.tp, look, layers)
         error, where, raised = math.inf, "", ""
         try:
-            error, where = difference(self.observed(self.record), self.whole, self.record)
-        except Exception as problem:  # whatever the model's code raises
-            where = raised = f"{type(problem).__name__}: {problem}"
-        try:
+            try:
+                error, where = difference(self.observed(self.record), self.whole, self.record)
+            except LeftAloneError:
+                raise
+            except Exception as problem:  # whatever the model's code raises
+                where = raised = f"{type(problem).__name__}: {problem}"
             all_come(raised, self.mesh.tp)
-        except RuntimeError:
+        except LeftAloneError:
             self._restore()
             raise
         worst = agreed_error(error, self.mesh.tp, self.mesh.device)

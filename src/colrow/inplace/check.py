@@ -15,7 +15,8 @@ from colrow.inplace.atoms import indices_of
 from colrow.inplace.calls import tensors_of
 from colrow.inplace.capture import arithmetic_of, evaluating, without_cache
 from colrow.inplace.generation import Steps, generated
-from colrow.inplace.record import Record
+from colrow.inplace.record import Record, record_of
+from colrow.inplace.together import all_come
 from colrow.inplace.unit import NoDropout
 from colrow.mesh import ParallelGroup
 
@@ -52,9 +53,14 @@ def observe(
 
     Args:
         of: the parameters whose gradients to take; all by default.
+
+    Raises:
+        LeftAloneError: as :func:`colrow.inplace.together.all_come`, for a model that is split.
     """
     with evaluating(model), arithmetic_of(model), torch.no_grad():
         steps = generated(model, inputs)
+    if (record := record_of(model)) is not None:
+        all_come(steps.problem, record.tp)
     with evaluating(model), arithmetic_of(model), without_cache(model):
         with torch.no_grad():
             results = [y.detach().clone() for y in tensors_of(model(**inputs))]

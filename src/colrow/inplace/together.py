@@ -14,8 +14,12 @@ from colrow.comm import primitives
 from colrow.inplace.look import Look
 from colrow.mesh import ParallelGroup
 
-# Ranks that fail at the same place come there within a layer's time of each other.
-_TOGETHER = timedelta(seconds=30)
+# Ranks that fail at the same place come there within a layer's time of each other, for few tokens.
+_TOGETHER = timedelta(seconds=10)
+
+
+class LeftAloneError(RuntimeError):
+    """This rank failed alone, and the others compute on without it."""
 
 
 def look_together(find: Callable[[], Look], tp: ParallelGroup, device: torch.device) -> Look:
@@ -65,7 +69,7 @@ def all_come(problem: str, tp: ParallelGroup) -> None:
         problem: of this rank; "" without one.
 
     Raises:
-        RuntimeError: on a rank with a problem, when another has not come within 30 s. That one
+        LeftAloneError: on a rank with a problem, when another has not come within 10 s. That one
             waits until this rank's process ends.
     """
     if tp.group is None:
@@ -81,7 +85,7 @@ def all_come(problem: str, tp: ParallelGroup) -> None:
     try:
         store.wait(keys, _TOGETHER)
     except RuntimeError as missing:  # of another class in each kind of store
-        raise RuntimeError(
+        raise LeftAloneError(
             f"{tp.name} rank {tp.rank} alone failed while the split model was compared with the "
             f"whole one, and has left the others in a collective: {problem}"
         ) from missing
