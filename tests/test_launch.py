@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from colrow._rank_environment import allocator_variables
 from colrow.launch import RankEnvironment, RankFailure, launch, rank_environment
 from tests.ranks import run_world
 
@@ -52,6 +53,10 @@ def listening_addresses(pid: int) -> list[str]:
     return found
 
 
+def allocator_settings() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
+
+
 def fail_on_rank_1(how: str) -> None:
     if meet() == 1:
         if how == "raise":
@@ -88,6 +93,18 @@ def test_results_come_by_rank_and_nothing_listens_beyond_loopback(
     addresses = results[0][4] + results[1][4]
     assert addresses and set(addresses) <= LOOPBACK
     assert "OMP_NUM_THREADS" not in os.environ
+
+
+def test_ranks_keep_freed_memory_unless_the_user_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in allocator_settings():
+        monkeypatch.delenv(name)
+    assert allocator_variables() == {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
+    assert launch(allocator_settings, ranks=2) == [allocator_variables()] * 2
+    assert allocator_settings() == {}
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    assert launch(allocator_settings, ranks=2) == [{"MALLOC_ARENA_MAX": "2"}] * 2
 
 
 def test_the_users_thread_count_wins(monkeypatch: pytest.MonkeyPatch) -> None:

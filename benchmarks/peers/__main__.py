@@ -33,7 +33,8 @@ def main() -> int:
 
     chosen = {name: _chosen(WORKLOADS[name], args.contestants) for name in args.workloads}
     for name, found in chosen.items():
-        _check_memory(WORKLOADS[name], found, args.engines)
+        for engines in _heats(WORKLOADS[name], args.engines):
+            _check_memory(WORKLOADS[name], found, engines)
     args.output.mkdir(parents=True, exist_ok=True)
     about = {"command": " ".join(["python -m benchmarks.peers", *sys.argv[1:]]), **machine(cores)}
     found_results, tables, complete = [], [], True
@@ -41,14 +42,15 @@ def main() -> int:
         workload = WORKLOADS[name]
         say(f"{name}: {workload.describe}")
         directory = prepare(workload, args.model)
-        entries = run(
-            workload, directory, found, args.engines, turns=args.turns, cores=cores, say=say
-        )
-        complete = complete and not any(entry.problem for entry in entries)
-        found_results.append(results(workload, entries))
-        tables.append(table(workload, entries))
-        print(tables[-1], flush=True)
-        _write(args.output, about, found_results, tables)
+        for engines in _heats(workload, args.engines):
+            entries = run(
+                workload, directory, found, engines, turns=args.turns, cores=cores, say=say
+            )
+            complete = complete and not any(entry.problem for entry in entries)
+            found_results.append(results(workload, entries))
+            tables.append(table(workload, entries))
+            print(tables[-1], flush=True)
+            _write(args.output, about, found_results, tables)
     say(f"written to {args.output}")
     return 0 if complete else 1
 
@@ -84,8 +86,14 @@ def _chosen(workload: Workload, names: list[str] | None) -> tuple[Contestant, ..
     return tuple(c for c in everybody if c is everybody[0] or c.name in names)
 
 
+def _heats(workload: Workload, engines: list[str]) -> list[list[str]]:
+    """The engines that race together; each for itself where all would not fit into memory."""
+    apart = isinstance(workload, Training) and workload.long
+    return [[engine] for engine in engines] if apart else [engines]
+
+
 def _check_memory(workload: Workload, chosen: tuple[Contestant, ...], engines: list[str]) -> None:
-    """All contestants of a workload are alive at once: exits when their states would not fit."""
+    """All contestants of a heat are alive at once: exits when their states would not fit."""
     if not isinstance(workload, Training):
         return
     alive = sum(len(engines) if contestant.split else 1 for contestant in chosen)

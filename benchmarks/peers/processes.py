@@ -17,6 +17,7 @@ from typing import Any
 
 from benchmarks.peers.contestants import Contestant
 from benchmarks.peers.workloads import Workload
+from colrow._rank_environment import allocator_variables
 
 SECONDS_TO_ANSWER = 600.0
 
@@ -63,7 +64,7 @@ class Processes:
                     stdout=subprocess.PIPE,
                     stderr=self._logs[rank],
                     text=True,
-                    env=_environment(rank, contestant.ranks, threads, port),
+                    env=_environment(contestant, rank, threads, port),
                 )
                 self._ranks.append(process)
                 self._answers.append(_reader(process))
@@ -135,10 +136,16 @@ def _reader(process: subprocess.Popen[str]) -> queue.Queue[str]:
     return lines
 
 
-def _environment(rank: int, ranks: int, threads: int, port: int) -> dict[str, str]:
-    """torchrun's variables, everything on loopback, and nothing fetched."""
+def _environment(contestant: Contestant, rank: int, threads: int, port: int) -> dict[str, str]:
+    """torchrun's variables, everything on loopback, and nothing fetched.
+
+    colrow's ranks are also told what its own launcher tells them.
+    """
+    ranks = contestant.ranks
+    own = contestant.split and contestant.name.startswith("colrow")
     environment = {
         **os.environ,
+        **(allocator_variables() if own else {}),
         "OMP_NUM_THREADS": str(threads),
         "GLOO_SOCKET_IFNAME": "lo",
         "HF_HUB_OFFLINE": "1",

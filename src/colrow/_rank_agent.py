@@ -44,7 +44,7 @@ from torch.distributed.elastic.rendezvous.api import (
     RendezvousStoreInfo,
 )
 
-from colrow._rank_environment import STORE_VARIABLE
+from colrow._rank_environment import STORE_VARIABLE, allocator_variables
 from colrow.launch import BAD_INPUT, RankFailure, error_message
 
 T = TypeVar("T")
@@ -170,6 +170,7 @@ class _Agent(LocalElasticAgent):
         environment = {
             STORE_VARIABLE: str(self.attempt_directory / "store"),
             "OMP_NUM_THREADS": str(self._threads),
+            **allocator_variables(),
             "TORCHELASTIC_SIGNALS_TO_HANDLE": ",".join(
                 number.name for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN
             ),

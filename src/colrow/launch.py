@@ -100,7 +100,9 @@ def launch(
 
     The processes are started ("spawn") and watched by torchrun's agent; each calls ``function``
     with the environment that :func:`colrow.init_mesh` reads. Everything listens on loopback only.
-    One rank needs no process: the function is called here.
+    One rank needs no process: the function is called here. Ranks keep the host memory that they
+    free for their next step (glibc's MALLOC_MMAP_MAX_ and MALLOC_TRIM_THRESHOLD_), unless the
+    environment says something of MALLOC_*, GLIBC_TUNABLES or LD_PRELOAD.
 
     Args:
         function: importable by name, or defined in the script that runs.

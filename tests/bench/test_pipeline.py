@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,15 @@ def measured(_: ParallelGroup, settings: PipelineSettings) -> PipelineMeasuremen
 @pytest.mark.parametrize("schedule", ["1f1b", "zbv"])
 def test_every_action_and_every_message_is_there(ranks: RankPool, schedule: str) -> None:
     settings = PipelineSettings(
-        CONFIG, 2, tp=2, schedule=schedule, microbatches=4, sequence=8, runs=3, warmup=1
+        CONFIG,
+        2,
+        tp=2,
+        schedule=schedule,
+        microbatches=4,
+        tensor_split="3,1" if schedule == "zbv" else "",
+        sequence=8,
+        runs=3,
+        warmup=1,
     )
     found = ranks(4, measured, settings)
     assert found[1:] == [None] * 3
@@ -45,7 +54,7 @@ def test_every_action_and_every_message_is_there(ranks: RankPool, schedule: str)
         assert first.step.time(rank).communication > 0  # every stage has collectives of tp
         predicted = predict_pipeline_step(
             CONFIG,
-            Layout.create(CONFIG, 2),
+            Layout.create(CONFIG, 2, settings.tensor_split),
             settings.split,
             settings.schedule,
             tp_rank=0,
@@ -57,6 +66,9 @@ def test_every_action_and_every_message_is_there(ranks: RankPool, schedule: str)
         sent = [call.bytes for call in predicted if call.op == "send"]
         assert (first.sent_messages[rank], first.sent_bytes[rank]) == (len(sent), sum(sent))
         assert first.kept_bytes[rank] > 0
+    if settings.tensor_split:  # the rank that is measured has the larger shares
+        even = ranks(4, measured, replace(settings, tensor_split="", runs=1))[0]
+        assert all(a > b for a, b in zip(first.kept_bytes, even.kept_bytes, strict=True))
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,6 +98,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--pp", "2", "--what", "mlp"], "--pp runs the whole model: leave --what mlp out"),
         (["--pp", "2", "--plot", "x.png"], "is --timeline FILE, not --plot"),
         (["--pp", "2", "--tp", "1,2"], "--pp takes one tensor-parallel size, not 2"),
+        (["--pp", "2", "--tp", "2", "--tensor-split", "1"], "for a tensor-parallel size of 2"),
         (["--pp", "1"], "pp=1: a pipeline has at least 2 ranks"),
         (["--pp", "4", "--microbatches", "3"], "schedule=1f1b fills its 4 stages with at least"),
         (["--pp", "200"], "need at least as many layers, and the model has 96"),

@@ -117,7 +117,7 @@ def test_tokens_are_those_of_transformers(
 def variants(world: ParallelGroup, pipe: Pipe, path: str, ends: list[int]) -> list[Any]:
     """One row alone, rows that end at different steps, and sampled tokens."""
     ids, mask = models.prompts()
-    model, heard = pipe.load(world, path), []
+    model, heard = pipe.load(world, path).for_decoding(), []
     one = generate(model, ids[:1], max_new_tokens=4).token_ids
     ended = generate(
         model,

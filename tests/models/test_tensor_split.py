@@ -9,13 +9,19 @@ import pytest
 import torch
 
 import colrow
+from colrow.bench import subjects
+from colrow.bench.result import BenchSettings
 from colrow.cli import main
 from colrow.comm.collectives import gather_from_tp
 from colrow.differences import relative_error
-from colrow.mesh import ParallelGroup
+from colrow.mesh import Mesh, ParallelGroup
 from colrow.models.config import Layout, num_parameters
+from colrow.models.decoder import Decoder
 from colrow.planner.catalog import find_model
 from colrow.traffic import dry_run, record_step
+from colrow.train.model import build_model
+from colrow.train.settings import TrainSettings
+from colrow.verify import verify
 from tests.models import tiny
 from tests.ranks import RankPool
 
@@ -148,6 +154,33 @@ def test_collectives_of_unequal_shards_are_predicted_for_any_model() -> None:
             rank=1,
         )
         assert found.equal and found.recorded
+
+
+def commanded(tp: ParallelGroup, path: Path) -> list[tuple[int, ...]]:
+    """Query heads by rank in the models that verify, train and bench make."""
+    one = ParallelGroup.single
+    mesh = Mesh(tp, one("dp"), one("pp"), None, torch.device("cpu"))
+    report = verify(path, mesh, dtype=torch.float64, tensor_split="2,1", new_tokens=1)
+    found = [] if report is None else [tuple(query for query, _ in report.heads_per_rank)]
+    assert report is None or report.passed
+    common: dict[str, Any] = {"data": "d", "output": "o", "tp": 2, "tensor_split": "2,1"}
+    for model in (path, path / "config.json"):
+        trained = build_model(TrainSettings(model=str(model), **common), mesh)
+        found.append(trained.layout.heads.query.sizes)
+    made: list[Decoder] = []
+
+    def noted(*args: Any, **options: Any) -> Decoder:
+        made.append(colrow.from_config(*args, **options))
+        return made[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subjects, "from_config", noted)
+        subjects.subjects(BenchSettings(trained.config, "block", 1, 4, tensor_split="2,1"), mesh)
+    return [*found, made[0].layout.heads.query.sizes]
+
+
+def test_verify_train_and_bench_divide_by_it(ranks: RankPool, tiny_models: Path) -> None:
+    assert ranks(2, commanded, tiny_models / "qwen2")[0] == [(6, 3)] * 4
 
 
 def test_commands_take_the_split(capsys: pytest.CaptureFixture[str]) -> None:

@@ -36,11 +36,16 @@ class Pipe:
     dp: int = 1
     schedule: Schedule = "1f1b"
     split: str | None = None
+    stages_per_rank: int = 0
+    tensor_split: str = ""
     sequence_parallel: bool = False
     fsdp: bool = False
     microbatch: int = 2
     tied: bool = True
+    layers: int = LAYERS
     dropout: float = 0.0
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
     recompute: str = "none"
 
     @property
@@ -53,7 +58,7 @@ class Pipe:
 
     @property
     def config(self) -> dict[str, Any]:
-        return TIED if self.tied else UNTIED
+        return {**(TIED if self.tied else UNTIED), "num_hidden_layers": self.layers}
 
     def __str__(self) -> str:
         parts = [f"pp{self.pp}", self.schedule]
@@ -62,6 +67,8 @@ class Pipe:
         parts += ["sp"] if self.sequence_parallel else []
         parts += ["fsdp"] if self.fsdp else []
         parts += [] if self.tied else ["untied"]
+        parts += [f"{self.stages_per_rank}-stages"] if self.stages_per_rank else []
+        parts += [f"shares-{self.tensor_split}"] if self.tensor_split else []
         return "-".join([*parts, self.split] if self.split else parts)
 
 
@@ -83,7 +90,7 @@ def make_one(pipe: Pipe, tokens: Path) -> Stepper:
     mesh = colrow.init_mesh(device="cpu")
     return Stepper(
         model,
-        parallelize(model, mesh),
+        parallelize(model, mesh, label_smoothing=pipe.label_smoothing, z_loss=pipe.z_loss),
         adamw(model),
         mesh,
         _order(tokens),
@@ -108,7 +115,8 @@ def make_stepper(
         dtype=dtype,
         sequence_parallel=pipe.sequence_parallel,
         overlap=pipe.schedule not in ZERO_BUBBLE,
-        layer_split=split_for(config, pipe.pp, pipe.schedule, pipe.split),
+        layer_split=split_for(config, pipe.pp, pipe.schedule, pipe.split, pipe.stages_per_rank),
+        tensor_split=pipe.tensor_split,
     ).train()
     if pipe.dropout:
         set_dropout(model, pipe.dropout)
@@ -121,6 +129,8 @@ def make_stepper(
         sequence=SEQUENCE,
         fsdp=pipe.fsdp,
         recompute=pipe.recompute,  # type: ignore[arg-type]
+        label_smoothing=pipe.label_smoothing,
+        z_loss=pipe.z_loss,
     )
     return Stepper(
         model,

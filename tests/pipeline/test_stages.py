@@ -16,6 +16,7 @@ from colrow.models.stages import Costs, LayerSplit, balanced
 from colrow.pipeline.balance import planned_costs
 from colrow.pipeline.ranks import rank_map
 from colrow.pipeline.runner import PipelineRunner
+from colrow.pipeline.schedules import Schedule
 from colrow.pipeline.settings import check_schedule, schedule_named, split_for
 from colrow.train.settings import TrainSettings
 from tests.pipeline.layouts import TIED, Pipe, make_mesh
@@ -80,10 +81,16 @@ def test_a_large_head_takes_layers_from_its_stage() -> None:
     assert balanced(12, 2, Costs(0, 1, 0)) == (6, 6)
 
 
+@pytest.mark.parametrize("schedule", ["interleaved", "zero-bubble", "zbv"])
+def test_one_rank_has_one_stage_whatever_the_schedule(schedule: Schedule) -> None:
+    for stages in (0, 2):
+        assert split_for(config(), 1, schedule, stages_per_rank=stages).sizes == (4,)
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: sizes(4, 2, "3,1,1"), "has 3 numbers for 2 pipeline ranks"),
+        (lambda: sizes(4, 2, "3,1,1"), "has 3 numbers for 2 pipeline ranks: give one for each"),
         (lambda: sizes(4, 2, "3;1"), "should be numbers with commas"),
         (lambda: sizes(4, 2, "4,0"), "positive numbers"),
         (lambda: sizes(4, 2, "100,1"), "leaves stage 1 without a layer"),

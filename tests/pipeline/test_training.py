@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from colrow.mesh import ParallelGroup
 from colrow.pipeline.communication import predict_pipeline_step
 from colrow.pipeline.runner import PipelineRunner
 from colrow.train.batches import Order, Windows
-from colrow.train.step import evaluate
-from colrow.train.tokens import TokenFile
+from colrow.train.step import Stepper, counted, evaluate
+from colrow.train.tokens import Encoded, TokenFile, write_tokens
 from tests.pipeline.layouts import (
     GLOBAL_BATCH,
     SEQUENCE,
@@ -25,21 +26,22 @@ from tests.pipeline.layouts import (
     make_one,
     make_stepper,
 )
-from tests.ranks import RankPool, run_world
+from tests.ranks import RankError, RankPool, run_world
 from tests.train.layouts import RATE, STEPS, reference
 
 PIPES = [
     Pipe(schedule="gpipe"),
     Pipe(schedule="1f1b", split="3,1"),
     Pipe(schedule="interleaved"),
+    Pipe(schedule="interleaved", stages_per_rank=3, layers=6),
     Pipe(schedule="zero-bubble"),
     Pipe(schedule="zbv", tied=False),
     Pipe(schedule="zbv"),
     Pipe(pp=3, split="1,2,1", tied=False),
     Pipe(pp=4),
-    Pipe(tp=2, sequence_parallel=True),
+    Pipe(tp=2, split="3,1", tensor_split="3,1", sequence_parallel=True),
     Pipe(tp=2, schedule="interleaved", tied=False),
-    Pipe(tp=2, schedule="zero-bubble"),
+    Pipe(tp=2, schedule="zero-bubble", tensor_split="1,3"),
     Pipe(tp=2, schedule="zbv", sequence_parallel=True),
     Pipe(dp=2, schedule="1f1b"),
     Pipe(dp=2, schedule="zbv"),
@@ -49,6 +51,7 @@ PIPES = [
 LONG = [
     Pipe(pp=3, split="1,2,1"),
     Pipe(pp=3, schedule="zero-bubble"),
+    Pipe(schedule="zero-bubble", stages_per_rank=3, layers=6),
     Pipe(tp=2, dp=2, sequence_parallel=True),
     Pipe(tp=2, dp=2, sequence_parallel=True, fsdp=True),
     Pipe(tp=2, dp=2, schedule="interleaved", fsdp=True, tied=False),
@@ -139,32 +142,68 @@ def test_curves_of_twenty_steps(tokens: Path, pipe: Pipe) -> None:
     compare(found, pipe, tokens, 20)
 
 
-def with_dropout(world: ParallelGroup | None, pipe: Pipe, tokens: Path) -> list[float]:
-    """Losses of steps and of an evaluation, which drops nothing."""
-    stepper = make_stepper(make_mesh(world, pipe), pipe, tokens)
-    losses = [stepper.step(index, RATE).loss for index in range(2)]
+@pytest.fixture(scope="module")
+def questions(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The text with every other sequence and an end of the rest that do not count."""
+    ids = TokenFile.open(tokens).ids.tolist()
+    counted = [i // 16 % 2 == 1 and 0 < i % 16 <= 1 + i // 48 % 14 for i in range(len(ids))]
+    path = tmp_path_factory.mktemp("questions") / "tokens"
+    write_tokens(path, [Encoded(ids, counted)], vocab_size=257)
+    return path
+
+
+def losses_and_norms(stepper: Stepper) -> list[float]:
+    """Of two steps, and the loss of an evaluation, which drops nothing."""
+    steps = [stepper.step(index, RATE) for index in range(2)]
     windows = stepper.order.windows
     held = evaluate(stepper.loss, stepper.mesh, windows, microbatch=2, sequences=7)
-    return [*losses, held]
+    return [*(value for step in steps for value in (step.loss, step.grad_norm)), held]
 
 
-def test_dropout_and_evaluation_do_not_depend_on_the_pipeline(
-    ranks: RankPool, tokens: Path
+def in_a_pipeline(world: ParallelGroup | None, pipe: Pipe, tokens: Path) -> list[float]:
+    return losses_and_norms(make_stepper(make_mesh(world, pipe), pipe, tokens))
+
+
+def test_dropout_evaluation_and_what_counts_do_not_depend_on_the_pipeline(
+    ranks: RankPool, questions: Path
 ) -> None:
-    alone = make_one(Pipe(dropout=0.2), tokens)
-    windows = alone.order.windows
-    expected = [alone.step(index, RATE).loss for index in range(2)]
-    expected.append(evaluate(alone.loss, alone.mesh, windows, microbatch=2, sequences=7))
-    without = make_one(Pipe(), tokens).step(0, RATE).loss
-    assert expected[0] != pytest.approx(without, rel=1e-4)
+    same: dict[str, Any] = {"dropout": 0.2, "label_smoothing": 0.1, "z_loss": 0.01}
+    alone = make_one(Pipe(**same), questions)
+    batches = alone._microbatches(0)
+    counts = [counted(labels) for _, labels, _ in batches]
+    assert min(counts) == 0 and len(set(counts)) > 2
+    expected = losses_and_norms(alone)
+    for option in same:
+        without = make_one(Pipe(**{**same, option: 0.0}), questions).step(0, RATE).loss
+        assert expected[0] != pytest.approx(without, rel=1e-4), option
     for pipe in (
-        Pipe(dropout=0.2, recompute="full", schedule="interleaved"),
-        Pipe(dropout=0.2, recompute="selective", schedule="gpipe"),
-        Pipe(dropout=0.2, schedule="zbv", tp=2, sequence_parallel=True),
-        Pipe(dropout=0.2, dp=2),
+        Pipe(**same, recompute="full", schedule="interleaved"),
+        Pipe(**same, recompute="selective", schedule="gpipe"),
+        Pipe(**same, schedule="zbv", tp=2, tensor_split="2,1", sequence_parallel=True),
+        Pipe(**same, dp=2),
     ):
-        for found in ranks(pipe.ranks, with_dropout, pipe, tokens):
-            assert found == pytest.approx(expected, rel=1e-12), pipe
+        for found in ranks(pipe.ranks, in_a_pipeline, pipe, questions):
+            assert found == pytest.approx(expected, rel=1e-11), pipe
+
+
+def refused(world: ParallelGroup, pipe: Pipe, tokens: Path, what: str) -> None:
+    stepper = make_stepper(make_mesh(world, pipe), pipe, tokens)
+    assert isinstance(stepper.loss, PipelineRunner)
+    batches = stepper._microbatches(0)
+    if what == "gradients":
+        stepper.loss.backward(batches, 1.0)
+    stepper.loss.backward(batches if what == "gradients" else batches[:3], 1.0)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"), [("gradients", "zero_grad"), ("batches", r"not \[\(2, 17\)")]
+)
+def test_gradients_that_would_count_twice_and_other_batches_are_refused(
+    ranks: RankPool, tokens: Path, what: str, message: str
+) -> None:
+    with pytest.raises(RankError, match=message) as caught:
+        ranks(2, refused, Pipe(), tokens, what)
+    assert sorted(caught.value.errors) == [0, 1]
 
 
 def on_mpi(pipe: Pipe, tokens: Path) -> tuple[Found, str]:

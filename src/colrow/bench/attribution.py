@@ -18,7 +18,7 @@ _MATMULS = {
         "_addmm_activation",
         "mkldnn_linear",
     )
-}
+} | {"mkldnn::_linear_pointwise"}
 _ATTENTION = (
     "aten::scaled_dot_product_attention",
     "aten::_scaled_dot_product",

@@ -89,6 +89,7 @@ def _runner(settings: PipelineSettings, mesh: Mesh) -> PipelineRunner:
         sequence_parallel=settings.sequence_parallel,
         overlap=settings.schedule not in ZERO_BUBBLE,
         layer_split=settings.split,
+        tensor_split=settings.tensor_split,
     ).train()
     return PipelineRunner(
         model,

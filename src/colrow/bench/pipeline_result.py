@@ -27,6 +27,7 @@ class PipelineSettings:
         batch, sequence: of a microbatch.
         layer_split: layers or shares of the ranks, such as "3,1"; "" balances them.
         stages_per_rank: 0 for as many as the schedule needs at least.
+        tensor_split: the tp ranks' shares of every tensor, such as "2,1"; "" for equal ones.
         sequence_parallel, dtype ("float32", ...): of the layers.
         runs: steps that are recorded; the one of median length is shown.
         warmup: steps before these.
@@ -46,6 +47,7 @@ class PipelineSettings:
     sequence: int = 128
     layer_split: str = ""
     stages_per_rank: int = 0
+    tensor_split: str = ""
     sequence_parallel: bool = False
     dtype: str = "float32"
     runs: int = 10

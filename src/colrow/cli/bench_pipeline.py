@@ -64,8 +64,6 @@ def check_arguments(args: argparse.Namespace) -> None:
         if given:
             raise ValueError(f"--{given[0].replace('_', '-')} is of a pipeline: give --pp too")
         return
-    if args.tensor_split:
-        raise ValueError("--pp measures ranks with equal shares: leave --tensor-split out")
     if args.decode:
         raise ValueError("--pp measures steps of training: leave --decode out")
     if args.what not in (None, "model"):
@@ -91,6 +89,7 @@ def run(args: argparse.Namespace, config: ModelConfig) -> int:
         sequence=args.sequence,
         layer_split=args.layer_split or "",
         stages_per_rank=args.stages_per_rank or 0,
+        tensor_split=args.tensor_split or "",
         sequence_parallel=args.sequence_parallel,
         dtype=DTYPES[args.dtype],
         runs=args.runs,
@@ -98,7 +97,7 @@ def run(args: argparse.Namespace, config: ModelConfig) -> int:
         device=args.device,
         engine=args.engine,
     )
-    Layout.create(config, settings.tp)
+    Layout.create(config, settings.tp, settings.tensor_split)
     if args.timeline:
         from colrow.bench.plot import check_matplotlib
 
@@ -129,7 +128,10 @@ def _measure(settings: PipelineSettings) -> PipelineMeasurement | None:
 
 def _title(settings: PipelineSettings) -> str:
     tp = f" x tp {settings.tp}" if settings.tp > 1 else ""
-    return f"{settings.schedule}, pp {settings.pp}{tp}, {settings.microbatches} microbatches"
+    shares = f" in {settings.tensor_split} (here rank 0 of tp)" if settings.tensor_split else ""
+    return (
+        f"{settings.schedule}, pp {settings.pp}{tp}{shares}, {settings.microbatches} microbatches"
+    )
 
 
 def _show(console: Console, settings: PipelineSettings, found: PipelineMeasurement) -> None:

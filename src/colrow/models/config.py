@@ -144,7 +144,7 @@ class Layout:
             raise ValueError(
                 f"the tensor split {_text(shares)} has {len(shares)} "
                 f"number{'s' if len(shares) > 1 else ''} for a tensor-parallel size of {tp_size}: "
-                "give one for each rank"
+                "give one for each rank, or leave it out"
             )
         for what, length in (
             ("query heads", config.num_heads),

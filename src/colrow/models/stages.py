@@ -86,7 +86,7 @@ class LayerSplit:
         if min(self.sizes) < 1:
             raise ValueError(
                 f"the layer split {list(self.sizes)} leaves stage {self.sizes.index(0)} without a "
-                "layer: every stage needs at least one"
+                "layer: every stage needs at least one, so give that one a larger share"
             )
 
     @classmethod
@@ -124,8 +124,10 @@ class LayerSplit:
         numbers = parse_shares(split, "layer split")
         if len(numbers) not in (ranks, stages):
             raise ValueError(
-                f"the layer split {split!r} has {len(numbers)} numbers for {ranks} pipeline ranks"
+                f"the layer split {split!r} has {len(numbers)} number{_s(len(numbers))} for "
+                f"{ranks} pipeline rank{_s(ranks)}"
                 + (f" (or {stages} stages)" if stages != ranks else "")
+                + ": give one for each, or leave it out"
             )
         literal = sum(numbers) == layers and all(n == int(n) for n in numbers)
         if len(numbers) == stages:
@@ -184,6 +186,10 @@ def place(stage: int, ranks: int, v_shaped: bool) -> int:
     """The rank of a stage: round and round, or there and back."""
     turn, at = divmod(stage, ranks)
     return ranks - 1 - at if v_shaped and turn % 2 else at
+
+
+def _s(count: int) -> str:
+    return "" if count == 1 else "s"
 
 
 @dataclass(frozen=True)

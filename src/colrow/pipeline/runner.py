@@ -100,7 +100,7 @@ class PipelineRunner:
             self._fully_shard(compute_dtype)
         messages = Messages(mesh.pp)
         self.stages = [self._stage(module, messages, microbatch) for module in self.modules]
-        self._microbatch = microbatch
+        self._shapes = [(microbatch, sequence)] * microbatches
         self.schedule = build_schedule(schedule, self.stages, microbatches, self._scaled)
 
     @property
@@ -109,7 +109,7 @@ class PipelineRunner:
         return any(stage.is_last for stage in self.model.stages)
 
     def backward(self, batches: Sequence[tuple[Tensor, Tensor, int]], scale: float) -> list[Tensor]:
-        """Adds the gradients of the sum over all microbatches of all dp ranks, times ``scale``.
+        """Gradients of the loss summed over all microbatches of all dp ranks, times ``scale``.
 
         Args:
             batches: ids, labels ``[microbatch, sequence]`` and dropout key of each microbatch of
@@ -118,9 +118,14 @@ class PipelineRunner:
         Returns:
             The summed loss of each microbatch on the ranks of the last stage, else nothing.
 
+        Raises:
+            ValueError: other microbatches than those that the runner was made for, or parameters
+                with gradients of a step before.
+
         Communicates: as the layers do, hidden states and their gradients between stages, and then
         the gradients of tied embeddings and replicas (see :mod:`colrow.pipeline.gradients`).
         """
+        self._check(batches)
         # FSDP2 takes the mean over dp.
         self._scale = scale * (self.mesh.dp.size if self.sharded else 1)
         ids = torch.cat([batch[0] for batch in batches])
@@ -165,6 +170,19 @@ class PipelineRunner:
         for module in self.modules:
             module.train()
         return here if self.has_loss else []
+
+    def _check(self, batches: Sequence[tuple[Tensor, Tensor, int]]) -> None:
+        shapes = [tuple(batch[0].shape) for batch in batches]
+        if shapes != self._shapes:
+            raise ValueError(
+                f"this pipeline takes microbatches of the shapes {self._shapes}, not {shapes}"
+            )
+        # What follows the schedule sums whole gradients over ranks: older ones would count again.
+        if any(parameter.grad is not None for parameter in self.model.parameters()):
+            raise ValueError(
+                "the parameters have gradients of a step before, which sums over ranks would count "
+                "again: call zero_grad() first, and give all microbatches of a step at once"
+            )
 
     def _through(
         self,

@@ -33,16 +33,16 @@ def split_for(
     Args:
         ranks: pipeline-parallel size.
         layer_split, costs: as for :meth:`LayerSplit.create`.
-        stages_per_rank: 0 for the fewest that the schedule takes.
+        stages_per_rank: 0 for the fewest that the schedule takes. On one rank there is one stage.
 
     Raises:
         ValueError: stages that do not go with the schedule or the model.
     """
-    several = schedule in _SEVERAL
-    count = stages_per_rank or (2 if several else 1)
-    if several and ranks == 1:
+    single = schedule in ("gpipe", "1f1b")
+    count = stages_per_rank or (2 if schedule in _SEVERAL else 1)
+    if ranks == 1 and not single:
         count = 1
-    elif schedule in ("gpipe", "1f1b") and count != 1:
+    elif single and count != 1:
         raise ValueError(
             f"schedule={schedule} has one stage on each rank, not {count}: use interleaved or "
             "zero-bubble for several"

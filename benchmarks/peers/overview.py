@@ -1,0 +1,81 @@
+"""``python -m benchmarks.peers.overview FILE``: the README's table of a results.json."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROWS = (
+    ("train-256", "step_seconds", "training step, hidden 256"),
+    ("train-1024", "step_seconds", "training step, hidden 1024"),
+    ("decode-fp32", "token_seconds", "SmolLM2, a token, fp32"),
+    ("decode-bf16", "token_seconds", "SmolLM2, a token, bf16"),
+    ("decode-fp32", "first_token_seconds", "first token after 512, fp32"),
+    ("decode-bf16", "first_token_seconds", "first token after 512, bf16"),
+)
+# Everybody as it comes: the peers on Gloo, colrow on the engine that it chooses here.
+COLUMNS = (
+    ("colrow", "mpi", "colrow, tp=2"),
+    ("unsplit", None, "unsplit, 2 threads"),
+    ("dtensor", "gloo", "DTensor, tp=2"),
+    ("megatron", "gloo", "Megatron-Core layers, tp=2"),
+    ("transformers-3", "gloo", "transformers, tp=3"),
+    ("deepspeed", "gloo", "DeepSpeed AutoTP, tp=2"),
+)
+
+
+def overview(results: Sequence[dict[str, Any]]) -> str:
+    """Medians in milliseconds, and how many times faster colrow is, in Markdown.
+
+    The unsplit process's are of the race that colrow's engine took part in.
+
+    Args:
+        results: "results" of a results.json.
+    """
+    lines = [
+        _row(["ms", *(heading for _, _, heading in COLUMNS)]),
+        _row(["---"] * (1 + len(COLUMNS))),
+    ]
+    for workload, metric, heading in ROWS:
+        races = [r["contestants"] for r in results if r["workload"]["name"] == workload]
+        own = next((r for r in races if _median(r, "colrow", "mpi", metric)), [])
+        ours = _median(own, "colrow", "mpi", metric)
+        cells = [heading]
+        for name, engine, _ in COLUMNS:
+            found = [_median(r, name, engine, metric) for r in (own, *races)]
+            median = next((value for value in found if value), None)
+            cells.append(_cell(median, ours, name))
+        lines.append(_row(cells))
+    return "\n".join(lines)
+
+
+def _median(
+    race: Sequence[dict[str, Any]], name: str, engine: str | None, metric: str
+) -> float | None:
+    for contestant in race:
+        if (contestant["name"], contestant["engine"]) == (name, engine):
+            median: float | None = contestant["summary"].get(metric, {}).get("median")
+            return median
+    return None
+
+
+def _cell(median: float | None, ours: float | None, name: str) -> str:
+    if median is None:
+        return "-"
+    milliseconds = f"{1e3 * median:.0f}" if median >= 0.1 else f"{1e3 * median:.1f}"
+    if name == "colrow" or ours is None:
+        return f"**{milliseconds}**"
+    return f"{milliseconds} ({median / ours:.2f}x)"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    print(overview(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))["results"]))
