@@ -139,6 +139,8 @@ def test_without_a_launcher_the_world_is_one() -> None:
         ValueError, match=r"1 rank cannot be arranged as tp=2.*torchrun --nproc-per-node 2"
     ):
         init_mesh(tp=2)
+    with pytest.raises(ValueError, match="engine='ucx': must be"):
+        init_mesh(engine="ucx")
     with pytest.raises(ValueError, match="tp=1 x pp=1 x dp=2 needs 2 ranks, but 1 was started"):
         init_mesh(dp=2)
     for sizes in ({"tp": 0}, {"pp": -1}, {"dp": 0}):

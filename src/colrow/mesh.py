@@ -125,7 +125,7 @@ def init_mesh(
         ValueError: when a size is below 1 or tp x pp x dp is not the number of ranks; for a device
             that torch does not know or see, or more local ranks than GPUs; when the launcher's
             environment contradicts itself or does not say where the ranks meet, or the port there
-            is taken.
+            is taken; for another engine than that of a process group that is there already.
         torch.distributed.DistError: when ranks do not appear within ``timeout``.
 
     Warns:
@@ -148,10 +148,11 @@ def init_mesh(
     local_world = environment.local_world_size if environment else 1
     chosen = _choose_device(device, local_rank, local_world)
     if world == 1 and not dist.is_initialized():
+        choose_engine(engine, chosen.type, 1, 1)  # one that does not exist is refused here too
         alone = ParallelGroup.single
         return Mesh(alone("tp"), alone("dp"), alone("pp"), device_mesh=None, device=chosen)
     if dist.is_initialized():
-        carrier = _engine_in_use()
+        carrier = _engine_in_use(engine)
     else:
         carrier = choose_engine(engine, chosen.type, world, local_world)
         dist.init_process_group(_backend(carrier), timeout=timeout, **rendezvous_arguments())
@@ -207,8 +208,14 @@ def _backend(engine: Engine) -> str:
     return "gloo"
 
 
-def _engine_in_use() -> Engine:
+def _engine_in_use(requested: str | None) -> Engine:
     backend = dist.get_backend()
+    wanted = None if requested in (None, "auto") else requested
+    if wanted is not None and wanted not in dist.get_backend_config():
+        raise ValueError(
+            f"engine={wanted!r}: the process group was initialised before, with the backend "
+            f"{backend}; initialise it with that engine, or leave the engine out"
+        )
     names: dict[str, EngineName] = {"gloo": "gloo", "nccl": "nccl", "colrow_mpi": "mpi"}
     return Engine(names.get(backend, "none"), f"the process group's backend is {backend}")
 

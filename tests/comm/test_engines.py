@@ -236,7 +236,9 @@ def check_pipeline(rank: int, n: int) -> None:
 def suite(engine: str, directory: str) -> None:
     mesh = colrow.init_mesh(tp=int(os.environ["WORLD_SIZE"]), device="cpu", engine=engine)
     rank, n = mesh.tp.rank, mesh.tp.size
-    assert mesh.engine.name == engine
+    assert mesh.engine.name == engine == colrow.init_mesh(tp=n, engine=engine).engine.name
+    with pytest.raises(ValueError, match="the process group was initialised before"):
+        colrow.init_mesh(tp=n, engine={"gloo": "mpi", "mpi": "gloo"}[engine])
     torch.set_num_threads(1)
     check_reductions(rank, n)
     check_gathers(rank, n)

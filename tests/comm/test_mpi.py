@@ -15,9 +15,47 @@ import torch
 import torch.distributed as dist
 
 import colrow
+from colrow.comm import compat
 from colrow.launch import launch
 
 pytest.importorskip("mpi4py")
+
+
+def refuse_sizes_and_dtypes_that_do_not_fit(rank: int) -> None:
+    ones = torch.ones
+    for size, dtype in ((5, torch.float32), (3, torch.float32), (4, torch.float64)):
+        out = torch.zeros(size, dtype=dtype)
+        with pytest.raises((TypeError, ValueError), match=r"all_gather: the output"):
+            compat.all_gather_single(out, ones(2))
+        with pytest.raises((TypeError, ValueError), match="reduce_scatter: the input"):
+            compat.reduce_scatter_single(torch.zeros(2), ones(size, dtype=dtype))
+    for own, other in ((3, 2), (1, 2)):
+        with pytest.raises(ValueError, match="all_gather: this rank's element of the list"):
+            dist.all_gather([ones(own), ones(other)][:: -1 if rank else 1], ones(2))
+    with pytest.raises(ValueError, match="all_gather: 1 tensors were given for 2 ranks"):
+        dist.all_gather([ones(2)], ones(2))
+    with pytest.raises(ValueError, match="reduce_scatter: 1 tensors"):
+        dist.reduce_scatter(ones(2), [ones(2)])
+    with pytest.raises(ValueError, match="reduce_scatter: the output of shape"):
+        dist.reduce_scatter(ones(3), [ones(2), ones(2)])
+    with pytest.raises(ValueError, match="3 rows, which do not divide evenly over 2 ranks"):
+        dist.all_to_all_single(ones(3), ones(3))
+    with pytest.raises(ValueError, match=r"2 rows, which the sizes \[2, 2\] do not divide"):
+        dist.all_to_all_single(ones(2), ones(2), [1, 1], [2, 2])
+    with pytest.raises(ValueError, match="this rank's own output"):
+        dist.all_to_all([ones(3), ones(3)], [ones(2), ones(2)])
+    if rank == 0:
+        with pytest.raises(ValueError, match="the root's element"):
+            dist.gather(ones(2), [ones(3), ones(2)])
+        with pytest.raises(ValueError, match="scatter: the output"):
+            dist.scatter(ones(3), [ones(2), ones(2)])
+        dist.send(ones(2), 1)
+    else:
+        with pytest.raises(RuntimeError, match="has 8 bytes, but this rank expects 16"):
+            dist.recv(torch.zeros(4), 0)
+    x = ones(3)
+    dist.all_reduce(x)  # nobody was left behind
+    assert x.tolist() == [2, 2, 2]
 
 
 def attack() -> None:
@@ -52,9 +90,10 @@ def attack() -> None:
         if number % 50 == 0:
             dist.barrier()
     assert len(world.pending) < 150  # type: ignore[union-attr]
+    refuse_sizes_and_dtypes_that_do_not_fit(rank)
 
 
-def test_futures_communicators_and_messages_that_nobody_waits_for() -> None:
+def test_futures_communicators_messages_that_nobody_waits_for_and_refusals() -> None:
     launch(attack, ranks=2, timeout_seconds=100)
 
 
@@ -77,9 +116,13 @@ def free_port() -> int:
 
 def test_a_rank_that_nobody_watches_is_missed_when_it_has_ended() -> None:
     code = """
-        import os, torch, colrow
+        import os, time, torch, colrow
         mesh = colrow.init_mesh(tp=2, device="cpu", engine="mpi")
         if mesh.tp.rank == 1:
+            os._exit(0)
+        if os.fork() == 0:  # as a worker of a DataLoader: rank 0 ends all the same
+            os.close(2)
+            time.sleep(25)
             os._exit(0)
         torch.distributed.all_reduce(torch.ones(3))
     """

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,16 @@ def test_changed_weights_and_hooks_count(
     assert all(all(checks) for checks in ranks(2, changed, str(cases["qwen2"][0])))
 
 
+class Halved(torch.nn.Module):
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        result: Tensor = self.inner(x, **options)
+        return result / 2
+
+
 def changed(tp: ParallelGroup, path: str) -> list[bool]:
     model = from_pretrained(path, tp, dtype=torch.float64).for_decoding().eval()
     before, _ = one_by_one(model, tp)
@@ -92,10 +103,31 @@ def changed(tp: ParallelGroup, path: str) -> list[bool]:
     doubled, _ = one_by_one(model, tp)
     model.one_token = None
     by_modules, _ = one_by_one(model, tp)
+    mlp: Any = model.for_decoding().get_submodule("blocks.0.mlp")
+    mlp.down = Halved(mlp.down)
+    halved, _ = one_by_one(model, tp)
     return [
+        bool((halved - before).norm() < 1e-12 * before.norm()),
         not torch.equal(doubled, before),
         bool((doubled - by_modules).norm() < 1e-12 * by_modules.norm()),
         len(seen) == 1 + IDS.shape[1] - PROMPT,
         bool((hooked - after).norm() < 1e-12 * after.norm()),
         torch.equal(before, after),
     ]
+
+
+def test_a_copy_of_a_model_has_weights_of_its_own(cases: dict[str, tuple[Path, Tensor]]) -> None:
+    alone = ParallelGroup.single()
+    model = from_pretrained(cases["qwen2"][0], alone, dtype=torch.float64).for_decoding().eval()
+    before, _ = one_by_one(model, alone)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        copied.get_parameter("norm.weight").mul_(2)
+        copied.get_parameter("blocks.0.mlp.down.weight").mul_(0)
+    after, _ = one_by_one(copied, alone)
+    slow, _ = one_by_one(copied.for_decoding(), alone)
+    model.blocks[0].dropout.p = 0.5
+    dropping, _ = one_by_one(model.for_decoding().train(), alone)
+    assert not torch.allclose(dropping, before)
+    assert not torch.allclose(after, before)
+    assert (after - slow).norm() < 1e-12 * slow.norm()

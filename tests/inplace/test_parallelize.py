@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import colrow
+from colrow.comm import primitives
+from colrow.inplace import together
 from colrow.inplace.api import look, plan_for
 from colrow.mesh import Mesh, ParallelGroup
 from colrow.zoo.architectures import architectures, build
@@ -96,6 +99,17 @@ def check_saving(tp: ParallelGroup, directory: str) -> None:
         model.save_pretrained(f"{directory}/whole")
     colrow.parallelize(model, mesh)
     colrow.save_pretrained(model, f"{directory}/split")
+    with pytest.raises(NotADirectoryError if tp.rank == 0 else RuntimeError):
+        colrow.save_pretrained(model, f"{directory}/whole/config.json/below")
+    for part in (model, model.transformer):
+        with pytest.raises(ValueError, match="resize the model before it is parallelised"):
+            part.resize_token_embeddings(200)
+        with pytest.raises(ValueError, match=r"call colrow\.save_pretrained"):
+            part.save_pretrained(directory, state_dict=part.state_dict())
+    part = nn.Sequential(model)
+    part.save_pretrained = None  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="only the part '0' of this Sequential"):
+        colrow.save_pretrained(part, directory)
 
 
 def test_files_are_those_of_the_whole_model(ranks: RankPool, tmp_path: Path) -> None:
@@ -115,6 +129,58 @@ def check_unequal_ranks(tp: ParallelGroup) -> None:
 
 def test_ranks_that_start_from_different_models(ranks: RankPool) -> None:
     ranks(2, check_unequal_ranks)
+
+
+def check_ranks_that_disagree(tp: ParallelGroup) -> None:
+    mesh, inputs = mesh_of(tp), {"ids": torch.zeros(1, 4).long()}
+    model = OwnModel()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.1)
+    plans: list[Any] = ["auto", {"both": "colwise", "down": "rowwise"}]
+    with pytest.raises(ValueError, match="would split the model in different ways"):
+        colrow.parallelize(model, mesh, plans[tp.rank], example_inputs=inputs)
+    message = "unknown style 'sideways'" if tp.rank else "another rank could not look"
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        plan = {"both": "sideways"} if tp.rank else "auto"
+        colrow.parallelize(model, mesh, plan, example_inputs=inputs)
+    # Where each rank computes in the model, the one that fails must not go on to a collective.
+    usual, together._TOGETHER = together._TOGETHER, timedelta(seconds=0.2)
+    try:
+        if tp.rank:
+            with pytest.raises(RuntimeError, match=r"tp rank 1 alone failed .*: of no use"):
+                together.all_come("of no use", tp)
+            primitives.all_reduce(torch.ones(1), tp)
+        else:
+            primitives.all_reduce(torch.ones(1), tp)
+            together.all_come("", tp)
+        together.all_come("of all", tp)
+    finally:
+        together._TOGETHER = usual
+
+
+def test_ranks_that_find_different_things_or_fail_alone(ranks: RankPool) -> None:
+    ranks(2, check_ranks_that_disagree)
+
+
+def check_without_gradients(tp: ParallelGroup) -> None:
+    torch.manual_seed(0)
+    ids = torch.arange(12).view(2, 6)
+    made = pytest.raises(ValueError, match=r"made in torch\.inference_mode")
+    with torch.inference_mode(), made:
+        colrow.parallelize(OwnModel(), mesh_of(tp), example_inputs={"ids": ids})
+    model = OwnModel().double()
+    expected = model(ids)
+    with torch.inference_mode():
+        colrow.parallelize(model, mesh_of(tp), example_inputs={"ids": ids})
+    torch.testing.assert_close(model(ids), expected, rtol=LIMIT, atol=LIMIT)
+    with pytest.raises(ValueError, match="the part 'inner' of this model has been parallelised"):
+        outer = nn.ModuleDict({"inner": model})
+        colrow.parallelize(outer, mesh_of(tp), example_inputs={"ids": ids})
+
+
+def test_a_model_split_where_no_gradients_are_recorded(ranks: RankPool) -> None:
+    ranks(2, check_without_gradients)
 
 
 def plan_of(model: nn.Module, tp: int = 2) -> Any:
@@ -142,6 +208,15 @@ def test_plans_that_cannot_be_followed() -> None:
     refused({"nothing": "colwise"}, "'nothing' matches no module")()
     refused({"mixed": "rowwise", "back": "rowwise"}, "the plan says 'rowwise' for mixed")()
     refused({"norm": "colwise", "mixed": "colwise", "back": "rowwise"}, "'colwise' for norm")()
+    pair = {"mixed": "colwise", "back": "rowwise"}
+    refused(pair | {"norm.weight": "split_parameter"}, "'split_parameter' for norm.weight")()
+    refused([*pair], r"give 'auto', 'transformers' or a dictionary")()  # type: ignore[arg-type]
+
+
+def test_a_directory_whose_configuration_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("no JSON")
+    with pytest.raises(ValueError, match=r"config\.json: .*not a valid JSON"):
+        plan_for(tmp_path)
 
 
 def check_row_input(tp: ParallelGroup) -> None:

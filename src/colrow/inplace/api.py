@@ -24,8 +24,9 @@ from colrow.inplace.load import checked_names, fill, open_weights
 from colrow.inplace.look import Look, carry_out, class_name, look
 from colrow.inplace.meta import give_buffers, is_on_meta, model_of
 from colrow.inplace.plan import Plan
-from colrow.inplace.record import Record, record_of
+from colrow.inplace.record import Record, check_whole
 from colrow.inplace.stand_in import StandIn
+from colrow.inplace.together import LeftAloneError, all_come, look_together
 from colrow.inplace.vocabulary import VocabularyLayers, knows_loss
 from colrow.mesh import Mesh
 
@@ -73,7 +74,20 @@ def parallelize(
         ValueError: when nothing can be split, a plan cannot be followed, the ranks hold different
             weights, the files do not fit, or the check finds a difference; the model is then as it
             was. On all ranks alike.
+        RuntimeError: another rank failed, or this rank alone did while the others compute.
     """
+    options = _Options(plan, example_inputs, sequence_parallel, check)
+    with torch.inference_mode(False), torch.enable_grad():  # the proof takes gradients
+        return _parallelize(model, mesh, options, weights, dtype)
+
+
+def _parallelize(
+    model: nn.Module | str | Path,
+    mesh: Mesh,
+    options: _Options,
+    weights: str | Path | None,
+    dtype: torch.dtype | None,
+) -> nn.Module:
     tp = mesh.tp
     if isinstance(model, nn.Module):
         if dtype is not None:
@@ -83,9 +97,7 @@ def parallelize(
             raise ValueError(f"weights: {model} is read; leave them out")
         weights = model
         model = model_of(model, dtype)
-    if record_of(model) is not None:
-        raise ValueError("this model has been parallelised already")
-    options = _Options(plan, example_inputs, sequence_parallel, check)
+    check_whole(model)
     if is_on_meta(model):
         with evaluating(model):
             return _without_values(model, mesh, weights, options)
@@ -109,12 +121,16 @@ class _Options:
 
 
 def _with_values(model: nn.Module, mesh: Mesh, options: _Options) -> nn.Module:
-    found = look(
-        model,
-        mesh.tp.size,
-        options.plan,
-        options.example_inputs,
-        sequence_parallel=options.sequence_parallel,
+    found = look_together(
+        lambda: look(
+            model,
+            mesh.tp.size,
+            options.plan,
+            options.example_inputs,
+            sequence_parallel=options.sequence_parallel,
+        ),
+        mesh.tp,
+        mesh.device,
     )
     if not options.check:
         carry_out(model, mesh.tp, found, found.vocabulary).settle()
@@ -139,12 +155,16 @@ def _without_values(
         give_buffers(model, names, mesh.device)
         if mesh.tp.size > 1:
             stand_in = StandIn(model)
-            found = stand_in.look(
-                model,
-                mesh.tp.size,
-                options.plan,
-                options.example_inputs,
-                sequence_parallel=options.sequence_parallel,
+            found = look_together(
+                lambda: stand_in.look(
+                    model,
+                    mesh.tp.size,
+                    options.plan,
+                    options.example_inputs,
+                    sequence_parallel=options.sequence_parallel,
+                ),
+                mesh.tp,
+                mesh.device,
             )
             if options.check:
                 labels = "input_ids" in found.batches[0] and knows_loss(model, found.vocabulary)
@@ -227,11 +247,18 @@ class _Attempt:
         if classes is not None:
             look = look.only(classes, f"the model differs when it is split: {problem}")
         self.record = carry_out(self.model, self.mesh.tp, look, layers)
-        error, where = math.inf, ""
+        error, where, raised = math.inf, "", ""
         try:
-            error, where = difference(self.observed(self.record), self.whole, self.record)
-        except Exception as raised:
-            where = f"{type(raised).__name__}: {raised}"
+            try:
+                error, where = difference(self.observed(self.record), self.whole, self.record)
+            except LeftAloneError:
+                raise
+            except Exception as problem:  # whatever the model's code raises
+                where = raised = f"{type(problem).__name__}: {problem}"
+            all_come(raised, self.mesh.tp)
+        except LeftAloneError:
+            self._restore()
+            raise
         worst = agreed_error(error, self.mesh.tp, self.mesh.device)
         if worst <= limit_of(self.model):
             return ""
@@ -271,7 +298,9 @@ def plan_for(
     """
     if not isinstance(model, nn.Module):
         model = model_of(model, None)
-    if not is_on_meta(model):
-        return look(model, tp or 2, "auto", example_inputs).plan
-    give_buffers(model, None, torch.device("cpu"))
-    return StandIn(model).look(model, tp or 2, "auto", example_inputs).plan
+    check_whole(model)
+    with torch.inference_mode(False), torch.enable_grad():
+        if not is_on_meta(model):
+            return look(model, tp or 2, "auto", example_inputs).plan
+        give_buffers(model, None, torch.device("cpu"))
+        return StandIn(model).look(model, tp or 2, "auto", example_inputs).plan

@@ -16,7 +16,8 @@ from colrow.inplace.atoms import indices_of
 from colrow.inplace.calls import tensors_of
 from colrow.inplace.capture import arithmetic_of, evaluating, without_cache
 from colrow.inplace.generation import Steps, generated
-from colrow.inplace.record import Record
+from colrow.inplace.record import Record, record_of
+from colrow.inplace.together import all_come
 from colrow.inplace.unit import NoDropout
 from colrow.mesh import ParallelGroup
 
@@ -59,10 +60,15 @@ def observe(
         of: the parameters whose gradients to take; all by default.
         results: what the model gives in eval mode without a cache, where that is known.
         drops: False where it is known that the model's loss takes no dropout in eval mode.
+
+    Raises:
+        LeftAloneError: as :func:`colrow.inplace.together.all_come`, for a model that is split.
     """
     with evaluating(model), arithmetic_of(model):
         with torch.no_grad():
             steps = generated(model, inputs)
+        if (record := record_of(model)) is not None:
+            all_come(steps.problem, record.tp)
         with without_cache(model):
             if results is None:
                 with torch.no_grad():

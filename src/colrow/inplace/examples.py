@@ -41,7 +41,7 @@ def example_batch(model: nn.Module) -> dict[str, Any]:
     if config is None or main is None:
         raise ValueError(
             f"{type(model).__name__} does not say what its forward takes: give example_inputs, a "
-            "dictionary of keyword arguments or a tuple of positional ones"
+            "dictionary of keyword arguments for one small forward pass"
         )
     accepted = inspect.signature(model.forward).parameters
     first = next(model.parameters())

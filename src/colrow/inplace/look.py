@@ -33,6 +33,7 @@ from colrow.inplace.vocabulary import (
     split_vocabulary,
     vocabulary_layers,
 )
+from colrow.inplace.whole_only import refuse_what_needs_whole_weights
 from colrow.mesh import ParallelGroup
 
 
@@ -138,7 +139,7 @@ def look(
         plan = transformers_plan(model)
         if not plan:
             raise ValueError(f"transformers has no plan for {type(model).__name__}; use 'auto'")
-    if isinstance(plan, str) and plan != "auto":
+    if plan != "auto" and not isinstance(plan, Mapping):
         raise ValueError(f"plan={plan!r}: give 'auto', 'transformers' or a dictionary")
     matcher = None if isinstance(plan, str) else check_plan(model, plan)
 
@@ -204,6 +205,7 @@ def carry_out(
     split_vocabulary(applier, vocabulary)
     split_loss(applier, vocabulary)
     split_stacks(applier, found.stacks)
+    refuse_what_needs_whole_weights(applier)
     if any(proof.local_results for proofs in found.inference.proofs.values() for proof in proofs):
         applier.hook(model.register_forward_pre_hook(refuse_attention_weights, with_kwargs=True))
     return record

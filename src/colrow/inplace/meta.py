@@ -37,8 +37,8 @@ def model_of(path: str | Path, dtype: torch.dtype | None) -> nn.Module:
         dtype: by default the one that the configuration names, or fp32.
 
     Raises:
-        ValueError: no directory, no transformers, an architecture that it does not have, or
-            quantised weights.
+        ValueError: no directory, no transformers, a configuration that it refuses, an
+            architecture that it does not have, or quantised weights.
     """
     directory = resolve_model_path(path)
     if not (directory / "config.json").is_file():
@@ -48,7 +48,10 @@ def model_of(path: str | Path, dtype: torch.dtype | None) -> nn.Module:
     except ImportError as error:
         raise ValueError("transformers is needed: pip install 'colrow[models]'") from error
     with quiet_transformers():
-        config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        try:
+            config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        except Exception as error:  # of many classes, for files that are no JSON, or make no sense
+            raise ValueError(f"{directory}/config.json: {error}") from error
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError(f"{directory} holds quantised weights, which cannot be split in place")
         name = (config.architectures or ["none"])[0]

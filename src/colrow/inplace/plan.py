@@ -216,3 +216,12 @@ def check_followed(matcher: Matcher, found: Plan, model: nn.Module, inference: I
                 f"the plan says {wanted!r} for {name}, but "
                 + (f"it can only be {got!r}" if got else reason)
             )
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        owner, asked = name.rpartition(".")[0], matcher.style(name)
+        done = {mine.style(name), mine.style(owner)}
+        if asked in SPLIT and not done & SPLIT:
+            known = inference.reasons.get(name) or inference.reasons.get(owner)
+            raise ValueError(
+                f"the plan says {asked!r} for {name}, but "
+                + (known or "it is not in a pair of layers that can be split")
+            )

@@ -39,3 +39,16 @@ def record_of(model: nn.Module) -> Record | None:
     """The record of a parallelised model; None for any other."""
     found = model.__dict__.get("colrow_record")
     return found if isinstance(found, Record) else None
+
+
+def check_whole(model: nn.Module) -> None:
+    """Raises ValueError for a model that cannot be split, or is already."""
+    for name, module in model.named_modules():
+        if record_of(module) is not None:
+            what = f"the part {name!r} of this model" if name else "this model"
+            raise ValueError(f"{what} has been parallelised already")
+    if any(p.is_inference() for p in model.parameters()):
+        raise ValueError(
+            "the model was made in torch.inference_mode(), where weights have no gradients: build "
+            "or load it outside"
+        )

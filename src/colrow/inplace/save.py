@@ -27,6 +27,8 @@ def save_pretrained(model: nn.Module, directory: str | Path, **options: Any) -> 
 
     Raises:
         TypeError: when the model is none of transformers'.
+        ValueError: when only a part of it has been parallelised.
+        RuntimeError: rank 0 could not write; rank 0 itself raises the reason.
     """
     if not hasattr(model, "save_pretrained"):
         raise TypeError(
@@ -36,13 +38,28 @@ def save_pretrained(model: nn.Module, directory: str | Path, **options: Any) -> 
     record = record_of(model)
     writer: Any = model
     if record is None:
+        for name, module in model.named_modules():
+            if record_of(module) is not None:
+                raise ValueError(
+                    f"only the part {name!r} of this {type(model).__name__} has been parallelised: "
+                    "parallelise the whole model, or save the part"
+                )
         writer.save_pretrained(directory, **options)
         return
     whole = assemble(model, record, lambda parameter: parameter.detach())
+    error: Exception | None = None
     if record.tp.rank == 0:
-        writer.save_pretrained(directory, state_dict=_with_ties(model, whole), **options)
+        try:
+            writer.save_pretrained(directory, state_dict=_with_ties(model, whole), **options)
+        except Exception as raised:  # the others wait to hear of it
+            error = raised
     device = next(model.parameters()).device
-    primitives.all_reduce(torch.zeros(1, device=device), record.tp, layer="save")
+    failed = torch.tensor([float(error is not None)], device=device)
+    failed = primitives.all_reduce(failed, record.tp, op="max", layer="save")
+    if error is not None:
+        raise error
+    if failed.item():
+        raise RuntimeError(f"rank 0 could not write {directory}; see its message")
 
 
 def _with_ties(model: nn.Module, whole: dict[str, Tensor]) -> dict[str, Tensor]:

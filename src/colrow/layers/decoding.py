@@ -8,6 +8,8 @@ gradients and optimiser state lie row by row.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,12 +21,18 @@ class Kernel:
     """``x W^T + b`` on a packed copy of a bf16 weight.
 
     A weight that has changed since, or another one, is multiplied with as it is: the copy is then
-    of no use, but never wrong.
+    of no use. What is written through ``weight.data`` is not noticed, as autograd does not either:
+    lay the weight out again after it.
     """
 
     def __init__(self, weight: Tensor) -> None:
         self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _TOKENS)
         self._of = _state(weight)
+        self._held = weight.detach()  # so that no other weight comes to lie at its address
+
+    def __reduce__(self) -> Any:
+        """Nothing: it belongs to this weight, and not to a copy of it."""
+        return type(None), ()
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``[..., in]`` to ``[..., out]``; has no gradient."""
@@ -35,15 +43,16 @@ class Kernel:
 
 
 def _state(weight: Tensor) -> tuple[int, int]:
-    """Where a weight is and how often it was written to, which inference tensors do not count."""
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+    """Where a weight is and how often it was written to; inference tensors do not count that."""
+    return weight.data_ptr(), -1 if weight.is_inference() else weight._version
 
 
 def lay_out_(weight: nn.Parameter) -> Kernel | None:
     """Stores a weight ``[out, in]`` as decoding wants it; shape and values stay.
 
     Returns:
-        For bf16 where oneDNN is there, what multiplies with a packed copy; else None:
+        For bf16 where oneDNN is there, what multiplies with a packed copy; else None, and for
+        weights made in inference mode, whose changes nobody counts:
         :func:`torch.nn.functional.linear` will do.
     """
     if weight.device.type != "cpu":
@@ -52,7 +61,7 @@ def lay_out_(weight: nn.Parameter) -> Kernel | None:
         if weight.shape[0] >= weight.shape[1]:  # short rows; long ones stream as well as columns
             weight.data = weight.data.t().contiguous().t()
         return None
-    if weight.dtype != torch.bfloat16 or not _has_packed_kernels():
+    if weight.dtype != torch.bfloat16 or weight.is_inference() or not _has_packed_kernels():
         return None
     return Kernel(weight)
 

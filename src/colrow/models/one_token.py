@@ -33,12 +33,24 @@ _Block = Callable[[Tensor, AttentionContext, KeyValueCache], Tensor]
 class OneToken:
     """The blocks of a decoder, for one token.
 
-    Parameters are looked up in their modules in every pass, so new ones are seen.
+    Parameters are looked up in their modules in every pass, so new ones are seen. Where a module
+    has been replaced or wrapped since, the pass is left to the modules themselves.
     """
 
     def __init__(self, blocks: nn.ModuleList) -> None:
         self._modules = list(blocks.modules())
-        self._blocks = [_flat(block) for block in blocks if isinstance(block, ParallelBlock)]
+        self._places = [
+            (parent._modules, name, child)
+            for parent in self._modules
+            for name, child in parent._modules.items()
+        ]
+        known = [block for block in blocks if isinstance(block, ParallelBlock)]
+        self._drops = any(block.dropout.p + block.attention.dropout.p for block in known)
+        self._blocks = [_flat(block) for block in known]
+
+    def __reduce__(self) -> Any:
+        """Nothing: it belongs to these modules, and not to a copy of them."""
+        return type(None), ()
 
     @staticmethod
     def fits(model: StagedLayers) -> bool:
@@ -53,13 +65,15 @@ class OneToken:
         )
 
     def serves(self, input_ids: Tensor, attention_mask: Tensor | None) -> bool:
-        """Whether this pass is one token of one sequence, without padding, gradient or hooks."""
+        """Whether this pass is one token of one sequence, without padding or gradient."""
         return (
             input_ids.numel() == 1
             and attention_mask is None
             and not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
+            and not (self._drops and self._modules[0].training)
             and not any(m._forward_hooks or m._forward_pre_hooks for m in self._modules)
+            and all(children[name] is child for children, name, child in self._places)
         )
 
     def __call__(self, x: Tensor, context: AttentionContext, cache: KeyValueCache) -> Tensor:

@@ -123,7 +123,9 @@ class StagedLayers(nn.Module):
         """Lays the weights out for generating on a CPU, see :mod:`colrow.layers.decoding`.
 
         Shapes, values and names stay. On CPUs parameters are frozen and lose their gradients: the
-        state of an optimiser would be in another order. Returns the model itself.
+        state of an optimiser would be in another order. Weights may be loaded or written to later;
+        after writing through ``parameter.data``, and on a copy of the model, call this again.
+        Returns the model itself.
         """
         if next(self.parameters()).device.type == "cpu":
             for parameter in self.parameters():

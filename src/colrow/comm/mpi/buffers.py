@@ -85,6 +85,26 @@ def same_memory(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() and a.numel() > 0
 
 
+def check_size(what: str, x: Tensor, elements: int, like: Tensor) -> None:
+    """MPI takes addresses and counts at their word, and would read and write beyond a tensor.
+
+    Args:
+        what: the collective, and which of its tensors ``x`` is.
+        elements: that ``x`` must have.
+        like: has the dtype that ``x`` must have.
+
+    Raises:
+        TypeError: for another dtype.
+        ValueError: for another size.
+    """
+    if x.dtype != like.dtype:
+        raise TypeError(f"{what} is {x.dtype}, but the other is {like.dtype}: give equal dtypes")
+    if x.numel() != elements:
+        raise ValueError(
+            f"{what} of shape {tuple(x.shape)} has {x.numel()} elements, but needs {elements}"
+        )
+
+
 def copy_into(target: Tensor, source: Tensor) -> None:
     """Copies without autograd's notice."""
     with torch.no_grad():

@@ -12,7 +12,7 @@ import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from colrow.comm.mpi.buffers import copy_into, raw, same_memory
+from colrow.comm.mpi.buffers import check_size, copy_into, raw, same_memory
 from colrow.comm.mpi.communicator import Communicator
 from colrow.comm.mpi.work import MpiWork
 
@@ -25,6 +25,10 @@ class Exchanges(Communicator):
     ) -> MpiWork:
         """Every rank's tensor; they may differ in size."""
         shard, parts = inputs[0].contiguous(), outputs[0]
+        self._check_list("all_gather", parts, shard)
+        check_size(
+            "all_gather: this rank's element of the list", parts[self._rank], shard.numel(), shard
+        )
         counts = [x.numel() * x.element_size() for x in parts]
         flat = shard.new_empty(sum(x.numel() for x in parts))
         receive = raw(flat)
@@ -35,6 +39,7 @@ class Exchanges(Communicator):
     def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> MpiWork:
         """Equally large shards, one after the other."""
         shard = input.contiguous()
+        check_size("all_gather: the output", output, self._ranks * shard.numel(), shard)
         target = output if output.is_contiguous() else torch.empty_like(output).contiguous()
         memory, size, _ = raw(target)
         each = size // self._ranks
@@ -76,6 +81,10 @@ class Exchanges(Communicator):
             request = self._comm.Igatherv(raw(shard), None, opts.rootRank)
             return self._work([request], [], "gather", None, shard)
         parts = outputs[0]
+        self._check_list("gather", parts, shard)
+        check_size(
+            "gather: the root's element of the list", parts[self._rank], shard.numel(), shard
+        )
         counts = [x.numel() * x.element_size() for x in parts]
         flat = shard.new_empty(sum(x.numel() for x in parts))
         receive = [raw(flat)[0], counts, MPI.BYTE]
@@ -91,6 +100,9 @@ class Exchanges(Communicator):
         target = output if output.is_contiguous() else torch.empty_like(output).contiguous()
         send, flat = None, None
         if opts.rootRank == self._rank:
+            self._check_list("scatter", inputs[0], output)
+            mine = inputs[0][self._rank]
+            check_size("scatter: the output", output, mine.numel(), mine)
             flat = torch.cat([x.reshape(-1) for x in inputs[0]])
             counts = [x.numel() * x.element_size() for x in inputs[0]]
             send = [raw(flat)[0], counts, MPI.BYTE]
@@ -110,16 +122,22 @@ class Exchanges(Communicator):
         given = input.contiguous()
         target = output if output.is_contiguous() else torch.empty_like(output).contiguous()
 
-        def counts(x: Tensor, sizes: Sequence[int]) -> list[int]:
-            size = x.numel() * x.element_size()
-            if not sizes:
-                return [size // self._ranks] * self._ranks
-            row = size // max(1, x.shape[0])
-            return [rows * row for rows in sizes]
+        check_size("all_to_all: the output", output, output.numel(), given)
+
+        def counts(what: str, x: Tensor, sizes: Sequence[int]) -> list[int]:
+            rows, divided = x.shape[0], list(sizes) or [x.shape[0] // self._ranks] * self._ranks
+            if sum(divided) != rows or len(divided) != self._ranks:
+                raise ValueError(
+                    f"all_to_all: the {what} has {rows} rows, which "
+                    + (f"the sizes {divided} do not divide" if sizes else "do not divide evenly")
+                    + f" over {self._ranks} ranks"
+                )
+            row = x.numel() * x.element_size() // max(1, rows)
+            return [count * row for count in divided]
 
         request = self._comm.Ialltoallv(
-            [raw(given)[0], counts(given, input_sizes), MPI.BYTE],
-            [raw(target)[0], counts(target, output_sizes), MPI.BYTE],
+            [raw(given)[0], counts("input", given, input_sizes), MPI.BYTE],
+            [raw(target)[0], counts("output", target, output_sizes), MPI.BYTE],
         )
         finish = None if target is output else lambda: copy_into(output, target)
         return self._work([request], [output], "all_to_all", finish, (given, target))
@@ -128,6 +146,10 @@ class Exchanges(Communicator):
         self, outputs: Sequence[Tensor], inputs: Sequence[Tensor], opts: Any = None
     ) -> MpiWork:
         """One tensor for each rank; they may differ in size."""
+        self._check_list("all_to_all", inputs, inputs[0])
+        self._check_list("all_to_all", outputs, inputs[0])
+        own = outputs[self._rank]
+        check_size("all_to_all: this rank's own output", own, inputs[self._rank].numel(), own)
         given = torch.cat([x.reshape(-1) for x in inputs])
         flat = given.new_empty(sum(x.numel() for x in outputs))
         size = given.element_size()
@@ -137,6 +159,13 @@ class Exchanges(Communicator):
         )
         finish = _unpacking(flat, outputs)
         return self._work([request], list(outputs), "all_to_all", finish, (given, flat))
+
+    def _check_list(self, what: str, tensors: Sequence[Tensor], like: Tensor) -> None:
+        """One tensor for each rank, of one dtype; sizes may differ."""
+        if len(tensors) != self._ranks:
+            raise ValueError(f"{what}: {len(tensors)} tensors were given for {self._ranks} ranks")
+        for x in tensors:
+            check_size(f"{what}: a tensor of the list", x, x.numel(), like)
 
     # The names before torch 2.12.
     _allgather_base = all_gather_single

@@ -57,6 +57,16 @@ class MpiGroup(Reductions, Exchanges):
         x = tensors[0]
         target = x if x.is_contiguous() else torch.empty_like(x).contiguous()
         request = self._comm.Irecv(raw(target), source, tag)
-        finish = None if target is x else lambda: copy_into(x, target)
-        status = MPI.Status() if source == MPI.ANY_SOURCE else None
+        status = MPI.Status()
+
+        def finish() -> None:
+            arrived, size = status.Get_count(MPI.BYTE), x.numel() * x.element_size()
+            if arrived != size:
+                raise RuntimeError(
+                    f"{what}: the message has {arrived} bytes, but this rank expects {size}: give "
+                    "both ranks a tensor of the same size and dtype"
+                )
+            if target is not x:
+                copy_into(x, target)
+
         return self._work([request], list(tensors), what, finish, target, status)

@@ -16,6 +16,7 @@ from colrow.comm.mpi.buffers import (
     AVERAGE,
     SUM,
     RedOpType,
+    check_size,
     copy_into,
     operation,
     reduced_in,
@@ -60,6 +61,12 @@ class Reductions(Communicator):
     ) -> MpiWork:
         """Sum over the ranks; each keeps its own element of the list, which may differ in size."""
         op = _op(opts)
+        if len(inputs[0]) != self._ranks:
+            raise ValueError(
+                f"reduce_scatter: {len(inputs[0])} tensors were given for {self._ranks} ranks"
+            )
+        mine = inputs[0][self._rank]
+        check_size("reduce_scatter: the output", outputs[0], mine.numel(), mine)
         wide = reduced_in(outputs[0].dtype)
         flat = torch.cat([x.reshape(-1).to(wide) for x in inputs[0]])
         counts = [x.numel() for x in inputs[0]]
@@ -67,6 +74,7 @@ class Reductions(Communicator):
 
     def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> MpiWork:
         """Sum over the ranks of equally divided tensors."""
+        check_size("reduce_scatter: the input", input, self._ranks * output.numel(), output)
         flat = input.contiguous().reshape(-1).to(reduced_in(input.dtype))
         return self._reduce_scatter(output, flat, [output.numel()] * self._ranks, _op(opts))
 
