@@ -81,7 +81,11 @@ def main() -> None:
         print(f"{name:<24}" + "".join(f"{rate:>20.1f}" for rate in rates))
     if len(sys.argv) > 1:
         command = "python -m benchmarks.engine.matmul"
-        write_report(sys.argv[1], command, medians, found)
+        rounded = {
+            shape: {name: [float(f"{s:.3e}") for s in of] for name, of in samples.items()}
+            for shape, samples in found.items()
+        }
+        write_report(sys.argv[1], command, medians, rounded)
 
 
 if __name__ == "__main__":
