@@ -110,7 +110,7 @@ def test_no_rank_takes_memory_for_the_whole_model(directory: Path) -> None:
     """It is 538 MB in fp32; the largest weight is 113 MB, of which a rank holds half.
 
     Memory is fullest in the backward pass of the check of a few tokens: the gradient of that half,
-    its copy in oneDNN's layout, activations.
+    and what its kernels and activations take.
     """
     for measured in run_world(2, read_and_measure, directory, timeout=300):
         print(measured)

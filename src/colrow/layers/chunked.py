@@ -8,12 +8,12 @@ its ring of messages. Nothing here has a gradient: the layers' autograd nodes ca
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from colrow.comm import primitives
 from colrow.comm.ledger import Phase
 from colrow.layers.chunks import chunk_count, chunk_partition, row_chunks, sequence_chunks
-from colrow.layers.matmul import linear
 from colrow.mesh import ParallelGroup
 from colrow.partition import Partition
 
@@ -29,7 +29,7 @@ def linear_all_reduce(
     size = rows * weight.shape[0] * x.element_size()
     chunks = chunk_count(size, rows, chunk_bytes)
     if chunks == 1:
-        return primitives.all_reduce(linear(x, weight), tp, layer=layer, in_place=True)
+        return primitives.all_reduce(F.linear(x, weight), tp, layer=layer, in_place=True)
     flat = x.reshape(rows, -1)
     result = x.new_empty(rows, weight.shape[0])
     pending = []
@@ -58,13 +58,15 @@ def linear_reduce_scatter(
     """
     chunks = _sequence_chunks(x, weight.shape[0], sequence, chunk_bytes)
     if len(chunks) == 1:
-        return primitives.reduce_scatter(linear(x, weight), tp, -2, partition=sequence, layer=layer)
+        return primitives.reduce_scatter(
+            F.linear(x, weight), tp, -2, partition=sequence, layer=layer
+        )
     pending = []
     for ranges in chunks:
         part = torch.cat([x[..., start:stop, :] for start, stop in ranges], dim=-2)
         pending.append(
             primitives.reduce_scatter_async(
-                linear(part, weight), tp, -2, partition=chunk_partition(ranges), layer=layer
+                F.linear(part, weight), tp, -2, partition=chunk_partition(ranges), layer=layer
             )
         )
     return torch.cat([one.wait() for one in pending], dim=-2)
@@ -89,7 +91,7 @@ def gather_linear(
     chunks = _sequence_chunks(x, x.shape[-1], sequence, chunk_bytes)
     if len(chunks) == 1:
         whole = primitives.all_gather(x, tp, -2, partition=sequence, layer=layer, phase=phase)
-        return whole, linear(whole, weight, bias)
+        return whole, F.linear(whole, weight, bias)
     first = sequence.bounds[tp.rank][0]
     pending = []
     for ranges in chunks:
@@ -104,7 +106,7 @@ def gather_linear(
     result = x.new_empty(*x.shape[:-2], sequence.length, weight.shape[0])
     for one, ranges in zip(pending, chunks, strict=True):
         part = one.wait()
-        product = linear(part, weight, bias)
+        product = F.linear(part, weight, bias)
         taken = 0
         for start, stop in ranges:
             rows = slice(taken, taken + stop - start)

@@ -16,7 +16,6 @@ from torch.autograd.function import once_differentiable
 from colrow.comm import collectives, primitives
 from colrow.comm.autograd import apply
 from colrow.layers.chunked import gather_linear, linear_all_reduce, linear_reduce_scatter
-from colrow.layers.matmul import input_gradient, linear
 from colrow.mesh import ParallelGroup
 from colrow.partition import Partition
 
@@ -47,7 +46,7 @@ def column_linear(
     """
     check_overlap(sequence is not None, keep_gathered_input, overlap)
     if tp.size == 1 or (sequence is None and not torch.is_grad_enabled()):
-        return linear(x, weight, bias)  # nothing to send, and mostly nothing to differentiate
+        return F.linear(x, weight, bias)  # nothing to send, and nothing to differentiate
     # A gather that is repeated in backward has no plain form; the compiler captures the fused one.
     plain = not overlap or (torch.compiler.is_compiling() and keep_gathered_input)
     if plain:
@@ -105,7 +104,7 @@ def row_linear(
     ============  ==================================  =========================================
     """
     if tp.size == 1:
-        return linear(x, weight)
+        return F.linear(x, weight)
     if torch.compiler.is_compiling() or not overlap:
         partial = F.linear(x, weight)
         if sequence is None:
@@ -137,7 +136,7 @@ class _ColumnLinear(torch.autograd.Function):
         x, weight = _cast(x, autocast), _cast(weight, autocast)
         bias = None if bias is None else _cast(bias, autocast)
         if sequence is None:
-            whole, y = x, linear(x, weight, bias)
+            whole, y = x, F.linear(x, weight, bias)
         else:
             whole, y = gather_linear(
                 x, weight, bias, tp, sequence, chunk_bytes=chunk_bytes, layer=layer
@@ -159,7 +158,7 @@ class _ColumnLinear(torch.autograd.Function):
         if ctx.gather_again and need_weight:
             gathering = primitives.all_gather_async(x, tp, -2, partition=sequence, **names)
         if need_x:
-            partial = input_gradient(grad, weight)
+            partial = grad @ weight
             if sequence is None:
                 pending = primitives.all_reduce_async(partial, tp, in_place=True, **names)
             else:
@@ -208,7 +207,7 @@ class _RowLinear(torch.autograd.Function):
         names = {"layer": ctx.layer, "phase": "backward"}
         dx = dweight = None
         if ctx.sequence is None:
-            dx = input_gradient(grad, weight) if need_x else None
+            dx = grad @ weight if need_x else None
         elif need_x:
             chunk_bytes: int | None = ctx.chunk_bytes
             grad, dx = gather_linear(
