@@ -23,6 +23,7 @@ from colrow import (
 from colrow.comm import primitives
 from colrow.comm.agreement import require_same
 from colrow.mesh import ParallelGroup
+from tests.devices import moved
 from tests.layers.dense import raises
 from tests.ranks import RankPool
 
@@ -84,7 +85,8 @@ def data(
     generator = torch.Generator().manual_seed(seed)
 
     def whole() -> Tensor:
-        return torch.randint(-8, 9, shape, generator=generator).double()
+        drawn = torch.randint(-8, 9, shape, generator=generator, device="cpu")
+        return moved(drawn.double())
 
     if kind == "own":
         return [whole() for _ in range(p.parts)]

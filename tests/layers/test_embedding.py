@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from colrow import ParallelGroup, Partition, PositionEmbedding, VocabParallelEmbedding
+from tests.devices import moved
 from tests.layers.dense import Weights, compare, divided, raises
 from tests.ranks import RankPool
 
@@ -20,7 +21,7 @@ def dense(weights: Weights, ids: Tensor) -> Tensor:
 def token_ids(*shape: int) -> Tensor:
     """Some tokens more than once, and the first and the last of the vocabulary."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(VOCABULARY, shape, generator=generator)
+    ids = moved(torch.randint(VOCABULARY, shape, generator=generator, device="cpu"))
     ids.view(-1)[:4] = torch.tensor([0, VOCABULARY - 1, 5, 5])[: ids.numel()]
     return ids
 
