@@ -19,7 +19,7 @@ def gpus(device: Device) -> int:
 
 
 def backend(device: Device, ranks: int) -> str:
-    """NCCL where each of these ranks has a GPU of its own; Gloo carries shared GPUs' tensors too."""
+    """NCCL where each of these ranks has a GPU of its own; Gloo where they share."""
     return "cpu:gloo,cuda:nccl" if device == "cuda" and gpus(device) >= ranks else "gloo"
 
 

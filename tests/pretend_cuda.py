@@ -1,8 +1,8 @@
 """CUDA without a GPU: tensors on the CPU that say they are on cuda:0 and mix with no others.
 
-``pytest --device pretend`` runs the ranks' code so. Numbers are the CPU's; what it finds are tensors
-on the wrong device, and branches that only a GPU takes. What it cannot show: CUDA kernels, streams,
-events, asynchronous errors, and C++ code that asks for a tensor's device.
+``pytest --device pretend`` runs the ranks' code so. Numbers are the CPU's; what it finds are
+tensors on the wrong device, and mistakes in branches that only a GPU takes. What it cannot show:
+CUDA kernels, streams, events, asynchronous errors, C++ code that asks for a tensor's device.
 """
 
 from __future__ import annotations
@@ -114,7 +114,9 @@ def _held(x: Any) -> Any:
 
 
 def _claimed(x: Any) -> Any:
-    return PretendTensor(x) if isinstance(x, Tensor) and not isinstance(x, PretendTensor) else x
+    if not isinstance(x, Tensor) or isinstance(x, PretendTensor):
+        return x
+    return PretendTensor(x.resolve_conj().resolve_neg())  # the claim would hide these two flags
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -163,7 +163,7 @@ def converted(block: ParallelBlock) -> None:
 
 
 def moved(block: ParallelBlock) -> None:
-    block.to("meta").to_empty(device="cpu")
+    block.to("meta").to_empty(device=torch.get_default_device())
 
 
 def assigned(block: ParallelBlock) -> None:

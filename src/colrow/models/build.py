@@ -52,7 +52,8 @@ def from_config(
             ``config.json``, or the path of one.
         mesh: the grid of ranks, or just the tp group; by default one rank.
         seed: the same on all ranks of a tp and of a pp group, which compare it.
-        device: by default the mesh's, for a bare group torch's default device; "meta" allocates nothing and draws nothing.
+        device: by default the mesh's, for a bare group torch's default device; "meta" allocates
+            nothing and draws nothing.
         layer_split: how the layers are divided over the pipeline's ranks: "3,1" for numbers of
             layers, "0.5,0.3,0.2" for shares; by default so that all ranks take equally long.
         options: see :class:`Decoder`.
