@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import pickle
+from contextlib import ExitStack
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 Device = Literal["cpu", "cuda", "pretend"]
+_kept = ExitStack()
 NAMES: tuple[Device, ...] = ("cpu", "cuda", "pretend")
 
 
@@ -30,7 +32,7 @@ def enter(device: Device, rank: int) -> None:
     if device == "pretend":
         from tests import pretend_cuda
 
-        pretend_cuda.start()
+        _kept.enter_context(pretend_cuda.pretending())  # until the process ends
         torch.set_default_device("cuda:0")
         return
     place = torch.device("cuda", rank % gpus(device))

@@ -7,7 +7,10 @@ CUDA kernels, streams, events, asynchronous errors, C++ code that asks for a ten
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -17,6 +20,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 GPU = torch.device("cuda", 0)
 # They take tensors of two devices.
 _TRANSFERS = ("aten::copy_", "aten::_to_copy")
+_leaving = False
+# Operations for which the host waited for the device, or that moved data between the two.
+waits: list[str] = []
 
 
 class PretendTensor(Tensor):
@@ -45,7 +51,22 @@ class PretendTensor(Tensor):
         return f"PretendTensor({self.held})"
 
     def tolist(self) -> Any:
+        waits.append("aten::_local_scalar_dense")
         return self.held.tolist()
+
+    def cpu(self, *args: Any, **options: Any) -> Tensor:
+        return self.to("cpu")
+
+    def to(self, *args: Any, **options: Any) -> Tensor:  # type: ignore[override]
+        """Says which of C++'s conversions "to the CPU" are not just ones of dtype."""
+        global _leaving
+        target = [*args, options.get("device"), getattr(options.get("other"), "device", None)]
+        places = [x.device if isinstance(x, Tensor) else x for x in target]
+        _leaving = any(isinstance(x, str | torch.device) and not _is_gpu(x) for x in places)
+        try:
+            return super().to(*args, **options)
+        finally:
+            _leaving = False
 
     def numpy(self, *, force: bool = False) -> Any:
         raise TypeError("can't convert cuda:0 device type tensor to numpy")
@@ -66,20 +87,28 @@ class PretendCuda(TorchDispatchMode):
         return _run(func, args, kwargs or {})
 
 
-def start() -> None:
-    """For the rest of this process; ``torch.cuda`` then says that there is one GPU."""
-    PretendCuda().__enter__()
-    torch.cuda._lazy_init = lambda: None  # type: ignore[attr-defined]
-    torch.cuda.is_available = lambda: True
-    torch.cuda.device_count = lambda: 1
-    torch.cuda.current_device = lambda: 0
-    torch.cuda.set_device = lambda device: None
-    torch.cuda.synchronize = lambda device=None: None
-    torch.cuda.current_stream = lambda device=None: None  # type: ignore[assignment, return-value]
-    torch.cuda.Event = _Event  # type: ignore[assignment, misc]
-    # These two look for the device in C++ before any dispatch.
-    torch.tensor = _on_device(torch.tensor)
-    torch.as_tensor = _on_device(torch.as_tensor)
+@contextmanager
+def pretending() -> Iterator[None]:
+    """``torch.cuda`` says that there is one GPU, and tensors that are made there pretend."""
+    patches: dict[str, Any] = {
+        "_lazy_init": lambda: None,
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "set_device": lambda device: None,
+        "synchronize": lambda device=None: None,
+        "current_stream": lambda device=None: None,
+        "Event": _Event,
+    }
+    with ExitStack() as stack:
+        for name, value in patches.items():
+            stack.enter_context(patch.object(torch.cuda, name, value))
+        # These two look for the device in C++ before any dispatch.
+        for make in (torch.tensor, torch.as_tensor):
+            stack.enter_context(patch.object(torch, make.__name__, _on_device(make)))
+        waits.clear()
+        with PretendCuda():
+            yield
 
 
 class _Event:
@@ -126,13 +155,17 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if not here and not _is_gpu(asked):
         return func(*args, **kwargs)
     _check(name, tensors, here, kwargs.get("generator"))
+    if _waits(name, tensors, here, asked):
+        waits.append(name)
+    if name in ("c10d::send", "c10d::recv_"):
+        raise RuntimeError("Gloo sends from the host's memory, and this is a GPU's")
     if _is_gpu(asked):
         kwargs = {**kwargs, "device": torch.device("cpu")}
     host_args, host_kwargs = tree_map(_held, (args, kwargs))
     result = func(*host_args, **host_kwargs)
     if name.startswith("c10d::"):  # (tensors, work), or the work alone
         return (args[0], *result[1:]) if isinstance(result, tuple) else result
-    if name == "aten::_to_copy" and asked is not None and not _is_gpu(asked):
+    if name == "aten::_to_copy" and _leaving:
         return result
     if name == "aten::copy_":
         return args[0]
@@ -140,6 +173,14 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if any(argument.alias_info is not None for argument in func._schema.arguments):
         return return_and_correct_aliasing(func, args, kwargs, result)
     return result
+
+
+def _waits(name: str, tensors: list[Tensor], here: bool, asked: Any) -> bool:
+    if name in ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::item"):
+        return True
+    if name == "aten::_to_copy":
+        return _leaving if here else _is_gpu(asked)
+    return name == "aten::copy_" and len({isinstance(t, PretendTensor) for t in tensors}) > 1
 
 
 def _check(name: str, tensors: list[Tensor], here: bool, generator: Any) -> None:
