@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from benchmarks.gpu.decoding import FixedCache
 from benchmarks.gpu.shapes import shares
 from colrow import mesh as meshes
 from colrow.comm import primitives
+from colrow.comm.agreement import assert_on_device, different_seeds, require_same
 from colrow.generate.cache import KeyValueCache
 from colrow.generate.sampling import next_tokens
 from colrow.mesh import Mesh, ParallelGroup
@@ -84,6 +86,23 @@ def test_the_benchmarks_models_are_on_the_device() -> None:
         for share in shares(small=True):
             tensors = [*decoder(share.config).parameters(), *decoder(share.config).buffers()]
             assert all(tensor.is_cuda for tensor in tensors)
+
+
+def test_a_long_message_is_cut_to_what_a_gpus_assertion_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With several ranks every layer's constructor compares seeds so."""
+    monkeypatch.setattr(primitives, "all_reduce", lambda x, *_, **__: x)
+    tp = ParallelGroup.single()
+    tp.size = 2
+    message = different_seeds("initial weights", tp)
+    assert len(message) > 255
+    with pretend_cuda.pretending():
+        gpu = torch.device("cuda", 0)
+        for said in (message, "é" * 200):
+            require_same(1, tp, said, layer="", device=gpu)
+        with pytest.raises(RuntimeError, match="^" + re.escape(message[:250])):
+            assert_on_device(torch.zeros((), dtype=torch.bool, device=gpu), message)
 
 
 def check_messages_by_the_host(tp: ParallelGroup) -> None:

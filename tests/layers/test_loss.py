@@ -205,5 +205,6 @@ def test_all_labels_ignored(ranks: RankPool, n: int) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.cpu_only("a GPU asserts it, which ends the process")
 def test_what_does_not_fit_is_refused(ranks: RankPool, n: int) -> None:
     ranks(n, check_refusals)
