@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_leaves, tree_map
 
 GPU = torch.device("cuda", 0)
-# They take tensors of two devices.
-_TRANSFERS = ("aten::copy_", "aten::_to_copy")
+# They take tensors of two devices; an index may be the CPU's.
+_TRANSFERS = ("aten::copy_", "aten::_to_copy", "aten::index", "aten::index_put_")
 _leaving = False
 # Operations for which the host waited for the device, or that moved data between the two.
 waits: list[str] = []
@@ -109,9 +109,21 @@ def pretending() -> Iterator[None]:
         # These two look for the device in C++ before any dispatch.
         for make in (torch.tensor, torch.as_tensor):
             stack.enter_context(patch.object(torch, make.__name__, _on_device(make)))
+        # A wrapped tensor's views cannot be inference tensors.
+        stack.enter_context(patch.object(torch.inference_mode, "__enter__", _without_gradient))
+        stack.enter_context(patch.object(torch.inference_mode, "__exit__", _as_before))
         waits.clear()
         with PretendCuda():
             yield
+
+
+def _without_gradient(mode: Any) -> None:
+    mode.before = torch.is_grad_enabled()
+    torch.set_grad_enabled(mode.before and not mode.mode)
+
+
+def _as_before(mode: Any, *_: object) -> None:
+    torch.set_grad_enabled(mode.before)
 
 
 class _Event:

@@ -165,7 +165,7 @@ def init_mesh(
         dist.init_process_group(_backend(carrier), timeout=timeout, **rendezvous_arguments())
         if carrier.name == "gloo":
             atexit.register(_leave)
-    grid = torch.arange(world).view(pp, dp, tp)
+    grid = torch.arange(world, device="cpu").view(pp, dp, tp)
     # Where torch sees GPUs, some of its versions would give these groups NCCL.
     same = (("gloo", None),) * 3 if carrier.name == "gloo" and chosen.type == "cuda" else None
     device_mesh = DeviceMesh(
