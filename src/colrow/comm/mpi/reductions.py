@@ -24,7 +24,7 @@ from colrow.comm.mpi.buffers import (
     typed,
 )
 from colrow.comm.mpi.communicator import Communicator
-from colrow.comm.mpi.work import MpiWork
+from colrow.comm.mpi.work import MpiWork, completed
 
 
 class Reductions(Communicator):
@@ -41,6 +41,14 @@ class Reductions(Communicator):
         """:meth:`allreduce` of one tensor, without torch's options: the shortest way."""
         request, finish, keep = self._reduce_one(x, op)
         return self._work((request,), [x], "all_reduce", finish, keep)
+
+    def reduce_now(self, x: Tensor, op: RedOpType = SUM) -> None:
+        """As :meth:`reduce_in_place`, and waits: no work is made if that takes moments."""
+        request, finish, keep = self._reduce_one(x, op)
+        if not completed(request):
+            self._work((request,), [x], "all_reduce", finish, keep).wait()
+        elif finish is not None:
+            finish()
 
     def allreduce_coalesced(self, tensors: Sequence[Tensor], opts: Any = None) -> MpiWork:
         """As :meth:`allreduce`."""

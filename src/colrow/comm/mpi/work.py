@@ -26,6 +26,15 @@ _FUTURE_SECONDS = 0.005
 Results = list[Tensor]
 
 
+def completed(request: MPI.Request, status: MPI.Status | None = None) -> bool:
+    """Whether a request completes while this spins for it."""
+    test = request.Test
+    for _ in range(_SPINS):  # noqa: SIM110  (polled: cheaper)
+        if test(status):
+            return True
+    return False
+
+
 class MpiWork(dist.Work):
     """Requests of MPI, and what is left to do when they are complete.
 
@@ -121,15 +130,7 @@ class MpiWork(dist.Work):
         return -1 if self._status is None else self._status.Get_source()
 
     def _spin(self) -> bool:
-        status = self._status
-        for request in self._requests:
-            test = request.Test
-            for _ in range(_SPINS):
-                if test(status):
-                    break
-            else:
-                return False
-        return True
+        return all(completed(request, self._status) for request in self._requests)
 
     def _test(self) -> bool:
         for request in self._requests:  # noqa: SIM110  (polled: cheaper)
