@@ -26,13 +26,16 @@ _FUTURE_SECONDS = 0.005
 Results = list[Tensor]
 
 
-def completed(request: MPI.Request, status: MPI.Status | None = None) -> bool:
-    """Whether a request completes while this spins for it."""
-    test = request.Test
-    for _ in range(_SPINS):  # noqa: SIM110  (polled: cheaper)
-        if test(status):
-            return True
-    return False
+def completed(requests: Sequence[MPI.Request], status: MPI.Status | None = None) -> bool:
+    """Whether all complete while this spins for them."""
+    for request in requests:
+        test = request.Test
+        for _ in range(_SPINS):
+            if test(status):
+                break
+        else:
+            return False
+    return True
 
 
 class MpiWork(dist.Work):
@@ -75,7 +78,7 @@ class MpiWork(dist.Work):
         if self._future is not None:
             self._future.wait()
         elif not self.done:
-            if not self._spin():
+            if not completed(self._requests, self._status):
                 self._wait_patiently(timeout)
             self._end()
         return True
@@ -128,9 +131,6 @@ class MpiWork(dist.Work):
 
     def _source_rank(self) -> int:
         return -1 if self._status is None else self._status.Get_source()
-
-    def _spin(self) -> bool:
-        return all(completed(request, self._status) for request in self._requests)
 
     def _test(self) -> bool:
         for request in self._requests:  # noqa: SIM110  (polled: cheaper)
