@@ -237,7 +237,7 @@ def recv_async(
     if not _through_host(buffer, tp):
         work = dist.irecv(buffer, group=tp.group, group_src=source)
         return Pending(lambda: buffer, work, clock)
-    message = torch.empty_like(buffer, device="cpu")
+    message = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
     work = dist.irecv(message, group=tp.group, group_src=source)
     return Pending(lambda: buffer.copy_(message), work, clock)
 
