@@ -14,7 +14,6 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.utils import _device
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -140,7 +139,7 @@ class _Event:
 
 def _on_device(make: Any) -> Any:
     def made(data: Any, *, dtype: Any = None, device: Any = None, **options: Any) -> Tensor:
-        place = torch.device(device or _device.CURRENT_DEVICE or "cpu")
+        place = torch.empty(0).device if device is None else torch.device(device)
         if isinstance(data, PretendTensor) and device is None:
             place = GPU
         gradient = options.pop("requires_grad", False)
