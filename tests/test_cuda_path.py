@@ -132,6 +132,14 @@ def test_ranks_share_gpus_on_gloo_alone(monkeypatch: pytest.MonkeyPatch) -> None
         meshes._choose_device("cuda", None, 2, 3)
 
 
+def test_the_engine_in_use_is_that_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = "cpu:gloo,cuda:nccl"
+    monkeypatch.setattr(meshes.dist, "get_backend", lambda: both)
+    monkeypatch.setattr(meshes.dist, "get_backend_config", lambda: both)
+    for device, name in (("cuda", "nccl"), ("cpu", "gloo")):
+        assert meshes._engine_in_use(None, torch.device(device)).name == name
+
+
 def test_a_pipeline_of_gpus_on_gloo_is_refused() -> None:
     pp = ParallelGroup.single("pp")
     pp.size, pp.cuda_by_gloo = 2, True

@@ -36,9 +36,9 @@ class ParallelGroup:
         rank: this process's rank inside the group.
         size: number of ranks in the group.
         name: the grid dimension, for messages: "tp", "dp" or "pp".
+        ledger: where collectives of this group are recorded, while somebody records.
         cuda_by_gloo: whether CUDA tensors of this group travel over Gloo, which takes them for
             collectives but not for messages.
-        ledger: where collectives of this group are recorded, while somebody records.
     """
 
     group: dist.ProcessGroup | None

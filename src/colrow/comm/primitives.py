@@ -214,7 +214,8 @@ def send_async(
     message = x.cpu().contiguous() if _through_host(x, tp) else x.contiguous()
     clock = Clock.start("send", message, tp, layer, phase)
     work = dist.isend(message, group=tp.group, group_dst=to)
-    return Pending(lambda: x, work, clock)
+    held = x, message  # which must not go while it is under way
+    return Pending(lambda: held[0], work, clock)
 
 
 def recv(
