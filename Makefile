@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow lint format bench-peers clean
+.PHONY: help demo test test-slow test-gpu lint format bench-peers bench-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -29,6 +29,12 @@ test: $(INSTALLED) $(MODEL) ## run the tests (PYTEST_ARGS="-k mesh" for some of 
 
 test-slow: $(INSTALLED) $(MODEL) ## run the tests that take minutes (a real model in every layout)
 	$(BIN)/python -m pytest -m slow --timeout=1800 $(PYTEST_ARGS)
+
+# Where enough GPUs are there each rank gets one and NCCL carries; else they share, over Gloo.
+GPU_TESTS := tests/layers tests/comm tests/models tests/generate tests/test_verify.py \
+	tests/train/test_step.py tests/integration/test_with_torch.py
+test-gpu: $(INSTALLED) $(MODEL) ## run the tests of layers, models, generation and training on GPUs
+	$(BIN)/python -m pytest -m "not slow" --device cuda $(GPU_TESTS) $(PYTEST_ARGS)
 
 lint: $(INSTALLED) ## check format, style and types
 	$(BIN)/ruff format --check .
@@ -49,6 +55,9 @@ $(PEERS)/.installed: $(INSTALLED)
 
 bench-peers: $(INSTALLED) $(MODEL) $(PEERS)/.installed ## time colrow and its peers in turns (PEER_ARGS="--turns 5")
 	$(BIN)/python -m benchmarks.peers $(PEER_ARGS)
+
+bench-gpu: $(INSTALLED) ## time one rank's work on a GPU (GPU_ARGS="--only loss")
+	$(BIN)/python -m benchmarks.gpu $(GPU_ARGS)
 
 clean: ## remove .venv, .cache and everything built
 	rm -rf .venv .cache build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

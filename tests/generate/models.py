@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from colrow.reference import precision, quiet_transformers
+from tests.devices import moved
 from tests.models import tiny
 
 VOCAB = 97
@@ -47,7 +48,8 @@ def reference(
 
 def prompts() -> tuple[Tensor, Tensor]:
     """Three prompts of 9, 4 and 1 tokens, padded on the left, and their mask."""
-    ids = torch.randint(2, VOCAB, (3, 9), generator=torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    ids = moved(torch.randint(2, VOCAB, (3, 9), generator=generator, device="cpu"))
     mask = torch.tensor([[0] * (9 - n) + [1] * n for n in (9, 4, 1)])
     return ids * mask, mask
 

@@ -143,6 +143,7 @@ def test_bad_input_is_refused(change: dict[str, Any], message: str, cases: dict[
         generate(model, **arguments)
 
 
+@pytest.mark.cpu_only("a GPU asserts it, which ends the process")
 def test_ranks_with_different_prompts_are_refused(cases: dict[str, Case], ranks: RankPool) -> None:
     for what in ("prompt", "sampling"):
         with pytest.raises(RankError) as caught:
@@ -159,6 +160,7 @@ def differ(tp: ParallelGroup, path: str, what: str) -> None:
     run(tp, path, ids, max_new_tokens=2, sampling=Sampling(temperature=1.0, seed=seed))
 
 
+@pytest.mark.cpu_only("weights are laid out for CPUs")
 def test_weights_laid_out_for_decoding(cases: dict[str, Case], ranks: RankPool) -> None:
     for results in ranks(2, laid_out, [cases["qwen2"].path, cases["bloom"].path]):
         for same_weights, shift, kernels, tokens in results:

@@ -24,6 +24,9 @@ PROMPT = 4
 IDS = tiny.batch()[:1, :9]
 
 
+pytestmark = pytest.mark.cpu_only("the blocks are written out for CPUs")
+
+
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Tensor]]:
     """Checkpoints, and transformers' logits of the positions that are decoded one by one."""

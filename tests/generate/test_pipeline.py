@@ -40,7 +40,7 @@ class Pipe:
             return colrow.init_mesh(pp=self.pp, tp=self.tp, device="cpu")
         pp = ParallelGroup(world.group, world.rank, world.size, "pp")
         one = ParallelGroup.single
-        return Mesh(one(), one("dp"), pp, None, torch.device("cpu"))
+        return Mesh(one(), one("dp"), pp, None, torch.get_default_device())
 
     def load(self, world: ParallelGroup, path: str) -> Decoder:
         return from_pretrained(

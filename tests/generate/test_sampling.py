@@ -11,6 +11,7 @@ from colrow.generate.options import Sampling
 from colrow.generate.sampling import next_tokens, top_candidates
 from colrow.mesh import ParallelGroup
 from colrow.partition import Partition
+from tests.devices import moved
 from tests.ranks import RankError, RankPool
 
 VOCAB = 3001
@@ -28,7 +29,7 @@ FILTERS = [
 def make_logits(kind: str) -> Tensor:
     """``[3, VOCAB]``: rows of different sharpness."""
     generator = torch.Generator().manual_seed(11)
-    x = torch.randn(3, VOCAB, generator=generator, dtype=torch.float64)
+    x = moved(torch.randn(3, VOCAB, generator=generator, dtype=torch.float64, device="cpu"))
     x *= torch.tensor([[0.05], [1.0], [5.0]])
     if kind == "ties":  # a few hundred different values, as bf16 logits have
         return (x * 8).round().float() / 8

@@ -50,7 +50,7 @@ class OwnModel(nn.Module):
 
 def mesh_of(tp: ParallelGroup) -> Mesh:
     single = ParallelGroup.single
-    return Mesh(tp, single("dp"), single("pp"), None, torch.device("cpu"))
+    return Mesh(tp, single("dp"), single("pp"), None, torch.get_default_device())
 
 
 def check_own_model(tp: ParallelGroup) -> None:

@@ -50,7 +50,7 @@ def train(model: Any) -> list[float]:
 
 def split_and_train(tp: ParallelGroup, directory: Path) -> tuple[list[float], dict[str, Tensor]]:
     single = ParallelGroup.single
-    mesh = Mesh(tp, single("dp"), single("pp"), None, torch.device("cpu"))
+    mesh = Mesh(tp, single("dp"), single("pp"), None, torch.get_default_device())
     model = colrow.parallelize(with_adapters(), mesh)
     losses = train(model)
     weights = colrow.full_state_dict(model)
@@ -84,7 +84,7 @@ def test_adapters_train_to_those_of_the_unsplit_model_and_load_into_it(
 
 def adapters_too_late(tp: ParallelGroup) -> str:
     single = ParallelGroup.single
-    mesh = Mesh(tp, single("dp"), single("pp"), None, torch.device("cpu"))
+    mesh = Mesh(tp, single("dp"), single("pp"), None, torch.get_default_device())
     model: Any = colrow.parallelize(build(LLAMA), mesh)
     model = peft.get_peft_model(model, peft.LoraConfig(r=3, target_modules=TARGETS))
     with pytest.raises(ValueError, match="before the split") as caught:

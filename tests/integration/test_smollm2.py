@@ -22,7 +22,7 @@ from tests.ranks import RankPool, run_world
 
 def mesh_of(tp: ParallelGroup) -> Mesh:
     single = ParallelGroup.single
-    return Mesh(tp, single("dp"), single("pp"), None, torch.device("cpu"))
+    return Mesh(tp, single("dp"), single("pp"), None, torch.get_default_device())
 
 
 def four_ways(tp: ParallelGroup, path: Path, directory: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ LLAMA = Architecture("llama")
 
 def mesh_of(tp: ParallelGroup) -> Mesh:
     single = ParallelGroup.single
-    return Mesh(tp, single("dp"), single("pp"), None, torch.device("cpu"))
+    return Mesh(tp, single("dp"), single("pp"), None, torch.get_default_device())
 
 
 def whole_grads(exact: bool = True) -> tuple[float, dict[str, Tensor]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from colrow.mesh import ParallelGroup
 from colrow.partition import Partition, ShardSpec
+from tests.devices import moved
 
 Weights = dict[str, Tensor]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
@@ -21,7 +22,8 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, to
 def random(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> Tensor:
     """Standard normal numbers, the same on every rank."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return moved(drawn.to(dtype))
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:

@@ -278,13 +278,14 @@ def check_conversion(tp: ParallelGroup) -> None:
         def make(device: str, options: dict = position) -> ParallelAttention:  # type: ignore[type-arg]
             return ParallelAttention(HIDDEN, heads, HEAD_DIM, tp, device=device, **options)
 
-        plain, narrow = make("cpu"), make("cpu").bfloat16()
-        late = make("meta").to_empty(device="cpu")
+        place = str(torch.get_default_device())
+        plain, narrow = make(place), make(place).bfloat16()
+        late = make("meta").to_empty(device=place)
         for name, table in plain.named_buffers():
             for other in (narrow, late):
                 assert other.get_buffer(name).dtype == table.dtype
                 assert torch.equal(other.get_buffer(name), table)
-        tables = {"frequencies" if "rope" in position else "slopes"}
+        tables = {"frequencies" if "rope" in position else "slopes", "kv_of_query"}
         if len(plain.runs) > 1:
             tables |= {"padded", "unpadded"}
         assert {name for name, _ in plain.named_buffers()} == tables

@@ -63,11 +63,13 @@ def check_functions(tp: ParallelGroup) -> None:
     assert torch.equal(compiled(drop)(x, key), drop(x, key))
 
 
+@pytest.mark.cpu_only("Gloo cannot gather a GPU's tensors in a compiled graph")
 def test_in_one_graph(ranks: RankPool) -> None:
     ranks(2, check_layers, timeout=240)
     ranks(2, check_functions, timeout=120)
 
 
 @pytest.mark.slow
+@pytest.mark.cpu_only("Gloo cannot gather a GPU's tensors in a compiled graph")
 def test_with_inductor(ranks: RankPool) -> None:
     ranks(2, check_inductor, timeout=240)

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from colrow import ParallelGroup, Partition, PositionEmbedding, VocabParallelEmbedding
+from tests.devices import moved
 from tests.layers.dense import Weights, compare, divided, raises
 from tests.ranks import RankPool
 
@@ -20,7 +21,7 @@ def dense(weights: Weights, ids: Tensor) -> Tensor:
 def token_ids(*shape: int) -> Tensor:
     """Some tokens more than once, and the first and the last of the vocabulary."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(VOCABULARY, shape, generator=generator)
+    ids = moved(torch.randint(VOCABULARY, shape, generator=generator, device="cpu"))
     ids.view(-1)[:4] = torch.tensor([0, VOCABULARY - 1, 5, 5])[: ids.numel()]
     return ids
 
@@ -115,6 +116,7 @@ def test_against_dense(ranks: RankPool, n: int) -> None:
     ranks(n, check_frozen)
 
 
+@pytest.mark.cpu_only("a GPU asserts it, which ends the process")
 def test_what_does_not_fit_is_refused(ranks: RankPool) -> None:
     ranks(1, check_refusals_of_one)
     ranks(2, check_refusals)

@@ -51,6 +51,7 @@ def make_after_different_seeds(tp: ParallelGroup, number: int) -> None:
     CASES[number].make(tp, torch.float32)
 
 
+@pytest.mark.cpu_only("a GPU asserts it, which ends the process")
 def test_ranks_with_different_seeds(ranks: RankPool) -> None:
     """Each would hold other values of what all ranks hold, or parts of different weights."""
     drawn = [n for n, case in enumerate(CASES) if "norm" not in case.name]

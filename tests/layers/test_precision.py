@@ -27,7 +27,7 @@ def check_autocast(tp: ParallelGroup) -> None:
         layer = case.make(tp, torch.float32)
 
         def call(*args: object, layer: torch.nn.Module = layer, **options: object) -> torch.Tensor:
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(torch.get_default_device().type, torch.bfloat16):
                 result: torch.Tensor = layer(*args, **options)
             return result
 
@@ -47,7 +47,7 @@ def check_autocast_leaves_fp64(tp: ParallelGroup) -> None:
         layer = case.make(tp, torch.float64)
 
         def call(*args: object, layer: torch.nn.Module = layer, **options: object) -> torch.Tensor:
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(torch.get_default_device().type, torch.bfloat16):
                 result: torch.Tensor = layer(*args, **options)
             return result
 

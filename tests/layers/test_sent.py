@@ -209,7 +209,9 @@ def check_same_without_overlap(tp: ParallelGroup) -> None:
                     x = x[:, sequence.bounds[tp.rank][0] : sequence.bounds[tp.rank][1]]
                 x = x.clone().requires_grad_()
                 with record(tp) as ledger:
-                    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    with torch.autocast(
+                        torch.get_default_device().type, torch.bfloat16, enabled=autocast
+                    ):
                         y = down(up(x, **options), **options)
                     y.sum().backward()
                 sent.append(Counter(ledger.calls))

@@ -63,6 +63,7 @@ def with_different_dropout(tp: ParallelGroup, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["generators", "keys", "forward", "one in training"])
+@pytest.mark.cpu_only("a GPU asserts it, which ends the process")
 def test_ranks_with_different_dropout(ranks: RankPool, how: str) -> None:
     said = "would draw different dropout masks: .*torch.manual_seed with the same number on all tp"
     with pytest.raises(RankError, match=said) as caught:
@@ -74,6 +75,7 @@ def with_different_seeds(tp: ParallelGroup) -> None:
     colrow.from_config(LLAMA, tp, seed=tp.rank)
 
 
+@pytest.mark.cpu_only("a GPU asserts it, which ends the process")
 def test_ranks_with_different_seeds(ranks: RankPool) -> None:
     with pytest.raises(RankError, match="were given different seeds") as caught:
         ranks(2, with_different_seeds)
@@ -89,12 +91,14 @@ def test_a_loss_needs_a_next_token() -> None:
 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("bad", [97, -1])
+@pytest.mark.cpu_only("a GPU asserts it, which ends the process")
 def test_token_outside_the_vocabulary(ranks: RankPool, size: int, bad: int) -> None:
     with pytest.raises(RankError, match=rf"token id {bad} is outside the valid range 0 to 96"):
         ranks(size, with_ids, [[1, 2, bad]])
 
 
 @pytest.mark.parametrize("kind", ["ids", "swapped", "labels", "shape"])
+@pytest.mark.cpu_only("a GPU asserts it, which ends the process")
 def test_ranks_with_different_batches(ranks: RankPool, kind: str) -> None:
     with pytest.raises(RankError, match="were given different batches") as caught:
         ranks(2, with_different_batches, kind)

@@ -159,7 +159,7 @@ def test_collectives_of_unequal_shards_are_predicted_for_any_model() -> None:
 def commanded(tp: ParallelGroup, path: Path) -> list[tuple[int, ...]]:
     """Query heads by rank in the models that verify, train and bench make."""
     one = ParallelGroup.single
-    mesh = Mesh(tp, one("dp"), one("pp"), None, torch.device("cpu"))
+    mesh = Mesh(tp, one("dp"), one("pp"), None, torch.get_default_device())
     report = verify(path, mesh, dtype=torch.float64, tensor_split="2,1", new_tokens=1)
     found = [] if report is None else [tuple(query for query, _ in report.heads_per_rank)]
     assert report is None or report.passed

@@ -12,6 +12,7 @@ from torch import Tensor
 from colrow.checkpoint.naming import hf_naming
 from colrow.models.hf_config import config_from_hf
 from colrow.reference import precision, prepare_reference, quiet_transformers, reference_grads
+from tests.devices import moved
 
 SIZES = {"vocab_size": 97, "hidden_size": 40, "num_hidden_layers": 2, "intermediate_size": 101}
 ONE_KV = {"num_attention_heads": 5, "num_key_value_heads": 1}
@@ -62,7 +63,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 def batch() -> Tensor:
     """Three rows of 17 tokens: neither divides by 2 or 4."""
-    return torch.randint(0, 97, (3, 17), generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(1)
+    return moved(torch.randint(0, 97, (3, 17), generator=generator, device="cpu"))
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ CONFIG: dict[str, Any] = {
 
 def make_mesh(world: ParallelGroup, layout: Layout) -> Mesh:
     """The grid on the first ranks of the pool; ``world`` is what the pool gives a test."""
-    one, device = ParallelGroup.single, torch.device("cpu")
+    one, device = ParallelGroup.single, torch.get_default_device()
     if layout.tp > 1 and layout.dp > 1:
         return colrow.init_mesh(tp=layout.tp, dp=layout.dp, device="cpu")
     if layout.dp > 1:

@@ -100,7 +100,7 @@ class GGUFTensorReader:
         shape = self.shape(name)
         selected = select(name, shape, rows, columns)
         sliced = tuple(map(selected_length, selected))
-        result = torch.empty(sliced + shape[len(sliced) :], dtype=dtype)
+        result = torch.empty(sliced + shape[len(sliced) :], dtype=dtype, device="cpu")
         if result.numel():
             grid_rows, grid_columns = _as_grid(shape, selected)
             stored = tensor.data.reshape(shape[0] if len(shape) > 1 else 1, -1)

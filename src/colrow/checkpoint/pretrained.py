@@ -40,7 +40,7 @@ def from_pretrained(
             the local cache, or a ``.gguf`` file.
         mesh: the grid of ranks, or just the tp group; by default one rank.
         dtype: of the parameters; by default the one that the configuration names, fp32 for GGUF.
-        device: by default the mesh's.
+        device: by default the mesh's, for a bare group torch's default device.
         layer_split: as for :func:`colrow.from_config`.
         options: see :class:`Decoder`.
 

@@ -96,11 +96,13 @@ class SafetensorsReader:
         shape = tuple(stored.get_shape())
         selected = select(name, shape, rows, columns)
         sliced = tuple(map(selected_length, selected))
-        result = torch.empty(sliced + shape[len(sliced) :], dtype=dtype)
+        result = torch.empty(sliced + shape[len(sliced) :], dtype=dtype, device="cpu")
         for pairs in itertools.product(*map(placements, selected)):
             source = tuple(pair[0] for pair in pairs)
             target = tuple(pair[1] for pair in pairs)
-            result[target].copy_(stored[source])
+            with torch.device("cpu"):  # safetensors' own tensors go where torch's default is
+                part = stored[source]
+            result[target].copy_(part)
         return result
 
     def close(self) -> None:

@@ -9,6 +9,9 @@ from colrow import rng
 from colrow.comm import primitives
 from colrow.mesh import ParallelGroup
 
+# Bytes that CUDA's _assert_async takes, which has room for 256 (TensorCompare.cu).
+_LONGEST_MESSAGE = 254
+
 
 def require_same(
     value: int | Tensor, tp: ParallelGroup, message: str, *, layer: str, device: torch.device
@@ -39,9 +42,19 @@ def require_same(
         return
     same = extremes[0] == -extremes[1]
     if extremes.is_cuda:
-        torch._assert_async(same, message)
+        assert_on_device(same, message)
     elif not same:
         raise ValueError(message)
+
+
+def assert_on_device(condition: Tensor, message: str) -> None:
+    """Ends the process with ``message`` where a 0-d bool of a GPU is False, some time later.
+
+    The message is cut to what CUDA's assertion takes: torch refuses a longer one at once, whatever
+    the condition is.
+    """
+    short = message.encode()[:_LONGEST_MESSAGE].decode(errors="ignore")
+    torch._assert_async(condition, short)
 
 
 def common_seed(what: str, tp: ParallelGroup, *, layer: str, device: torch.device) -> int:

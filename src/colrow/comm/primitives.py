@@ -135,6 +135,11 @@ def all_gather_async(
         return torch.cat([parts[r].narrow(dim, 0, n) for r, n in enumerate(sizes)], dim)
 
     if torch.compiler.is_compiling():
+        if tp.cuda_by_gloo and x.is_cuda:  # it would take the GPU's address for the host's
+            raise RuntimeError(
+                f"torch.compile cannot gather CUDA tensors over Gloo ({layer}): use NCCL, which "
+                "needs a GPU for each rank, or leave the layer uncompiled"
+            )
         gathered = compat.functional_all_gather(shard.flatten(), 0, tp.group)
         return Pending(lambda: assemble(gathered))
     buffer = shard.new_empty(tp.size * shard.numel())
@@ -206,10 +211,11 @@ def send_async(
 ) -> Pending:
     """As :func:`send`. The result is ``x``, which must not be written to before."""
     _check_peer(to, tp, "send to")
-    message = x.contiguous()
+    message = x.cpu().contiguous() if _through_host(x, tp) else x.contiguous()
     clock = Clock.start("send", message, tp, layer, phase)
     work = dist.isend(message, group=tp.group, group_dst=to)
-    return Pending(lambda: message, work, clock)
+    held = x, message  # which must not go while it is under way
+    return Pending(lambda: held[0], work, clock)
 
 
 def recv(
@@ -229,8 +235,17 @@ def recv_async(
     """As :func:`recv`."""
     _check_peer(source, tp, "receive from")
     clock = Clock.start("recv", buffer, tp, layer, phase)
-    work = dist.irecv(buffer, group=tp.group, group_src=source)
-    return Pending(lambda: buffer, work, clock)
+    if not _through_host(buffer, tp):
+        work = dist.irecv(buffer, group=tp.group, group_src=source)
+        return Pending(lambda: buffer, work, clock)
+    message = torch.empty(buffer.shape, dtype=buffer.dtype, device="cpu")
+    work = dist.irecv(message, group=tp.group, group_src=source)
+    return Pending(lambda: buffer.copy_(message), work, clock)
+
+
+def _through_host(x: Tensor, tp: ParallelGroup) -> bool:
+    """Gloo gives the address of a message to the kernel, which knows no GPU's memory."""
+    return tp.cuda_by_gloo and x.is_cuda
 
 
 def _check_peer(peer: int, tp: ParallelGroup, what: str) -> None:

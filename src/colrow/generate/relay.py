@@ -86,7 +86,7 @@ class Relay:
         if not part.awaited:
             return None
         part.awaited = False
-        buffer = torch.empty(part.stop - part.start, dtype=torch.int64)
+        buffer = torch.empty(part.stop - part.start, dtype=torch.int64, device="cpu")
         found: list[int] = primitives.recv(
             buffer, self.pp, self.pp.size - 1, layer="tokens"
         ).tolist()

@@ -134,6 +134,7 @@ class ParallelAttention(nn.Module):
         self.alibi = alibi
         self.slopes: Tensor | None
         self.frequencies: Tensor | None
+        self.kv_of_query: Tensor
         self.padded: Tensor
         self.unpadded: Tensor
         self._make_tables()
@@ -153,6 +154,12 @@ class ParallelAttention(nn.Module):
         for index, name in enumerate(("padded", "unpadded")):
             places = None if groups is None else torch.tensor(groups[index], device=place)
             self.register_buffer(name, places, persistent=False)
+        kv_heads = [
+            kv0 + (head - q0) // ((q1 - q0) // (kv1 - kv0))
+            for (q0, q1), (kv0, kv1) in self.runs
+            for head in range(q0, q1)
+        ]
+        self.register_buffer("kv_of_query", torch.tensor(kv_heads, device=place), persistent=False)
         self.register_buffer("slopes", slopes, persistent=False)
         self.register_buffer("frequencies", frequencies, persistent=False)
 
@@ -245,15 +252,7 @@ class ParallelAttention(nn.Module):
         key: int | Tensor | None,
     ) -> Tensor:
         """Attention written out, with a dropout mask that follows the global head index."""
-        index = torch.tensor(
-            [
-                kv0 + (head - q0) // ((q1 - q0) // (kv1 - kv0))
-                for (q0, q1), (kv0, kv1) in self.runs
-                for head in range(q0, q1)
-            ],
-            device=q.device,
-        )
-        k, v = k.index_select(1, index), v.index_select(1, index)
+        k, v = k.index_select(1, self.kv_of_query), v.index_select(1, self.kv_of_query)
         scores = q @ k.transpose(-1, -2) / math.sqrt(self.head_dim)
         bias = self._bias(context, q.dtype)
         if bias is None or bias.dtype == torch.bool:

@@ -52,7 +52,8 @@ def from_config(
             ``config.json``, or the path of one.
         mesh: the grid of ranks, or just the tp group; by default one rank.
         seed: the same on all ranks of a tp and of a pp group, which compare it.
-        device: by default the mesh's; "meta" allocates nothing and draws nothing.
+        device: by default the mesh's, for a bare group torch's default device; "meta" allocates
+            nothing and draws nothing.
         layer_split: how the layers are divided over the pipeline's ranks: "3,1" for numbers of
             layers, "0.5,0.3,0.2" for shares; by default so that all ranks take equally long.
         options: see :class:`Decoder`.
@@ -77,7 +78,7 @@ def resolve_mesh(
     """The tp group and the device that are meant."""
     if isinstance(mesh, Mesh):
         return mesh.tp, torch.device(device) if device is not None else mesh.device
-    place = torch.device("cpu" if device is None else device)
+    place = torch.get_default_device() if device is None else torch.device(device)
     return mesh or ParallelGroup.single(), place
 
 

@@ -62,6 +62,11 @@ class PipelineRunner:
         self.model, self.mesh = model, mesh
         self.split = model.pipeline.split
         self.sharded = fsdp and mesh.dp.size > 1
+        if mesh.pp.size > 1 and mesh.pp.cuda_by_gloo and mesh.device.type == "cuda":
+            raise ValueError(
+                "pipeline stages send each other messages, and Gloo does not take them from a "
+                "GPU: use engine='nccl' with a GPU for each rank, or device='cpu'"
+            )
         check_schedule(
             schedule,
             self.split,

@@ -156,7 +156,7 @@ def evaluate(
     for number in range(rounds):
         first = (number * mesh.dp.size + mesh.dp.rank) * microbatch
         ids, labels = order.batch(first, microbatch)  # every rank takes part in every round
-        beyond = torch.arange(first, first + microbatch) >= count
+        beyond = torch.arange(first, first + microbatch, device="cpu") >= count
         labels = labels.masked_fill(beyond[:, None], IGNORED)
         batches.append((ids.to(mesh.device), labels.to(mesh.device)))
     total = torch.zeros(2, dtype=torch.float64, device=mesh.device)

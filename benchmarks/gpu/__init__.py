@@ -1,0 +1,1 @@
+"""What one rank of a large model does with its GPU: ``python -m benchmarks.gpu``."""
