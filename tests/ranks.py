@@ -45,9 +45,14 @@ class RankError(AssertionError):
 
 
 class RankPool:
-    """Worker processes that keep their process groups from test to test."""
+    """Worker processes that keep their process groups from test to test.
 
-    def __init__(self) -> None:
+    Args:
+        size: how many, and so the most ranks of a call.
+    """
+
+    def __init__(self, size: int = POOL_SIZE) -> None:
+        self._size = size
         self._connections: list[Connection] = []
         self._context: Any = None
         self._directory = ""
@@ -58,7 +63,7 @@ class RankPool:
         """``function(tp, *args)`` on ``n`` ranks; the results by rank.
 
         Args:
-            n: 1 to 4 ranks.
+            n: 1 to ``size`` ranks.
             function: at the top level of a module, and given ``tp``, the
                 :class:`colrow.mesh.ParallelGroup` of the n ranks. Each call starts with
                 ``torch.manual_seed(0)`` and fp32 as the default dtype.
@@ -68,8 +73,8 @@ class RankPool:
             RankError: with the tracebacks. Unless all ranks raised the same ValueError or
                 TypeError, which says that nothing is left half-sent, the pool starts anew.
         """
-        if not 1 <= n <= POOL_SIZE:
-            raise ValueError(f"the pool runs 1 to {POOL_SIZE} ranks, not {n}")
+        if not 1 <= n <= self._size:
+            raise ValueError(f"the pool runs 1 to {self._size} ranks, not {n}")
         task = pickle.dumps((n, function, args))  # here, where a failure names the argument
         self._start()
         for connection in self._connections[:n]:
@@ -122,12 +127,12 @@ class RankPool:
         from colrow._rank_agent import inherited_environment  # the same care for OMP_NUM_THREADS
 
         self._directory = tempfile.mkdtemp(prefix="colrow-tests-")
-        pipes = [multiprocessing.Pipe() for _ in range(POOL_SIZE)]
+        pipes = [multiprocessing.Pipe() for _ in range(self._size)]
         with inherited_environment({"OMP_NUM_THREADS": "1"}):
             self._context = start_processes(  # type: ignore[no-untyped-call]
                 _work,
                 ([theirs for _, theirs in pipes], os.path.join(self._directory, "store")),
-                nprocs=POOL_SIZE,
+                nprocs=self._size,
                 join=False,
                 daemon=True,
                 start_method="spawn",
@@ -135,7 +140,7 @@ class RankPool:
         for _, theirs in pipes:
             theirs.close()  # so that a worker's death is an end of file here
         self._connections = [ours for ours, _ in pipes]
-        _, raised, lost = self._collect(POOL_SIZE, _SECONDS_TO_START)
+        _, raised, lost = self._collect(self._size, _SECONDS_TO_START)
         if raised or lost:
             self.stop()
             raise RankError(f"the pool did not start: {lost}", raised)
@@ -183,12 +188,10 @@ def _work(rank: int, connections: list[Connection], store: str) -> None:
     for other, connection in enumerate(connections):
         if other != rank:
             connection.close()
-    connection = connections[rank]
+    connection, size = connections[rank], len(connections)
     stay_on_loopback()
-    dist.init_process_group(
-        "gloo", store=FileStore(store, POOL_SIZE), rank=rank, world_size=POOL_SIZE
-    )
-    groups = {n: dist.new_group(list(range(n))) for n in range(2, POOL_SIZE + 1)}
+    dist.init_process_group("gloo", store=FileStore(store, size), rank=rank, world_size=size)
+    groups = {n: dist.new_group(list(range(n))) for n in range(2, size + 1)}
     connection.send_bytes(pickle.dumps(None))
     while True:
         try:
