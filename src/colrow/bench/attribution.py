@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from colrow.layers.decoding import BLAS_EVENT
+
 _MATMULS = {
     f"aten::{name}"
     for name in (
@@ -18,7 +20,7 @@ _MATMULS = {
         "_addmm_activation",
         "mkldnn_linear",
     )
-} | {"mkldnn::_linear_pointwise"}
+} | {"mkldnn::_linear_pointwise", BLAS_EVENT}
 _ATTENTION = (
     "aten::scaled_dot_product_attention",
     "aten::_scaled_dot_product",

@@ -36,6 +36,15 @@ def issue_all_reduce(x: Tensor, op: Any, group: dist.ProcessGroup | None) -> dis
     return pending
 
 
+def all_reduce_now(x: Tensor, op: Any, group: dist.ProcessGroup | None) -> None:
+    """All-reduces in place, and returns when it is done."""
+    direct = getattr(group, "reduce_now", None)
+    if direct is not None:
+        direct(x, op)
+    else:
+        dist.all_reduce(x, op, group=group)
+
+
 def issue_all_gather(
     output: Tensor, shard: Tensor, group: dist.ProcessGroup | None
 ) -> dist.Work | None:

@@ -62,7 +62,13 @@ def all_reduce(
     in_place: bool = False,
 ) -> Tensor:
     """The sum (or maximum) over the ranks of equally shaped tensors, on every rank."""
-    return all_reduce_async(x, tp, op=op, layer=layer, phase=phase, in_place=in_place).wait()
+    if tp.size == 1:
+        return x
+    if tp.ledger is not None or torch.compiler.is_compiling():
+        return all_reduce_async(x, tp, op=op, layer=layer, phase=phase, in_place=in_place).wait()
+    buffer = x if in_place and x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
+    compat.all_reduce_now(buffer, _OPS[op], tp.group)
+    return buffer
 
 
 def all_reduce_async(

@@ -1,24 +1,66 @@
 """Weights laid out for decoding on a CPU, where one token's matmul is a walk through the weight.
 
-fp32 and fp64: column by column, which keeps the vector units on one stream (PyTorch's BLAS runs up
-to twice as fast so, and large batches as fast as before). bf16: packed for oneDNN's kernels, which
-fill their registers without converting; a second copy of the weight. Training wants neither: its
-gradients and optimiser state lie row by row.
+fp32 and fp64: column by column, and multiplied by NumPy's OpenBLAS where a rank has one core, which
+reads memory up to 1.5 times as fast for one token as torch's BLAS (docs/engine.md has the rates).
+bf16: as they are for one row, where torch's own kernel is faster than oneDNN, and packed for
+oneDNN's for several, a second copy of the weight. Training wants none of it: its gradients and
+optimiser state lie row by row, and OpenBLAS rounds large products a little worse.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._C._profiler import _RecordFunctionFast
 
-_TOKENS = 512  # what oneDNN lays the weight out for; measured to be the fastest for one token too
+_TOKENS = 512  # what oneDNN lays the weight out for
+BLAS_EVENT = "colrow::blas"  # the name of OpenBLAS's products in a profile
 
 
 class Kernel:
-    """``x W^T + b`` on a packed copy of a bf16 weight.
+    """``x W^T + b`` without a gradient, for a weight ``[out, in]``; this one is torch's own."""
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``[..., in]`` to ``[..., out]``."""
+        return F.linear(x, weight, bias)
+
+    def row(self, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+        """``x W^T`` of one row ``[in]`` of the weight's dtype, into ``out``, ``[out]``."""
+        return torch.mv(weight, x, out=out)
+
+
+class BlasKernel(Kernel):
+    """By NumPy's BLAS, which reads the weight in the order in which it lies."""
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``[..., in]`` to ``[..., out]``."""
+        if x.dtype != weight.dtype or torch.compiler.is_compiling() or _autocast():
+            return F.linear(x, weight, bias)
+        features, width = weight.shape
+        y = x.new_empty(*x.shape[:-1], features)
+        if x.numel() == width:
+            self.row(x.view(-1), weight, y.view(-1))
+        else:
+            _product(x.reshape(-1, width), weight, y.view(-1, features))
+        return y if bias is None else y.add_(bias)
+
+    def row(self, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+        """``x W^T`` of one row ``[in]`` of the weight's dtype, into ``out``, ``[out]``."""
+        return _product(x, weight, out)
+
+
+def _product(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    with _RecordFunctionFast(BLAS_EVENT):
+        np.dot(x.detach().numpy(), weight.detach().numpy().T, out=out.numpy())
+    return out
+
+
+class PackedKernel(Kernel):
+    """For a bf16 weight: torch's own for one row, a packed copy by oneDNN for several.
 
     A weight that has changed since, or another one, is multiplied with as it is: the copy is then
     of no use. What is written through ``weight.data`` is not noticed, as autograd does not either:
@@ -35,11 +77,33 @@ class Kernel:
         return type(None), ()
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """``[..., in]`` to ``[..., out]``; has no gradient."""
-        if x.dtype != weight.dtype or _state(weight) != self._of:
+        """``[..., in]`` to ``[..., out]``."""
+        if x.dtype != weight.dtype or torch.compiler.is_compiling():
             return F.linear(x, weight, bias)
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
-        return y
+        if x.numel() == weight.shape[1]:
+            y = x.new_empty(*x.shape[:-1], weight.shape[0])
+            self.row(x.view(-1), weight, y.view(-1))
+            return y if bias is None else y.add_(bias)
+        if _state(weight) != self._of:
+            return F.linear(x, weight, bias)
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
+        return result
+
+    def row(self, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+        """``x W^T`` of one row ``[in]`` of the weight's dtype, into ``out``, ``[out]``.
+
+        torch's kernel is only reached while oneDNN is switched off, for the process.
+        """
+        onednn = torch._C._get_mkldnn_enabled()
+        torch._C._set_mkldnn_enabled(False)
+        try:
+            return torch.mv(weight, x, out=out)
+        finally:
+            torch._C._set_mkldnn_enabled(onednn)
+
+
+def _autocast() -> bool:
+    return torch.is_autocast_enabled("cpu")
 
 
 def _state(weight: Tensor) -> tuple[int, int]:
@@ -47,23 +111,42 @@ def _state(weight: Tensor) -> tuple[int, int]:
     return weight.data_ptr(), -1 if weight.is_inference() else weight._version
 
 
-def lay_out_(weight: nn.Parameter) -> Kernel | None:
+def lay_out_(weight: nn.Parameter, *, blas: bool) -> Kernel | None:
     """Stores a weight ``[out, in]`` as decoding wants it; shape and values stay.
 
+    Args:
+        blas: multiply with NumPy's BLAS, see :func:`has_fast_blas`.
+
     Returns:
-        For bf16 where oneDNN is there, what multiplies with a packed copy; else None, and for
-        weights made in inference mode, whose changes nobody counts:
-        :func:`torch.nn.functional.linear` will do.
+        What to multiply with; None where :func:`torch.nn.functional.linear` will do, and for bf16
+        weights made in inference mode, whose changes nobody counts.
     """
     if weight.device.type != "cpu":
         return None
     if weight.dtype in (torch.float32, torch.float64):
-        if weight.shape[0] >= weight.shape[1]:  # short rows; long ones stream as well as columns
+        if blas or weight.shape[0] >= weight.shape[1]:  # torch reads long rows as fast as columns
             weight.data = weight.data.t().contiguous().t()
-        return None
+        return BlasKernel() if blas else None
     if weight.dtype != torch.bfloat16 or weight.is_inference() or not _has_packed_kernels():
         return None
-    return Kernel(weight)
+    return PackedKernel(weight)
+
+
+def has_fast_blas() -> bool:
+    """Whether NumPy calls OpenBLAS here, on one thread, and torch has one too.
+
+    With more threads the two libraries' would wait for each other's cores. threadpoolctl, of the
+    ``cpu`` extra, knows; without it the answer is no.
+    """
+    if torch.get_num_threads() != 1:
+        return False
+    try:
+        from threadpoolctl import threadpool_info
+    except ImportError:
+        return False
+    blas = [pool for pool in threadpool_info() if pool["user_api"] == "blas"]
+    found = [p["internal_api"] == "openblas" and p["num_threads"] == 1 for p in blas]
+    return bool(found) and all(found)
 
 
 def _has_packed_kernels() -> bool:

@@ -10,9 +10,14 @@ from torch import Tensor
 from colrow.partition import Range
 
 
+def group_sizes(runs: Sequence[tuple[Range, Range]]) -> list[int]:
+    """Query heads of each KV head."""
+    return [(q1 - q0) // (kv1 - kv0) for (q0, q1), (kv0, kv1) in runs for _ in range(kv0, kv1)]
+
+
 def padded_groups(runs: Sequence[tuple[Range, Range]]) -> tuple[list[int], list[int]]:
     """Query heads, the last of a smaller group repeated, and where each head then stands."""
-    sizes = [(q1 - q0) // (kv1 - kv0) for (q0, q1), (kv0, kv1) in runs for _ in range(kv0, kv1)]
+    sizes = group_sizes(runs)
     widest, first = max(sizes), 0
     padded: list[int] = []
     unpadded: list[int] = []

@@ -93,8 +93,12 @@ def normed_row(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     ``[..., size]`` to the same shape.
     """
     wide = x.view(-1) if x.dtype.itemsize >= 4 else x.view(-1).float()
-    scale = 1 / math.sqrt(torch.dot(wide, wide).item() / wide.numel() + eps)
-    return ((wide * scale).to(x.dtype) * weight).to(x.dtype).view(x.shape)
+    return ((wide * rms_scale(wide, eps)).to(x.dtype) * weight).to(x.dtype).view(x.shape)
+
+
+def rms_scale(x: Tensor, eps: float) -> float:
+    """``1 / rms(x)`` of a row ``[size]`` in fp32 or fp64."""
+    return 1 / math.sqrt(torch.dot(x, x).item() / x.numel() + eps)
 
 
 class _RMSNorm(torch.autograd.Function):

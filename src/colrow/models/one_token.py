@@ -1,8 +1,8 @@
 """One more token of one sequence on a CPU: the decoder's forward pass, written out flat.
 
-With one token a call costs more than its arithmetic, and the modules' calls of each other are a
-fifth of the time. Here a layer is some twenty operations in a row, on the modules' own parameters
-and with the same collectives; nothing has a gradient.
+With one token a call costs more than its arithmetic, twice so as each matmul leaves the caches
+cold. Here a layer is some thirty calls in a row, on the modules' own parameters and with the same
+collectives, and works in a few rows of memory that are allocated once; nothing has a gradient.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ from torch import Tensor, nn
 
 from colrow.comm import primitives
 from colrow.layers.activation import ACTIVATIONS
+from colrow.layers.attention import ParallelAttention
 from colrow.layers.block import ParallelBlock
 from colrow.layers.column import FusedColumnParallelLinear
 from colrow.layers.context import AttentionContext, KeyValueCache
-from colrow.layers.norm import RMSNorm, normed_row
-from colrow.layers.position import apply_rope
+from colrow.layers.decoding import Kernel
+from colrow.layers.grouped_query import group_sizes
+from colrow.layers.norm import RMSNorm, rms_scale
 from colrow.layers.row import RowParallelLinear
 
 if TYPE_CHECKING:
     from colrow.models.staged_layers import StagedLayers
 
-_Step = Callable[[Tensor], Tensor]
-_Block = Callable[[Tensor, AttentionContext, KeyValueCache], Tensor]
+_TORCH = Kernel()
 
 
 class OneToken:
@@ -39,14 +40,19 @@ class OneToken:
 
     def __init__(self, blocks: nn.ModuleList) -> None:
         self._modules = list(blocks.modules())
+        self._hooks = [
+            hooks for m in self._modules for hooks in (m._forward_hooks, m._forward_pre_hooks)
+        ]
         self._places = [
             (parent._modules, name, child)
             for parent in self._modules
             for name, child in parent._modules.items()
         ]
-        known = [block for block in blocks if isinstance(block, ParallelBlock)]
-        self._drops = any(block.dropout.p + block.attention.dropout.p for block in known)
-        self._blocks = [_flat(block) for block in known]
+        self._known = [block for block in blocks if isinstance(block, ParallelBlock)]
+        self._drops = any(block.dropout.p + block.attention.dropout.p for block in self._known)
+        self._rotations: dict[Any, Any] = {b.attention.rope: b.attention for b in self._known}
+        self._rows = _Rows(torch.float32)
+        self._blocks: list[Callable[[KeyValueCache], None]] = []
 
     def __reduce__(self) -> Any:
         """Nothing: it belongs to these modules, and not to a copy of them."""
@@ -70,87 +76,161 @@ class OneToken:
             input_ids.numel() == 1
             and attention_mask is None
             and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()
             and not (self._drops and self._modules[0].training)
-            and not any(m._forward_hooks or m._forward_pre_hooks for m in self._modules)
+            and not any(self._hooks)
             and all(children[name] is child for children, name, child in self._places)
         )
 
     def __call__(self, x: Tensor, context: AttentionContext, cache: KeyValueCache) -> Tensor:
         """``[1, 1, hidden]`` to the same behind the last block; as the blocks, it extends cache."""
-        shape, x = x.shape, x.view(1, -1)
+        rows = self._rows
+        if not self._blocks or x.dtype != rows.dtype:
+            rows = self._rows = _Rows(x.dtype)
+            self._blocks = [_flat(block, rows) for block in self._known]
+        stream = rows("stream", x.numel())
+        stream.copy_(x.view(-1))
+        for rope, attention in self._rotations.items():
+            tables = context.rope(attention._buffers["frequencies"], rope, x.dtype)
+            for name, table in zip(("cos", "sin"), tables, strict=True):
+                rows((name, rope), rope.dims).copy_(table.view(-1))
         for block in self._blocks:
-            x = block(x, context, cache)
-        return x.view(shape)
+            block(cache)
+        return stream.clone().view(x.shape)
 
 
-def _flat(block: ParallelBlock) -> _Block:
-    attention, mlp, parallel_residual = block.attention, block.mlp, block.parallel_residual
-    attention_norm, mlp_norm = _norm(block.attention_norm), _norm(block.mlp_norm)
-    qkv, output = _column(attention.qkv), _row(attention.output)
-    up, down = _column(mlp.up), _row(mlp.down)
-    act, gated = ACTIVATIONS[mlp.activation], mlp.gated
-    head_dim, index, rope = attention.head_dim, attention.layer_index, attention.rope
-    queries, keys = attention.q_heads, attention.kv_heads
-    padded = len(attention.runs) > 1
-    buffers: dict[str, Any] = attention._buffers
-    if rope is None:
-        raise ValueError(f"{attention.qkv.layer} has no rotary positions, see OneToken.fits")
+class _Rows:
+    """Memory that all blocks work in, one after the other, by name and shape."""
 
-    def forward(x: Tensor, context: AttentionContext, cache: KeyValueCache) -> Tensor:
-        rotation = context.rope(buffers["frequencies"], rope, x.dtype)
-        fused = qkv(attention_norm(x)).view(1, 1, -1, head_dim)
-        qk = apply_rope(fused.narrow(2, 0, queries + keys), rotation)
-        q = qk.narrow(2, 0, queries).view(1, queries, 1, head_dim)
-        k, v = cache.update(
-            index,
-            qk.narrow(2, queries, keys).view(1, keys, 1, head_dim),
-            fused.narrow(2, queries + keys, keys).view(1, keys, 1, head_dim),
-        )
-        if padded:
-            q = q.index_select(1, buffers["padded"])
-        q = q.view(1, keys, -1, head_dim)
-        mixed = F.scaled_dot_product_attention(q, k, v).view(-1, head_dim)
-        if padded:
-            mixed = mixed.index_select(0, buffers["unpadded"])
-        residual = x + output(mixed.view(1, -1))
-        hidden = up(mlp_norm(x if parallel_residual else residual))
-        if gated:
-            gate, hidden = hidden.chunk(2, dim=-1)
-            hidden = act(gate).mul_(hidden)
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._held: dict[object, Tensor] = {}
+
+    def __call__(self, name: object, *shape: int) -> Tensor:
+        """The same tensor for the same name and shape; zero at first."""
+        key = (name, shape)
+        if key not in self._held:
+            with torch.inference_mode(False):  # passes outside of inference mode write to it too
+                self._held[key] = torch.zeros(shape, dtype=self.dtype)
+        return self._held[key]
+
+
+def _flat(block: ParallelBlock, rows: _Rows) -> Callable[[KeyValueCache], None]:
+    """A block as a function of the cache, which adds to the row "stream"."""
+    mlp, parallel_residual = block.mlp, block.parallel_residual
+    stream = rows("stream", mlp.up.in_features)
+    normed = rows("normed", mlp.up.in_features)
+    fused = rows("fused", block.attention.qkv.weight.shape[0])
+    widened = rows("up", mlp.up.weight.shape[0])
+    gate, hidden = widened.chunk(2) if mlp.gated else (widened, None)
+    act = ACTIVATIONS[mlp.activation]
+    attention_norm, mlp_norm = (
+        _norm(norm, stream, normed) for norm in (block.attention_norm, block.mlp_norm)
+    )
+    qkv, up = _column(block.attention.qkv, fused), _column(mlp.up, widened)
+    attend = _attention(block.attention, fused, rows)
+    output, down = _row(block.attention.output, rows), _row(mlp.down, rows)
+
+    def forward(cache: KeyValueCache) -> None:
+        qkv(attention_norm())
+        mixed = attend(cache)
+        if parallel_residual:
+            up(mlp_norm())
+            stream.add_(output(mixed))
         else:
-            hidden = act(hidden)
-        return residual.add_(down(hidden))
+            stream.add_(output(mixed))
+            up(mlp_norm())
+        activated = act(gate)
+        stream.add_(down(activated if hidden is None else activated.mul_(hidden)))
 
     return forward
 
 
-def _norm(norm: nn.Module) -> _Step:
+def _attention(
+    attention: ParallelAttention, fused: Tensor, rows: _Rows
+) -> Callable[[KeyValueCache], Tensor]:
+    """From the row of queries, keys and values to the heads' outputs, ``[q_heads x head_dim]``.
+
+    The queries of a KV head become the query axis of the kernel. Where this rank's first or last
+    group is incomplete, the queries stand at the end of the first and at the start of the last: so
+    they lie side by side, and nobody reads what comes of the other places.
+    """
+    rope, index, dim = attention.rope, attention.layer_index, attention.head_dim
+    groups = group_sizes(attention.runs)
+    widest = max(groups)
+    if rope is None or any(size != widest for size in groups[1:-1]):
+        raise ValueError(f"{attention.qkv.layer} is of no kind that is written out here")
+    queries, keys = attention.q_heads, attention.kv_heads
+    before = widest - groups[0] if keys > 1 else 0
+    heads = queries + keys
+    turned = rows("turned", max(keys * widest, before + heads), dim)
+    grouped = turned[: keys * widest].view(1, keys, widest, dim)
+    target = turned[before : before + heads]
+    key = target[queries:].view(1, keys, 1, dim)
+    source = fused.view(-1, dim)
+    value = source[heads:].view(1, keys, 1, dim)
+    source = source[:heads]
+    cos, sin = rows(("cos", rope), rope.dims), rows(("sin", rope), rope.dims)
+    swapped = rows("swapped", heads, rope.dims)
+    rotating, rotated = source[:, : rope.dims], target[:, : rope.dims]
+    first, second = rotating.chunk(2, dim=1)
+    halves = list(zip((second, first), sin.chunk(2), swapped.chunk(2, dim=1), strict=True))
+    rest = (target[:, rope.dims :], source[:, rope.dims :]) if rope.dims < dim else None
+
+    def forward(cache: KeyValueCache) -> Tensor:
+        torch.mul(rotating, cos, out=rotated)
+        for other, signed, product in halves:
+            torch.mul(other, signed, out=product)
+        rotated.add_(swapped)
+        if rest is not None:
+            rest[0].copy_(rest[1])
+        mixed = F.scaled_dot_product_attention(grouped, *cache.update(index, key, value))
+        return mixed.reshape(-1)[before * dim : (before + queries) * dim]
+
+    return forward
+
+
+def _norm(norm: nn.Module, x: Tensor, out: Tensor) -> Callable[[], Tensor]:
     if not isinstance(norm, RMSNorm):
-        step: _Step = norm.forward
-        return step
+        return lambda: norm(x)
     parameters: dict[str, Any] = norm._parameters
     eps = norm.eps
-    return lambda x: normed_row(x, parameters["weight"], eps)
+    if x.dtype.itemsize >= 4:
+        return lambda: torch.mul(x, rms_scale(x, eps), out=out).mul_(parameters["weight"])
+    wide = x.float()
+
+    def narrow() -> Tensor:
+        wide.copy_(x)
+        return out.copy_(wide.mul_(rms_scale(wide, eps))).mul_(parameters["weight"])
+
+    return narrow
 
 
-def _column(layer: FusedColumnParallelLinear) -> _Step:
+def _column(layer: FusedColumnParallelLinear, out: Tensor) -> Callable[[Tensor], None]:
     parameters: dict[str, Any] = layer._parameters
-    kernel = layer.kernel
-    if kernel is None:
-        return lambda x: F.linear(x, parameters["weight"], parameters.get("bias"))
-    return lambda x: kernel(x, parameters["weight"], parameters.get("bias"))
+    multiply = (layer.kernel or _TORCH).row
+
+    def forward(x: Tensor) -> None:
+        multiply(x, parameters["weight"], out)
+        bias = parameters.get("bias")
+        if bias is not None:
+            out.add_(bias)
+
+    return forward
 
 
-def _row(layer: RowParallelLinear) -> _Step:
+def _row(layer: RowParallelLinear, rows: _Rows) -> Callable[[Tensor], Tensor]:
     parameters: dict[str, Any] = layer._parameters
-    kernel, tp, name = layer.kernel, layer.tp, layer.layer
-    linear = F.linear if kernel is None else kernel
+    multiply = (layer.kernel or _TORCH).row
+    tp, name = layer.tp, layer.layer
+    out = rows("partial", layer.weight.shape[0])
+    whole = out.view(1, 1, -1)
 
     def forward(x: Tensor) -> Tensor:
-        partial = linear(x, parameters["weight"], None)
-        y = primitives.all_reduce(partial, tp, layer=name, in_place=True)
+        multiply(x, parameters["weight"], out)
+        primitives.all_reduce(whole, tp, layer=name, in_place=True)
         bias = parameters.get("bias")
-        return y if bias is None else y + bias
+        return out if bias is None else out.add_(bias)
 
     return forward

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from colrow.layers.column import FusedColumnParallelLinear
-from colrow.layers.decoding import Kernel, lay_out_
+from colrow.layers.decoding import Kernel, has_fast_blas, lay_out_
 from colrow.layers.dropout import ParallelDropout
 from colrow.layers.row import RowParallelLinear
 from colrow.layers.shared import SharedLayers, sum_gradients_
@@ -131,11 +131,12 @@ class StagedLayers(nn.Module):
             for parameter in self.parameters():
                 parameter.requires_grad_(False)
                 parameter.grad = None
+        blas = has_fast_blas()
         for module in self.modules():
             if isinstance(module, FusedColumnParallelLinear | RowParallelLinear):
-                module.kernel = lay_out_(module.weight)
+                module.kernel = lay_out_(module.weight, blas=blas)
         if self.norm is not None and self.head is None and self.embedding is not None:
-            self.tied_kernel = lay_out_(self.embedding.weight)
+            self.tied_kernel = lay_out_(self.embedding.weight, blas=blas)
         self.one_token = OneToken(self.blocks) if OneToken.fits(self) else None
         return self
 

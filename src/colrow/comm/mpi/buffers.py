@@ -20,6 +20,7 @@ _TYPES = {
     torch.bool: MPI.C_BOOL,
 }
 _REDUCED_AS = {torch.bfloat16: torch.float32, torch.float16: torch.float32}
+NARROW = tuple(_REDUCED_AS)
 RedOpType = dist.ReduceOp.RedOpType
 SUM: RedOpType = dist.ReduceOp.SUM
 AVERAGE: RedOpType = dist.ReduceOp.AVG

@@ -14,17 +14,22 @@ from torch import Tensor
 
 from colrow.comm.mpi.buffers import (
     AVERAGE,
+    NARROW,
     SUM,
     RedOpType,
     check_size,
     copy_into,
     operation,
+    raw,
     reduced_in,
     same_memory,
     typed,
 )
 from colrow.comm.mpi.communicator import Communicator
-from colrow.comm.mpi.work import MpiWork
+from colrow.comm.mpi.work import MpiWork, completed
+
+# Of messages that are part of an all-reduce: the largest that MPI allows everywhere.
+_EXCHANGE_TAG = 32767
 
 
 class Reductions(Communicator):
@@ -39,8 +44,16 @@ class Reductions(Communicator):
 
     def reduce_in_place(self, x: Tensor, op: RedOpType = SUM) -> MpiWork:
         """:meth:`allreduce` of one tensor, without torch's options: the shortest way."""
-        request, finish, keep = self._reduce_one(x, op)
-        return self._work((request,), [x], "all_reduce", finish, keep)
+        requests, finish, keep = self._reduce_one(x, op)
+        return self._work(requests, [x], "all_reduce", finish, keep)
+
+    def reduce_now(self, x: Tensor, op: RedOpType = SUM) -> None:
+        """As :meth:`reduce_in_place`, and waits: no work is made if that takes moments."""
+        requests, finish, keep = self._reduce_one(x, op)
+        if not completed(requests):
+            self._work(requests, [x], "all_reduce", finish, keep).wait()
+        elif finish is not None:
+            finish()
 
     def allreduce_coalesced(self, tensors: Sequence[Tensor], opts: Any = None) -> MpiWork:
         """As :meth:`allreduce`."""
@@ -105,10 +118,28 @@ class Reductions(Communicator):
 
         return buffer, finish
 
-    def _reduce_one(self, x: Tensor, op: RedOpType) -> tuple[Any, Any, Any]:
+    def _reduce_one(self, x: Tensor, op: RedOpType) -> tuple[tuple[Any, ...], Any, Any]:
+        if self._ranks == 2 and op == SUM and x.dtype in NARROW:
+            return self._exchange_and_add(x)
         buffer, finish = self._reducible(x, op)
         kind = operation(op, buffer.dtype)
-        return self._comm.Iallreduce(MPI.IN_PLACE, typed(buffer), kind), finish, buffer
+        return (self._comm.Iallreduce(MPI.IN_PLACE, typed(buffer), kind),), finish, buffer
+
+    def _exchange_and_add(self, x: Tensor) -> tuple[tuple[Any, ...], Any, Any]:
+        """The sum of two ranks' 16-bit numbers: torch adds them in fp32, and none is widened."""
+        mine = x.contiguous()
+        other = torch.empty_like(mine)
+        peer = 1 - self._rank
+        requests = (
+            self._comm.Irecv(raw(other), peer, _EXCHANGE_TAG),
+            self._comm.Isend(raw(mine), peer, _EXCHANGE_TAG),
+        )
+
+        def finish() -> None:
+            with torch.no_grad():
+                torch.add(mine, other, out=x)
+
+        return requests, finish, (mine, other)
 
     def _reduce_scatter(
         self, output: Tensor, flat: Tensor, counts: list[int], op: RedOpType
@@ -129,7 +160,7 @@ class Reductions(Communicator):
     def _each(
         self,
         tensors: Sequence[Tensor],
-        issue: Callable[[Tensor], tuple[Any, Any, Any]],
+        issue: Callable[[Tensor], tuple[tuple[Any, ...], Any, Any]],
         what: str,
     ) -> MpiWork:
         issued = [issue(x) for x in tensors]
@@ -139,7 +170,7 @@ class Reductions(Communicator):
                 if finish is not None:
                     finish()
 
-        requests = [request for request, _, _ in issued]
+        requests = [request for some, _, _ in issued for request in some]
         return self._work(requests, list(tensors), what, finish_all, issued)
 
 

@@ -26,6 +26,18 @@ _FUTURE_SECONDS = 0.005
 Results = list[Tensor]
 
 
+def completed(requests: Sequence[MPI.Request], status: MPI.Status | None = None) -> bool:
+    """Whether all complete while this spins for them."""
+    for request in requests:
+        test = request.Test
+        for _ in range(_SPINS):
+            if test(status):
+                break
+        else:
+            return False
+    return True
+
+
 class MpiWork(dist.Work):
     """Requests of MPI, and what is left to do when they are complete.
 
@@ -66,7 +78,7 @@ class MpiWork(dist.Work):
         if self._future is not None:
             self._future.wait()
         elif not self.done:
-            if not self._spin():
+            if not completed(self._requests, self._status):
                 self._wait_patiently(timeout)
             self._end()
         return True
@@ -119,17 +131,6 @@ class MpiWork(dist.Work):
 
     def _source_rank(self) -> int:
         return -1 if self._status is None else self._status.Get_source()
-
-    def _spin(self) -> bool:
-        status = self._status
-        for request in self._requests:
-            test = request.Test
-            for _ in range(_SPINS):
-                if test(status):
-                    break
-            else:
-                return False
-        return True
 
     def _test(self) -> bool:
         for request in self._requests:  # noqa: SIM110  (polled: cheaper)
