@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-_DROPOUTS = frozenset(
-    {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout}
-)
+_ALPHA = frozenset({F.alpha_dropout, F.feature_alpha_dropout})
+_DROPOUTS = _ALPHA | {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout}
 _NAMES = ("input", "p", "training")
 _ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
@@ -23,11 +22,13 @@ class Dropout:
     """A call of one of torch's dropouts.
 
     Attributes:
+        function: which.
         input: what it is to drop from.
         p: the share to drop.
         training: whether it is asked to drop at all.
     """
 
+    function: Callable[..., Tensor]
     input: Tensor
     p: float
     training: bool
@@ -37,6 +38,11 @@ class Dropout:
         """Whether it would drop anything."""
         return self.training and self.p != 0
 
+    @property
+    def multiplies(self) -> bool:
+        """Whether it multiplies with a mask and does nothing else."""
+        return self.function not in _ALPHA
+
 
 def dropout_call(
     func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any] | None
@@ -44,13 +50,13 @@ def dropout_call(
     """What a call asks for, however its arguments are given; None for any other function.
 
     ``torch.dropout`` names ``train`` what those of ``torch.nn.functional`` name ``training``; of
-    them ``alpha_dropout`` alone drops nothing unless told to.
+    them those with ``alpha`` in their names drop nothing unless told to.
     """
     if func not in _DROPOUTS:
         return None
     named = dict(zip(_NAMES, args, strict=False)) | dict(kwargs or {})
-    training = named.get("training", named.get("train", func is not F.alpha_dropout))
-    return Dropout(named["input"], float(named.get("p", 0.5)), bool(training))
+    training = named.get("training", named.get("train", func not in _ALPHA))
+    return Dropout(func, named["input"], float(named.get("p", 0.5)), bool(training))
 
 
 class NoDropout(TorchFunctionMode):

@@ -92,12 +92,19 @@ def shorten(boundary: Boundary, block: Unit, proof: Proof, call: ModuleCall) -> 
 
 
 class DropoutSpy(TorchFunctionMode):
-    """Notes dropout that would drop something; results of it are other tensors than its input."""
+    """Notes dropout that would drop something; results of it are other tensors than its input.
+
+    Attributes:
+        seen: shapes of what is dropped out.
+        others: names of dropouts that do more than multiply with a mask.
+        elsewhere: whether nothing is noted now.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[tuple[int, ...]] = []
-        self.elsewhere = False  # where nothing is noted
+        self.others: list[str] = []
+        self.elsewhere = False
 
     def __torch_function__(
         self,
@@ -112,4 +119,6 @@ class DropoutSpy(TorchFunctionMode):
         if call is None or not call.drops or self.elsewhere:
             return result
         self.seen.append(tuple(result.shape))
+        if not call.multiplies:
+            self.others.append(func.__name__)
         return result * 1

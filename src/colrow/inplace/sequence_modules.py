@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -203,7 +202,7 @@ class _DropoutOfTokens(TorchFunctionMode):
         x = call.input
         start, stop = partition.bounds[self.region.tp.rank]
         whole = x.new_ones(*x.shape[:-2], partition.length, x.shape[-1])
-        return x * F.dropout(whole, call.p)[..., start:stop, :]
+        return x * call.function(whole, call.p, True)[..., start:stop, :]
 
 
 def refuse_recomputation(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

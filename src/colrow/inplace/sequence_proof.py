@@ -132,6 +132,9 @@ def _prove(
         parts.append(part)
     if any(shape[1:2] != (length,) or len(shape) != 3 for shape in whole.dropped):
         raise SequenceError("it drops out something other than tokens")
+    if whole.other_dropouts:
+        name = whole.other_dropouts[0]
+        raise SequenceError(f"it drops out by {name}, which does more than multiply")
     for path, is_row in own.items():
         if bool(gathered[path]) == is_row:
             raise SequenceError(f"{path} does not get {'whole' if is_row else 'divided'} sequences")

@@ -29,6 +29,7 @@ class Run:
     results: list[Tensor] = field(default_factory=list)
     arguments: dict[Key, Tensor] = field(default_factory=dict)
     dropped: list[tuple[int, ...]] = field(default_factory=list)  # shapes of what is dropped out
+    other_dropouts: list[str] = field(default_factory=list)  # that are no product with a mask
 
 
 def tokens_of(x: Tensor, bounds: tuple[int, int]) -> Tensor:
@@ -99,7 +100,7 @@ def run_block(
 
     forwards = {path: replaced(path) for path in inside} | {"": root}
     seen.results = tensors_of(unit.run(leaf, forwards))
-    seen.dropped = spy.seen
+    seen.dropped, seen.other_dropouts = spy.seen, spy.others
     return seen
 
 
