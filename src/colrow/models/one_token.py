@@ -112,7 +112,7 @@ class _Rows:
         key = (name, shape)
         if key not in self._held:
             with torch.inference_mode(False):  # passes outside of inference mode write to it too
-                self._held[key] = torch.zeros(shape, dtype=self.dtype)
+                self._held[key] = torch.zeros(shape, dtype=self.dtype, device="cpu")
         return self._held[key]
 
 
