@@ -52,10 +52,12 @@ class RankPool:
     Args:
         device: where they compute, see :mod:`tests.devices`: their functions' tensors are made
             there where no device is named.
+        size: how many, and so the most ranks of a call.
     """
 
-    def __init__(self, device: devices.Device = "cpu") -> None:
+    def __init__(self, device: devices.Device = "cpu", size: int = POOL_SIZE) -> None:
         self.device: devices.Device = device
+        self._size = size
         self._connections: list[Connection] = []
         self._context: Any = None
         self._directory = ""
@@ -66,7 +68,7 @@ class RankPool:
         """``function(tp, *args)`` on ``n`` ranks; the results by rank.
 
         Args:
-            n: 1 to 4 ranks.
+            n: 1 to ``size`` ranks.
             function: at the top level of a module, and given ``tp``, the
                 :class:`colrow.mesh.ParallelGroup` of the n ranks. Each call starts with
                 ``torch.manual_seed(0)`` and fp32 as the default dtype.
@@ -76,8 +78,8 @@ class RankPool:
             RankError: with the tracebacks. Unless all ranks raised the same ValueError or
                 TypeError, which says that nothing is left half-sent, the pool starts anew.
         """
-        if not 1 <= n <= POOL_SIZE:
-            raise ValueError(f"the pool runs 1 to {POOL_SIZE} ranks, not {n}")
+        if not 1 <= n <= self._size:
+            raise ValueError(f"the pool runs 1 to {self._size} ranks, not {n}")
         task = pickle.dumps((n, function, args))  # here, where a failure names the argument
         self._start()
         for connection in self._connections[:n]:
@@ -130,7 +132,7 @@ class RankPool:
         from colrow._rank_agent import inherited_environment  # the same care for OMP_NUM_THREADS
 
         self._directory = tempfile.mkdtemp(prefix="colrow-tests-")
-        pipes = [multiprocessing.Pipe() for _ in range(POOL_SIZE)]
+        pipes = [multiprocessing.Pipe() for _ in range(self._size)]
         with inherited_environment({"OMP_NUM_THREADS": "1"}):
             self._context = start_processes(  # type: ignore[no-untyped-call]
                 _work,
@@ -139,7 +141,7 @@ class RankPool:
                     os.path.join(self._directory, "store"),
                     self.device,
                 ),
-                nprocs=POOL_SIZE,
+                nprocs=self._size,
                 join=False,
                 daemon=True,
                 start_method="spawn",
@@ -147,7 +149,7 @@ class RankPool:
         for _, theirs in pipes:
             theirs.close()  # so that a worker's death is an end of file here
         self._connections = [ours for ours, _ in pipes]
-        _, raised, lost = self._collect(POOL_SIZE, _SECONDS_TO_START)
+        _, raised, lost = self._collect(self._size, _SECONDS_TO_START)
         if raised or lost:
             self.stop()
             raise RankError(f"the pool did not start: {lost}", raised)
@@ -195,14 +197,12 @@ def _work(rank: int, connections: list[Connection], store: str, device: devices.
     for other, connection in enumerate(connections):
         if other != rank:
             connection.close()
-    connection = connections[rank]
+    connection, size = connections[rank], len(connections)
     stay_on_loopback()
-    dist.init_process_group(
-        "gloo", store=FileStore(store, POOL_SIZE), rank=rank, world_size=POOL_SIZE
-    )
+    dist.init_process_group("gloo", store=FileStore(store, size), rank=rank, world_size=size)
     groups = {
         n: dist.new_group(list(range(n)), backend=devices.backend(device, n))
-        for n in range(2, POOL_SIZE + 1)
+        for n in range(2, size + 1)
     }
     devices.enter(device, rank)
     connection.send_bytes(pickle.dumps(None))

@@ -95,7 +95,7 @@ def test_results_come_by_rank_and_nothing_listens_beyond_loopback(
     assert "OMP_NUM_THREADS" not in os.environ
 
 
-def test_ranks_keep_freed_memory_unless_the_user_says_otherwise(
+def test_ranks_keep_freed_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in allocator_settings():
@@ -103,13 +103,19 @@ def test_ranks_keep_freed_memory_unless_the_user_says_otherwise(
     assert allocator_variables() == {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
     assert launch(allocator_settings, ranks=2) == [allocator_variables()] * 2
     assert allocator_settings() == {}
+
+
+def users_settings() -> tuple[dict[str, str], int]:
+    return allocator_settings(), torch.get_num_threads()
+
+
+def test_the_users_allocator_and_thread_count_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in allocator_settings():
+        monkeypatch.delenv(name)
     monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
-    assert launch(allocator_settings, ranks=2) == [{"MALLOC_ARENA_MAX": "2"}] * 2
-
-
-def test_the_users_thread_count_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert launch(torch.get_num_threads, ranks=2, threads_per_rank=3) == [1, 1]
+    found = launch(users_settings, ranks=2, threads_per_rank=3)
+    assert found == [({"MALLOC_ARENA_MAX": "2"}, 1)] * 2
 
 
 def test_one_rank_runs_here() -> None:

@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
+from functools import cache
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -63,12 +64,31 @@ def load_reference(path: str | Path, dtype: torch.dtype) -> nn.Module:
                 "the reference needs transformers: pip install 'colrow[models]'"
             ) from error
         directory = file if file.is_dir() else file.parent
-        gguf = {"gguf_file": file.name} if file.suffix == ".gguf" else {}
-        with torch.device("cpu"):  # whatever torch's default is
+        is_gguf = file.suffix == ".gguf"
+        options = {"gguf_file": file.name} if is_gguf else {}
+        # On the CPU, whatever torch's default is.
+        with torch.device("cpu"), _gguf_once() if is_gguf else nullcontext():
             model = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=dtype, trust_remote_code=False, **gguf
+                directory, dtype=dtype, trust_remote_code=False, **options
             )
     return prepare_reference(model)
+
+
+@contextmanager
+def _gguf_once() -> Iterator[None]:
+    """Half the time of reading a GGUF file: transformers parses it twice, and makes the table of
+    its tensors' names anew for every module; here the gguf package does each once.
+    """
+    import gguf
+
+    kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for name, value in kept.items():
+            setattr(gguf, name, cache(value))
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(gguf, name, value)
 
 
 def prepare_reference(model: nn.Module) -> nn.Module:

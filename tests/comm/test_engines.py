@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-import signal
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ import colrow
 from colrow.comm import compat, primitives
 from colrow.comm.engine import choose_engine
 from colrow.launch import RankFailure, launch
+from tests.comm.endings import dies, late
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8)
 SUM, AVG = dist.ReduceOp.SUM, dist.ReduceOp.AVG
@@ -256,25 +255,10 @@ def test_everything_that_is_asked_of_an_engine(engine: str, ranks: int, tmp_path
     assert not list(Path("/dev/shm").glob("mpich_shm*"))
 
 
-def late(engine: str) -> None:
-    mesh = colrow.init_mesh(tp=2, device="cpu", engine=engine, timeout=timedelta(seconds=3))
-    if mesh.tp.rank == 1:
-        time.sleep(60)
-    primitives.all_reduce(torch.ones(5), mesh.tp)
-
-
 @pytest.mark.parametrize("engine", ["gloo", "mpi"])
 def test_a_collective_that_nobody_joins_ends_in_time(engine: str) -> None:
     with pytest.raises(RankFailure, match=r"(?i)rank 0 failed.*timed out"):
         launch(late, (engine,), ranks=2, timeout_seconds=100)
-
-
-def dies(engine: str) -> None:
-    mesh = colrow.init_mesh(tp=2, device="cpu", engine=engine)
-    primitives.all_reduce(torch.ones(5), mesh.tp)
-    if mesh.tp.rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    primitives.all_reduce(torch.ones(5), mesh.tp)
 
 
 @pytest.mark.parametrize("engine", ["gloo", "mpi"])

@@ -17,7 +17,7 @@ from tests.generate import models
 from tests.models import tiny
 from tests.ranks import RankError, RankPool
 
-NEW = 32
+NEW = 16
 
 
 @dataclass(frozen=True)

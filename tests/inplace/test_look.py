@@ -8,8 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from colrow.inplace.capture import capture_calls, evaluating
+from colrow.inplace.dropout import NoDropout
+from colrow.inplace.modules import Region
 from colrow.inplace.probe import patterns
-from colrow.inplace.unit import NoDropout
+from colrow.inplace.sequence_boundary import DropoutSpy
+from colrow.inplace.sequence_modules import DropoutMixin
+from colrow.mesh import ParallelGroup
+from colrow.partition import Partition
 
 
 class Halves(nn.Module):
@@ -63,6 +68,33 @@ def test_dropout_is_left_out_and_noted(call: Callable[[], Tensor], drops: bool) 
     assert mode.met == drops
     assert first.equal(again)
     assert bool(first.ne(0).all())
+
+
+class Dropping(nn.Module):
+    def __init__(self, train: bool) -> None:
+        super().__init__()
+        self.train_argument = train
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.dropout(x, p=0.5, train=self.train_argument)
+
+
+class DroppingTokens(DropoutMixin, Dropping):
+    pass
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_keywords_of_dropout_are_understood_wherever_it_is_looked_at(train: bool) -> None:
+    x = torch.ones(2, 5, 4)
+    with NoDropout() as none:
+        Dropping(train)(x)
+    assert none.met == train
+    with DropoutSpy() as spy:
+        Dropping(train)(x)
+    assert spy.seen == [x.shape] * train
+    block = DroppingTokens(train)
+    block.colrow_region = Region(ParallelGroup(None, 0, 1), "blocks", Partition.even(5, 1))
+    assert block(x).eq(0).any() == train
 
 
 def test_patterns_of_vectors_and_of_what_reaches_nothing() -> None:

@@ -99,7 +99,8 @@ class Block(nn.Module):
             self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 8)
         else:
             self.mlp = nn.Sequential(nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8))
-        self.dropout = nn.Dropout(0.3 if kind == "dropout" else 0.0)
+        dropouts = {"dropout": nn.Dropout, "tokens": nn.Dropout1d, "alpha": nn.AlphaDropout}
+        self.dropout = dropouts.get(kind, nn.Dropout)(0.3 if kind in dropouts else 0.0)
         if kind == "layer":
             self.extra = nn.Linear(8, 8)
         if kind == "scale":
@@ -150,6 +151,7 @@ IDS = torch.arange(14).view(2, 7) % 13
         ("end", "its result for a token depends on other tokens"),
         ("gradient", "the gradient of x is not made of the tokens' own"),
         ("layer", "extra is split by its output features"),
+        ("alpha", "it drops out by alpha_dropout, which does more than multiply"),
         ("between", "blocks.1 is not given just what blocks.0 gave"),
     ],
 )
@@ -197,6 +199,6 @@ def check_own(tp: ParallelGroup, kind: str) -> None:
 
 
 # Dropout of what every rank has part of is that of the whole model.
-@pytest.mark.parametrize("kind", ["scale", "dropout", "flat"])
+@pytest.mark.parametrize("kind", ["scale", "dropout", "tokens", "flat"])
 def test_a_model_of_ones_own_with_any_number_of_tokens(ranks: RankPool, kind: str) -> None:
     ranks(2, check_own, kind)

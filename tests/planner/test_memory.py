@@ -55,7 +55,7 @@ def test_a_real_step_takes_what_is_predicted(ranks: RankPool, tp: int) -> None:
             for precision in ("fp32", "bf16"):
                 layout = Layout(
                     tp=tp,
-                    microbatch=4,
+                    microbatch=2,
                     sequence=120,
                     sequence_parallel=sequence_parallel,
                     precision=precision,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +97,15 @@ def make_stepper(
     config: dict[str, Any] = CONFIG,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
-    microbatch: int = 2,
+    microbatch: int = 0,
     clip: float = 1.0,
     **options: Any,
 ) -> Stepper:
-    """A model, an optimiser and an order of the text, ready for steps of 8 sequences of 17."""
+    """A model, an optimiser and an order of the text, ready for steps of 8 sequences of 17.
+
+    Args:
+        microbatch: sequences; by default so many that every rank adds up two microbatches.
+    """
     model: Decoder = colrow.from_config(
         config,
         mesh,
@@ -116,7 +121,7 @@ def make_stepper(
         adamw(model),
         mesh,
         Order(Windows.of(TokenFile.open(tokens), 17), seed=1),
-        microbatch=microbatch,
+        microbatch=microbatch or 4 // layout.dp,
         global_batch=8,
         clip=clip,
     )
@@ -132,6 +137,14 @@ def reference(
     **_: Any,
 ) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
     """The same steps by transformers' model, torch's loss, clipping and optimiser."""
+    return _reference(tokens, label_smoothing, z_loss, json.dumps(config), steps)
+
+
+@cache
+def _reference(
+    tokens: Path, label_smoothing: float, z_loss: float, config_text: str, steps: int
+) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
+    config = json.loads(config_text)
     initial = colrow.full_state_dict(colrow.from_config(config, seed=0, dtype=torch.float64))
     with quiet_transformers():
         from transformers import AutoConfig, AutoModelForCausalLM

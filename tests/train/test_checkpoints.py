@@ -21,7 +21,7 @@ FIRST, SECOND, RATE = 3, 2, 1e-3
 def save(world: ParallelGroup, layout: Layout, tokens: Path, directory: Path) -> list[float]:
     """Three steps, a checkpoint, two more steps; their losses."""
     mesh = make_mesh(world, layout)
-    stepper = make_stepper(mesh, layout, tokens)
+    stepper = make_stepper(mesh, layout, tokens, microbatch=8 // layout.dp)
     checkpoints = TrainingCheckpoints(directory / str(layout), mesh, group=world.group)
     losses = [stepper.step(index, RATE).loss for index in range(FIRST)]
     checkpoints.save(FIRST, stepper.model, stepper.optimizer, {"losses": losses})
@@ -34,7 +34,8 @@ def continue_from(
 ) -> dict[str, list[float]]:
     """Two steps from each of the checkpoints, in this layout; their losses."""
     mesh, found = make_mesh(world, layout), {}
-    stepper = make_stepper(mesh, layout, tokens, seed=7)  # other weights, to be replaced
+    other = {"seed": 7, "microbatch": 8 // layout.dp}  # its weights are to be replaced
+    stepper = make_stepper(mesh, layout, tokens, **other)
     for name in names:
         stepper.optimizer.state.clear()
         checkpoints = TrainingCheckpoints(directory / name, mesh, group=world.group)

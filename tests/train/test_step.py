@@ -64,7 +64,9 @@ def test_loss_norm_and_update_are_those_of_one_process(
 
 
 def with_dropout(world: ParallelGroup, layout: Layout, tokens: Path) -> list[float]:
-    stepper = make_stepper(make_mesh(world, layout), layout, tokens, recompute="full")
+    # A mask belongs to a microbatch, so that all layouts need the same.
+    options = {"microbatch": 2, "recompute": "full"}
+    stepper = make_stepper(make_mesh(world, layout), layout, tokens, **options)
     set_dropout(stepper.model, 0.2)
     return [stepper.step(index, RATE).loss for index in range(STEPS)]
 

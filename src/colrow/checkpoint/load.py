@@ -8,12 +8,9 @@ import torch
 from torch import Tensor
 
 from colrow.checkpoint.naming import Naming, Piece, pieces
-from colrow.checkpoint.reader import TensorReader
+from colrow.checkpoint.reader import TensorReader, row_chunks
 from colrow.models.config import parameter_specs
 from colrow.models.decoder import Decoder
-from colrow.partition import Range
-
-_CHUNK_BYTES = 4 << 20
 
 # Buffers that older checkpoints carry; the decoder computes what they hold.
 _IGNORED = re.compile(
@@ -47,31 +44,11 @@ def load_(model: Decoder, reader: TensorReader, naming: Naming) -> None:
 def _fill(part: Tensor, reader: TensorReader, piece: Piece, prefix: str) -> None:
     """Reads a slice into ``part``, which lies as the file does, a bounded number of rows a time."""
     name = piece.name.removeprefix(prefix)
-    row_bytes = max(1, part[:1].numel() * part.element_size())
-    step = max(1, _CHUNK_BYTES // row_bytes)
-    if piece.pairs is not None:  # whole heads
-        step = max(piece.pairs, step - step % piece.pairs)
-    for first in range(0, part.shape[0], step):
-        last = min(first + step, part.shape[0])
-        rows: tuple[Range, ...] = ((first, last),)
-        columns = None
-        if piece.dim == 0:
-            rows = _within(piece.ranges, first, last)
-        elif piece.dim == 1:
-            columns = piece.ranges
-        chunk = reader.read(name, rows, columns, dtype=part.dtype)
-        part[first:last].copy_(chunk if piece.pairs is None else unpair(chunk, piece.pairs))
-
-
-def _within(ranges: tuple[Range, ...], first: int, last: int) -> tuple[Range, ...]:
-    """Of the indices that ``ranges`` list, one after the other, the first-th to the last-th."""
-    found, passed = [], 0
-    for start, stop in ranges:
-        low, high = start + max(first - passed, 0), start + min(last - passed, stop - start)
-        if low < high:
-            found.append((low, high))
-        passed += stop - start
-    return tuple(found)
+    rows = piece.ranges if piece.dim == 0 else ((0, part.shape[0]),)
+    columns = piece.ranges if piece.dim == 1 else None
+    for place, wanted in row_chunks(part, rows, multiple=piece.pairs or 1):  # whole heads
+        chunk = reader.read(name, wanted, columns, dtype=part.dtype)
+        place.copy_(chunk if piece.pairs is None else unpair(chunk, piece.pairs))
 
 
 def unpair(rows: Tensor, head_dim: int) -> Tensor:

@@ -15,6 +15,8 @@ from colrow.checkpoint.locate import find_weights, resolve_model_path
 Ranges = tuple[tuple[int, int], ...]
 """Half-open (start, stop) index ranges, read and concatenated in this order; () selects nothing."""
 
+_CHUNK_BYTES = 4 << 20
+
 
 class TensorReader(Protocol):
     """Read access to the tensors of one checkpoint, a slice at a time.
@@ -137,6 +139,35 @@ def placements(ranges: Ranges) -> Iterator[tuple[slice, slice]]:
         if stop > start:
             yield slice(start, stop), slice(position, position + stop - start)
             position += stop - start
+
+
+def row_chunks(
+    part: torch.Tensor, rows: Ranges, *, multiple: int = 1
+) -> Iterator[tuple[torch.Tensor, Ranges]]:
+    """A few rows of ``part`` at a time, about 4 MiB, each with those of the file that go there.
+
+    Args:
+        part: ``[sum of rows, ...]``, to be filled; views of it are given.
+        rows: the rows of the file that it holds, in its order.
+        multiple: only whole multiples of so many rows are given, however large.
+    """
+    row_bytes = max(1, part[:1].numel() * part.element_size())
+    step = max(1, _CHUNK_BYTES // row_bytes)
+    step = max(multiple, step - step % multiple)
+    for first in range(0, part.shape[0], step):
+        last = min(first + step, part.shape[0])
+        yield part[first:last], _within(rows, first, last)
+
+
+def _within(ranges: Ranges, first: int, last: int) -> Ranges:
+    """Of the indices that ``ranges`` list, one after the other, the first-th to the last-th."""
+    found, passed = [], 0
+    for start, stop in ranges:
+        low, high = start + max(first - passed, 0), start + min(last - passed, stop - start)
+        if low < high:
+            found.append((low, high))
+        passed += stop - start
+    return tuple(found)
 
 
 def unknown_tensor(name: str, names: Iterable[str], description: str) -> ValueError:

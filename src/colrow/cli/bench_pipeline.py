@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from colrow.cli.common import (
     DTYPES,
+    add_layer_split,
     announce,
     destination,
     positive_int,
@@ -40,11 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--microbatches", type=positive_int, metavar="N", help="of a step (default 2 x pp)"
     )
-    group.add_argument(
-        "--layer-split",
-        metavar="N,N",
-        help="layers of each rank, or shares (default so that all ranks take equally long)",
-    )
+    add_layer_split(group)
     group.add_argument(
         "--stages-per-rank", type=positive_int, metavar="N", help="of interleaved and zero-bubble"
     )

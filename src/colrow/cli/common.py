@@ -47,11 +47,16 @@ def add_pipeline(parser: argparse.ArgumentParser) -> None:
         help="pipeline-parallel size: over how many stages the layers are divided, each on --tp "
         "ranks (default 1)",
     )
+    add_layer_split(parser)
+
+
+def add_layer_split(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """``--layer-split``; ``args.layer_split`` is None for the balanced one."""
     parser.add_argument(
         "--layer-split",
         metavar="SPLIT",
-        help="layers of each stage, such as 20,10, or shares of them, such as 2,1 or 0.5,0.3,0.2 "
-        "(default: so that all stages take equally long)",
+        help="layers of each rank of the pipeline, such as 20,10, or shares of them, such as 2,1 "
+        "or 0.5,0.3,0.2 (default: so that all ranks take equally long)",
     )
 
 

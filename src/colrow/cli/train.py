@@ -72,9 +72,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _train(settings: TrainSettings) -> Outcome | None:
     from colrow.train.data import training_and_held_out
-    from colrow.train.loop import check, train
+    from colrow.train.model import check_settings
 
-    check(settings)
+    check_settings(settings)
     if launched_by() is None:
         training_and_held_out(settings)  # tokenised before any rank waits for it
     ranks = settings.ranks
@@ -84,6 +84,8 @@ def _train(settings: TrainSettings) -> Outcome | None:
             "--nproc-per-node 1 --max-restarts N -m colrow.cli train ..."
         )
     if launched_by() is not None or ranks == 1:
+        from colrow.train.loop import train
+
         return run_on_ranks(train, settings, ranks=ranks)
     return launch(
         _train_rank,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,23 +10,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from colrow.inplace.attempt import split_checked
 from colrow.inplace.capture import evaluating
 from colrow.inplace.check import (
     Observation,
-    agreed_error,
     check_equal_weights,
-    difference,
-    limit_of,
     observe,
 )
 from colrow.inplace.load import checked_names, fill, open_weights
-from colrow.inplace.look import Look, carry_out, class_name, look
+from colrow.inplace.look import Look, carry_out, look
 from colrow.inplace.meta import give_buffers, is_on_meta, model_of
 from colrow.inplace.plan import Plan
 from colrow.inplace.record import Record, check_whole
 from colrow.inplace.stand_in import StandIn
-from colrow.inplace.together import LeftAloneError, all_come, look_together
-from colrow.inplace.vocabulary import VocabularyLayers, knows_loss
+from colrow.inplace.together import look_together
+from colrow.inplace.vocabulary import knows_loss
 from colrow.mesh import Mesh
 
 
@@ -119,19 +116,23 @@ class _Options:
     sequence_parallel: bool
     check: bool
 
+    def look(self, model: nn.Module, mesh: Mesh, by: Callable[..., Look]) -> Look:
+        """What all ranks find, each with ``by``; see :func:`look_together`."""
+        return look_together(
+            lambda: by(
+                model,
+                mesh.tp.size,
+                self.plan,
+                self.example_inputs,
+                sequence_parallel=self.sequence_parallel,
+            ),
+            mesh.tp,
+            mesh.device,
+        )
+
 
 def _with_values(model: nn.Module, mesh: Mesh, options: _Options) -> nn.Module:
-    found = look_together(
-        lambda: look(
-            model,
-            mesh.tp.size,
-            options.plan,
-            options.example_inputs,
-            sequence_parallel=options.sequence_parallel,
-        ),
-        mesh.tp,
-        mesh.device,
-    )
+    found = options.look(model, mesh, look)
     if not options.check:
         carry_out(model, mesh.tp, found, found.vocabulary).settle()
         return model
@@ -142,7 +143,7 @@ def _with_values(model: nn.Module, mesh: Mesh, options: _Options) -> nn.Module:
     def observed(_: Record) -> Observation:
         return observe(model, batch, with_labels=labels, drops=whole.drops)
 
-    _split_checked(model, mesh, found, whole, observed)
+    split_checked(model, mesh, found, whole, observed)
     return model
 
 
@@ -155,17 +156,7 @@ def _without_values(
         give_buffers(model, names, mesh.device)
         if mesh.tp.size > 1:
             stand_in = StandIn(model)
-            found = look_together(
-                lambda: stand_in.look(
-                    model,
-                    mesh.tp.size,
-                    options.plan,
-                    options.example_inputs,
-                    sequence_parallel=options.sequence_parallel,
-                ),
-                mesh.tp,
-                mesh.device,
-            )
+            found = options.look(model, mesh, stand_in.look)
             if options.check:
                 labels = "input_ids" in found.batches[0] and knows_loss(model, found.vocabulary)
                 whole = stand_in.observe(found, with_labels=labels)
@@ -178,7 +169,7 @@ def _without_values(
                         model, batch, with_labels=labels, drops=whole.drops
                     )
 
-                _split_checked(model, mesh, found, whole, observed)
+                split_checked(model, mesh, found, whole, observed)
                 if reader is None:
                     for step in emptied:
                         step()
@@ -190,91 +181,6 @@ def _without_values(
         if reader is not None:
             reader.close()
     return model
-
-
-def _split_checked(
-    model: nn.Module,
-    mesh: Mesh,
-    found: Look,
-    whole: Observation,
-    observed: Callable[[Record], Observation],
-) -> None:
-    """Splits the model if it then gives what the whole gives, or as much of it as does.
-
-    Raises:
-        ValueError: when it does not; the model is as it was.
-    """
-    attempt = _Attempt(model, mesh, found, whole, observed)
-    if not (first := attempt.split(found.vocabulary)):
-        return attempt.settle()
-    if not (second := attempt.split(VocabularyLayers({}, {}))):
-        return attempt.settle()
-    kept: list[str] = []
-    for name in dict.fromkeys(class_name(model, n) for n in found.inference.proofs):
-        if not attempt.split(found.vocabulary, [*kept, name], first):
-            kept.append(name)
-    if not attempt.split(found.vocabulary, kept, first):
-        return attempt.settle()
-    raise ValueError(
-        f"{type(model).__name__} was split, but does not give what the whole model gives "
-        f"({first}; without embedding and head: {second}); it is whole again"
-    )
-
-
-@dataclass
-class _Attempt:
-    """Splits a model, and makes it whole again before the next time."""
-
-    model: nn.Module
-    mesh: Mesh
-    found: Look
-    whole: Observation
-    observed: Callable[[Record], Observation]
-    record: Record | None = None
-
-    def split(
-        self, layers: VocabularyLayers, classes: Collection[str] | None = None, problem: str = ""
-    ) -> str:
-        """What is wrong, with the model whole again; or "" with the model split.
-
-        Args:
-            layers: those to divide over the vocabulary.
-            classes: of modules whose layers may be split; all by default.
-            problem: what is wrong when all are.
-        """
-        self._restore()
-        look = self.found
-        if classes is not None:
-            look = look.only(classes, f"the model differs when it is split: {problem}")
-        self.record = carry_out(self.model, self.mesh.tp, look, layers)
-        error, where, raised = math.inf, "", ""
-        try:
-            try:
-                error, where = difference(self.observed(self.record), self.whole, self.record)
-            except LeftAloneError:
-                raise
-            except Exception as problem:  # whatever the model's code raises
-                where = raised = f"{type(problem).__name__}: {problem}"
-            all_come(raised, self.mesh.tp)
-        except LeftAloneError:
-            self._restore()
-            raise
-        worst = agreed_error(error, self.mesh.tp, self.mesh.device)
-        if worst <= limit_of(self.model):
-            return ""
-        self._restore()
-        return f"{where} is off by {worst:.1e}" if error < math.inf else where
-
-    def _restore(self) -> None:
-        if self.record is not None:
-            self.record.restore()
-            self.model.__dict__.pop("colrow_record", None)
-        self.record = None
-
-    def settle(self) -> None:
-        """Keeps the model as it is now."""
-        assert self.record is not None
-        self.record.settle()
 
 
 def plan_for(

@@ -15,10 +15,10 @@ from colrow.comm import primitives
 from colrow.inplace.atoms import indices_of
 from colrow.inplace.calls import tensors_of
 from colrow.inplace.capture import arithmetic_of, evaluating, without_cache
+from colrow.inplace.dropout import NoDropout
 from colrow.inplace.generation import Steps, generated
 from colrow.inplace.record import Record, record_of
 from colrow.inplace.together import all_come
-from colrow.inplace.unit import NoDropout
 from colrow.mesh import ParallelGroup
 
 _LIMITS = {torch.float64: 1e-9, torch.float32: 1e-3}

@@ -9,13 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from colrow.checkpoint.locate import resolve_model_path
-from colrow.checkpoint.reader import Ranges, TensorReader, open_reader
+from colrow.checkpoint.reader import Ranges, TensorReader, open_reader, row_chunks
 from colrow.inplace.file_names import FileNames, file_names, whole_shape
 from colrow.inplace.record import record_of
 from colrow.inplace.sources import Source
 from colrow.partition import ShardSpec
-
-_CHUNK_BYTES = 4 << 20
 
 
 def load_weights(
@@ -129,23 +127,8 @@ def chunks(
     if not part:
         yield parameter, source.read((), parameter.dtype)
         return
-    rows = max(1, parameter[:1].numel() * parameter.element_size())
-    step = max(1, _CHUNK_BYTES // rows)
-    for start in range(0, parameter.shape[0], step):
-        stop = min(start + step, parameter.shape[0])
-        wanted = [_within(part[0], start, stop), *part[1:]]
-        yield parameter[start:stop], source.read(wanted, parameter.dtype)
-
-
-def _within(ranges: Ranges, first: int, last: int) -> Ranges:
-    """Of the indices that ``ranges`` list, one after the other, the first-th to the last-th."""
-    found, passed = [], 0
-    for start, stop in ranges:
-        low, high = start + max(first - passed, 0), start + min(last - passed, stop - start)
-        if low < high:
-            found.append((low, high))
-        passed += stop - start
-    return tuple(found)
+    for place, rows in row_chunks(parameter, part[0]):
+        yield place, source.read([rows, *part[1:]], parameter.dtype)
 
 
 def allocate(

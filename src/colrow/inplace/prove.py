@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from colrow.inplace.calls import Key
+from colrow.inplace.equal import close, near, placed, sum_of
 from colrow.inplace.locals import Number, Setting, settings, watching
 from colrow.inplace.search import Group
 from colrow.inplace.simulate import Cuts, Observed, Simulation, take
 from colrow.inplace.unit import Unit, UnitError, output_features
-
-_LIMIT = 1e-9
 
 
 class NotProvenError(Exception):
@@ -166,23 +165,6 @@ def _local_dim(mine: Tensor, whole: Tensor) -> int | None:
     return dims[0] if len(dims) == 1 else None
 
 
-def close(a: Tensor, b: Tensor) -> bool:
-    """Equal but for rounding in fp64."""
-    if a.shape != b.shape:
-        return False
-    a, b = a.detach().double(), b.detach().double()
-    if not a.numel():
-        return True
-    if torch.equal(a, b):
-        return True
-    both = torch.isfinite(a) & torch.isfinite(b)
-    if not torch.equal(a[~both], b[~both]) and not (a[~both].isnan() & b[~both].isnan()).all():
-        return False
-    a, b = a[both], b[both]
-    scale = float(b.abs().max()) if b.numel() else 0.0
-    return not a.numel() or float((a - b).abs().max()) <= _LIMIT * max(scale, 1e-3)
-
-
 def _gradients(simulation: Simulation, whole: Observed, found: list[Setting], ranks: int) -> Proof:
     group = simulation.group
     generator = torch.Generator().manual_seed(3)
@@ -265,32 +247,6 @@ def _downstream(unit: Unit, layers: frozenset[str], group: Group) -> frozenset[s
         for name, reach in reaches.items()
         if any(any(reach.outputs.get(layer, [])) for layer in layers)
     )
-
-
-def sum_of(tensors: list[Tensor]) -> Tensor:
-    """Their sum."""
-    total = tensors[0].clone()
-    for tensor in tensors[1:]:
-        total += tensor
-    return total
-
-
-def near(a: Tensor, b: Tensor, scale: float) -> bool:
-    """Equal but for rounding, relative to themselves or to a small part of ``scale``."""
-    if a.shape != b.shape:
-        return False
-    if not a.numel():
-        return True
-    own = float(b.abs().max())
-    return float((a - b).abs().max()) <= _LIMIT * max(own, 1e-4 * scale)
-
-
-def placed(mine: list[Tensor], dim: int, rows: list[list[int]], like: Tensor) -> Tensor:
-    """The ranks' parts added where they belong."""
-    total = torch.zeros_like(like)
-    for part, indices in zip(mine, rows, strict=True):
-        total.index_add_(dim, torch.tensor(indices, dtype=torch.long), part)
-    return total
 
 
 def _check_layer(

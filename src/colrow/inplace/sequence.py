@@ -21,7 +21,8 @@ from colrow.inplace.capture import run_example
 from colrow.inplace.gathered import GatheredLayers
 from colrow.inplace.infer import Inference, kind_of
 from colrow.inplace.prove import Proof
-from colrow.inplace.sequence_proof import Block, SequenceError, prove_block
+from colrow.inplace.sequence_proof import Block, prove_block
+from colrow.inplace.sequence_run import SequenceError
 
 
 @dataclass

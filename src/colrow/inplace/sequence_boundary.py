@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from colrow.inplace.calls import Key, ModuleCall, tensors_of
+from colrow.inplace.dropout import dropout_call
 from colrow.inplace.prove import Proof
 from colrow.inplace.simulate import Simulation
-from colrow.inplace.unit import DROPOUTS, Unit
+from colrow.inplace.unit import Unit
 
 
 @dataclass
@@ -91,12 +92,19 @@ def shorten(boundary: Boundary, block: Unit, proof: Proof, call: ModuleCall) -> 
 
 
 class DropoutSpy(TorchFunctionMode):
-    """Notes dropout that would drop something; results of it are other tensors than its input."""
+    """Notes dropout that would drop something; results of it are other tensors than its input.
+
+    Attributes:
+        seen: shapes of what is dropped out.
+        others: names of dropouts that do more than multiply with a mask.
+        elsewhere: whether nothing is noted now.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[tuple[int, ...]] = []
-        self.elsewhere = False  # where nothing is noted
+        self.others: list[str] = []
+        self.elsewhere = False
 
     def __torch_function__(
         self,
@@ -106,13 +114,11 @@ class DropoutSpy(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Passes everything on."""
-        options = dict(kwargs or {})
-        result = func(*args, **options)
-        if func not in DROPOUTS:
-            return result
-        named = dict(zip(("input", "p", "training"), args, strict=False)) | options
-        p, training = float(named.get("p", 0.5)), bool(named.get("training", True))
-        if not training or p == 0 or self.elsewhere:
+        result = func(*args, **(kwargs or {}))
+        call = dropout_call(func, args, kwargs)
+        if call is None or not call.drops or self.elsewhere:
             return result
         self.seen.append(tuple(result.shape))
+        if not call.multiplies:
+            self.others.append(func.__name__)
         return result * 1

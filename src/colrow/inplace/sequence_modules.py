@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -15,11 +14,11 @@ from torch.utils import _pytree as pytree
 from colrow.comm import collectives
 from colrow.inplace.apply import Applier
 from colrow.inplace.calls import Key, ModuleCall, argument_names
+from colrow.inplace.dropout import dropout_call
 from colrow.inplace.gradients import sum_rows
 from colrow.inplace.modules import Column, Region, Row
 from colrow.inplace.sequence import Stack
 from colrow.inplace.sequence_boundary import Boundary
-from colrow.inplace.unit import DROPOUTS
 from colrow.layers.shared import SharedRows
 from colrow.partition import Partition
 
@@ -195,16 +194,15 @@ class _DropoutOfTokens(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Replaces dropout outside the modules that see whole sequences."""
-        options, partition = dict(kwargs or {}), self.region.partition
-        if func not in DROPOUTS or partition is None or self.region.inside:
-            return func(*args, **options)
-        named = dict(zip(("input", "p", "training"), args, strict=False)) | options
-        x, p = named["input"], named.get("p", 0.5)
-        if not named.get("training", True) or p == 0:
-            return x
+        call, partition = dropout_call(func, args, kwargs), self.region.partition
+        if call is None or partition is None or self.region.inside:
+            return func(*args, **(kwargs or {}))
+        if not call.drops:
+            return call.input
+        x = call.input
         start, stop = partition.bounds[self.region.tp.rank]
         whole = x.new_ones(*x.shape[:-2], partition.length, x.shape[-1])
-        return x * F.dropout(whole, p)[..., start:stop, :]
+        return x * call.function(whole, call.p, True)[..., start:stop, :]
 
 
 def refuse_recomputation(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from colrow.inplace.calls import Key, ModuleCall, tensors_of
-from colrow.inplace.prove import Proof, close, near, sum_of
-from colrow.inplace.sequence_boundary import Boundary, DropoutSpy, shorten
+from colrow.inplace.calls import Key, ModuleCall
+from colrow.inplace.equal import close, near, sum_of
+from colrow.inplace.prove import Proof
+from colrow.inplace.sequence_boundary import Boundary, shorten
+from colrow.inplace.sequence_run import Run, SequenceError, run_block, tokens_of
 from colrow.inplace.unit import Unit, UnitError
 from colrow.partition import Partition
 
 _TOKENS = 1
-
-
-class SequenceError(Exception):
-    """Why a block's tokens cannot be divided."""
 
 
 @dataclass
@@ -37,18 +33,6 @@ class Block:
     boundaries: list[Boundary]
     shared: list[str]
     drops: bool
-
-
-@dataclass
-class _Run:
-    """What happened in a run; the inner modules are cut out of the graph."""
-
-    inputs: dict[str, dict[Key, Tensor]] = field(default_factory=dict)
-    outputs: dict[str, Tensor] = field(default_factory=dict)  # leaves
-    trees: dict[str, Any] = field(default_factory=dict)
-    results: list[Tensor] = field(default_factory=list)
-    arguments: dict[Key, Tensor] = field(default_factory=dict)
-    dropped: list[tuple[int, ...]] = field(default_factory=list)  # shapes of what is dropped out
 
 
 def prove_block(
@@ -121,7 +105,7 @@ def _prove(
     unit: Unit, hidden: Key, inside: Sequence[str], own: Mapping[str, bool], ranks: int
 ) -> tuple[list[Boundary], bool]:
     columns = {n for n, is_row in own.items() if not is_row}
-    whole = _run(unit, inside, columns, None, {}, hidden)
+    whole = run_block(unit, inside, columns, None, {}, hidden)
     if not whole.results or whole.results[0].dim() != 3:
         raise SequenceError("its result is not [batch, sequence, hidden]")
     if missing := [n for n in inside if n not in whole.outputs]:
@@ -135,12 +119,12 @@ def _prove(
     parts = []
     gathered: dict[str, set[Key]] = {}
     for bounds in partition.bounds:
-        part = _run(unit, inside, columns, bounds, whole.trees, hidden)
+        part = run_block(unit, inside, columns, bounds, whole.trees, hidden)
         if set(part.outputs) != set(whole.outputs):
             raise SequenceError("it calls other modules for a part of the tokens")
         for path, given in part.inputs.items():
             gathered.setdefault(path, set()).update(_compare_given(path, given, whole, bounds))
-        if not close(part.results[0], _cut(whole.results[0], bounds)):
+        if not close(part.results[0], tokens_of(whole.results[0], bounds)):
             raise SequenceError("its result for a token depends on other tokens")
         for mine, other in zip(part.results[1:], whole.results[1:], strict=True):
             if not close(mine, other):
@@ -148,6 +132,9 @@ def _prove(
         parts.append(part)
     if any(shape[1:2] != (length,) or len(shape) != 3 for shape in whole.dropped):
         raise SequenceError("it drops out something other than tokens")
+    if whole.other_dropouts:
+        name = whole.other_dropouts[0]
+        raise SequenceError(f"it drops out by {name}, which does more than multiply")
     for path, is_row in own.items():
         if bool(gathered[path]) == is_row:
             raise SequenceError(f"{path} does not get {'whole' if is_row else 'divided'} sequences")
@@ -160,96 +147,8 @@ def _prove(
     return boundaries, bool(whole.dropped)
 
 
-def _cut(x: Tensor, bounds: tuple[int, int]) -> Tensor:
-    return x[:, bounds[0] : bounds[1]]
-
-
-def _run(
-    unit: Unit,
-    inside: Sequence[str],
-    columns: set[str],
-    bounds: tuple[int, int] | None,
-    trees: Mapping[str, Any],
-    hidden: Key,
-) -> _Run:
-    seen = _Run()
-    spy = DropoutSpy()
-
-    def leaf(key: Key, value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            return value
-        if key == hidden and bounds is not None:
-            value = _cut(value, bounds)
-        value = seen.arguments[key] = value.clone().requires_grad_()
-        return value * 1
-
-    def replaced(path: str) -> Callable[..., Any]:
-        module = unit.module.get_submodule(path)
-        names = _argument_names(type(module).forward)
-        factors = unit.factors.get(path)
-        own = type(module).forward if factors is None else lambda _, x: factors(x)
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if path in seen.inputs:
-                raise SequenceError(f"{path} is called more than once")
-            given = seen.inputs[path] = {}
-
-            def keep(key: Key, value: Any) -> Any:
-                if isinstance(value, Tensor):
-                    given[key] = value
-                return value
-
-            ModuleCall(args, kwargs).mapped(names, keep)
-            if bounds is None:
-                spy.elsewhere = True
-                seen.trees[path] = pytree.tree_map(_detached, own(module, *args, **kwargs))
-            # Between layers of the block itself there are whole sequences, up to the last.
-            spy.elsewhere = path in columns
-            part = None if path in columns else bounds
-            return _as_leaf(trees.get(path, seen.trees.get(path)), path, seen, part)
-
-        return forward
-
-    def root(*args: Any, **kwargs: Any) -> Any:
-        with spy:
-            return type(unit.module).forward(unit.module, *args, **kwargs)
-
-    forwards = {path: replaced(path) for path in inside} | {"": root}
-    seen.results = tensors_of(unit.run(leaf, forwards))
-    seen.dropped = spy.seen
-    return seen
-
-
-def _argument_names(forward: Any) -> tuple[str, ...]:
-    """The names of the positional arguments of a class's forward."""
-    names = [
-        p.name
-        for p in inspect.signature(forward).parameters.values()
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    return tuple(names[1:])
-
-
-def _detached(leaf: Any) -> Any:
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf
-
-
-def _as_leaf(tree: Any, path: str, seen: _Run, bounds: tuple[int, int] | None) -> Any:
-    """A result whose first floating-point tensor, these tokens of it, is a leaf."""
-    leaves, spec = pytree.tree_flatten(tree)
-    for number, value in enumerate(leaves):
-        if isinstance(value, Tensor) and value.is_floating_point():
-            if value.dim() != 3:
-                raise SequenceError(f"{path} does not give [batch, sequence, hidden]")
-            part = value if bounds is None else _cut(value, bounds)
-            seen.outputs[path] = part.clone().requires_grad_()
-            leaves[number] = seen.outputs[path] * 1  # a block may write into what it is given
-            break
-    return pytree.tree_unflatten(leaves, spec)
-
-
 def _compare_given(
-    path: str, given: dict[Key, Tensor], whole: _Run, bounds: tuple[int, int]
+    path: str, given: dict[Key, Tensor], whole: Run, bounds: tuple[int, int]
 ) -> set[Key]:
     """The tensors of which this module gets a part of the tokens; the others are as ever."""
     cut = set()
@@ -257,7 +156,12 @@ def _compare_given(
         y = whole.inputs[path].get(key)
         if y is not None and x.shape == y.shape and close(x, y):
             continue
-        if y is None or y.dim() != 3 or not x.is_floating_point() or not close(x, _cut(y, bounds)):
+        if (
+            y is None
+            or y.dim() != 3
+            or not x.is_floating_point()
+            or not close(x, tokens_of(y, bounds))
+        ):
             raise SequenceError(f"{key[0]} of {path} depends on other tokens")
         cut.add(key)
     return cut
@@ -268,8 +172,8 @@ def _compare_gradients(
     hidden: Key,
     inside: Sequence[str],
     columns: set[str],
-    whole: _Run,
-    parts: list[_Run],
+    whole: Run,
+    parts: list[Run],
     partition: Partition,
     gathered: Mapping[str, set[Key]],
 ) -> None:
@@ -286,9 +190,9 @@ def _compare_gradients(
     cotangents = [random(x) for x in targets]
     whole_cotangents = [random(whole.inputs[path][key]) for path, key in uncut]
 
-    def gradients(run: _Run, bounds: tuple[int, int] | None) -> dict[Any, Tensor]:
+    def gradients(run: Run, bounds: tuple[int, int] | None) -> dict[Any, Tensor]:
         ends = [run.results[0], *(run.inputs[path][key] for path, key in places)]
-        given = [c if bounds is None else _cut(c, bounds) for c in cotangents]
+        given = [c if bounds is None else tokens_of(c, bounds) for c in cotangents]
         ends += [run.inputs[path][key] for path, key in uncut]
         given += whole_cotangents
         live = [(y, c) for y, c in zip(ends, given, strict=True) if y.requires_grad]
@@ -312,7 +216,8 @@ def _compare_gradients(
             right = all(near(g, grad, scale) for g in mine)
         elif name == ("argument", hidden) or name[0] == "output":
             right = all(
-                near(g, _cut(grad, b), scale) for g, b in zip(mine, partition.bounds, strict=True)
+                near(g, tokens_of(grad, b), scale)
+                for g, b in zip(mine, partition.bounds, strict=True)
             )
         elif name[0] == "parameter":
             right = near(sum_of(mine), grad, scale)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from colrow.inplace.calls import Key, ModuleCall, argument_names, as_double, private
 from colrow.inplace.capture import exact_arithmetic
+from colrow.inplace.dropout import NoDropout
 
 # Weights with more elements are represented by factors of this rank.
 LARGE = 1 << 16
@@ -137,43 +137,6 @@ def multiply(kind: str, module: nn.Module, x: Tensor) -> Tensor:
     if kind == "embedding":
         return F.embedding(x, weight)
     return F.linear(x, weight if kind == "linear" else weight.t(), bias)
-
-
-class NoDropout(TorchFunctionMode):
-    """Inside it, dropout drops nothing.
-
-    Attributes:
-        met: whether any was asked for that would have dropped something.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.met = False
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Replaces dropout by the identity, and the dropout of fused attention by none."""
-        options = dict(kwargs or {})
-        if func in DROPOUTS:
-            options.update(zip(("input", "p", "training"), args, strict=False))
-            self.met |= bool(options.get("training", options.get("train", True)))
-            return options["input"]
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **options)
-        options.update(zip(_ATTENTION, args, strict=False))
-        self.met |= options.get("dropout_p", 0.0) > 0
-        return func(**{**options, "dropout_p": 0.0})
-
-
-_ATTENTION = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-DROPOUTS = frozenset(
-    {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout}
-)
 
 
 class UnitError(Exception):

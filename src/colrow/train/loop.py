@@ -15,7 +15,7 @@ from torch import nn
 from colrow.checkpoint.training import TrainingCheckpoints
 from colrow.comm.ledger import record
 from colrow.mesh import Mesh, init_mesh
-from colrow.models.config import Layout, num_parameters
+from colrow.models.config import num_parameters
 from colrow.models.decoder import Decoder
 from colrow.pipeline.ranks import rank_map
 from colrow.pipeline.runner import PipelineRunner
@@ -23,13 +23,7 @@ from colrow.pipeline.settings import schedule_named
 from colrow.train.batches import Order, Windows
 from colrow.train.data import global_rank, training_and_held_out
 from colrow.train.faults import StopRequest, check_agreement, stop_on_signals
-from colrow.train.model import (
-    build_model,
-    model_config,
-    pipeline_split,
-    save_model_files,
-    tokenizer_name,
-)
+from colrow.train.model import build_model, save_model_files
 from colrow.train.optimizer import adamw, learning_rate
 from colrow.train.parallel import parallelize
 from colrow.train.report import Record, Reporter, peak_flops, peak_memory_bytes
@@ -273,18 +267,3 @@ class _Speed:
         )
         self._seconds, self._tokens = [], 0
         return found
-
-
-def check(settings: TrainSettings) -> None:
-    """Finds out before any rank starts what can be found out without data.
-
-    Raises:
-        ValueError: a model that is not there or cannot be divided, a missing tokenizer or text.
-    """
-    config = model_config(settings)
-    Layout.create(config, settings.tp, settings.tensor_split)
-    pipeline_split(settings, config)
-    tokenizer_name(settings)
-    for text in filter(None, (settings.data, settings.eval_data)):
-        if not Path(text).exists():
-            raise ValueError(f"there is no text at {text!r}")

@@ -16,7 +16,7 @@ from colrow.checkpoint.pretrained import from_pretrained, pretrained_config
 from colrow.layers.dropout import ParallelDropout
 from colrow.mesh import Mesh
 from colrow.models.build import from_config
-from colrow.models.config import ModelConfig
+from colrow.models.config import Layout, ModelConfig
 from colrow.models.decoder import Decoder
 from colrow.models.stages import LayerSplit
 from colrow.pipeline.balance import planned_costs
@@ -178,3 +178,18 @@ def copy_tokenizer(model: str | Path, directory: Path) -> None:
     for name in _TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
+
+
+def check_settings(settings: TrainSettings) -> None:
+    """Finds out before any rank starts what can be found out without data.
+
+    Raises:
+        ValueError: a model that is not there or cannot be divided, a missing tokenizer or text.
+    """
+    config = model_config(settings)
+    Layout.create(config, settings.tp, settings.tensor_split)
+    pipeline_split(settings, config)
+    tokenizer_name(settings)
+    for text in filter(None, (settings.data, settings.eval_data)):
+        if not Path(text).exists():
+            raise ValueError(f"there is no text at {text!r}")

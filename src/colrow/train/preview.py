@@ -21,7 +21,7 @@ from colrow.planner.memory import training_memory
 from colrow.planner.model import ModelShape
 from colrow.train.batches import Order
 from colrow.train.data import training_and_held_out
-from colrow.train.model import model_config, pipeline_split, tokenizer_name
+from colrow.train.model import check_settings, model_config, pipeline_split, tokenizer_name
 from colrow.train.settings import TrainSettings
 from colrow.train.tokenize import BYTES
 
@@ -129,9 +129,7 @@ def preview(settings: TrainSettings) -> Preview:
     Raises:
         ValueError: as training would, before its ranks start.
     """
-    from colrow.train.loop import check
-
-    check(settings)
+    check_settings(settings)
     config = model_config(settings)
     layout = Layout.create(config, settings.tp, settings.tensor_split)
     training, held_out = training_and_held_out(settings)

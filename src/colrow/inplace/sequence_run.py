@@ -1,0 +1,132 @@
+"""A run of one block on some of the tokens, with the modules that see whole sequences cut out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from colrow.inplace.calls import Key, ModuleCall, tensors_of
+from colrow.inplace.sequence_boundary import DropoutSpy
+from colrow.inplace.unit import Unit
+
+
+class SequenceError(Exception):
+    """Why a block's tokens cannot be divided."""
+
+
+@dataclass
+class Run:
+    """What happened in a run; the inner modules are cut out of the graph."""
+
+    inputs: dict[str, dict[Key, Tensor]] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)  # leaves
+    trees: dict[str, Any] = field(default_factory=dict)
+    results: list[Tensor] = field(default_factory=list)
+    arguments: dict[Key, Tensor] = field(default_factory=dict)
+    dropped: list[tuple[int, ...]] = field(default_factory=list)  # shapes of what is dropped out
+    other_dropouts: list[str] = field(default_factory=list)  # that are no product with a mask
+
+
+def tokens_of(x: Tensor, bounds: tuple[int, int]) -> Tensor:
+    """Those from the first to before the second, of ``[batch, sequence, ..]``."""
+    return x[:, bounds[0] : bounds[1]]
+
+
+def run_block(
+    unit: Unit,
+    inside: Sequence[str],
+    columns: set[str],
+    bounds: tuple[int, int] | None,
+    trees: Mapping[str, Any],
+    hidden: Key,
+) -> Run:
+    """Runs the block; what it is given, and what the modules in it give, are leaves of the graph.
+
+    Args:
+        inside: the modules that see whole sequences. Their results are those of ``trees``.
+        columns: those of them whose results are whole sequences too.
+        bounds: the tokens; None for all, where the modules are run and give ``Run.trees``.
+        hidden: the argument that holds the tokens.
+
+    Raises:
+        SequenceError: when one of them is called twice or gives no ``[batch, sequence, hidden]``.
+    """
+    seen = Run()
+    spy = DropoutSpy()
+
+    def leaf(key: Key, value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        if key == hidden and bounds is not None:
+            value = tokens_of(value, bounds)
+        value = seen.arguments[key] = value.clone().requires_grad_()
+        return value * 1
+
+    def replaced(path: str) -> Callable[..., Any]:
+        module = unit.module.get_submodule(path)
+        names = _argument_names(type(module).forward)
+        factors = unit.factors.get(path)
+        own = type(module).forward if factors is None else lambda _, x: factors(x)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if path in seen.inputs:
+                raise SequenceError(f"{path} is called more than once")
+            given = seen.inputs[path] = {}
+
+            def keep(key: Key, value: Any) -> Any:
+                if isinstance(value, Tensor):
+                    given[key] = value
+                return value
+
+            ModuleCall(args, kwargs).mapped(names, keep)
+            if bounds is None:
+                spy.elsewhere = True
+                seen.trees[path] = pytree.tree_map(_detached, own(module, *args, **kwargs))
+            # Between layers of the block itself there are whole sequences, up to the last.
+            spy.elsewhere = path in columns
+            part = None if path in columns else bounds
+            return _as_leaf(trees.get(path, seen.trees.get(path)), path, seen, part)
+
+        return forward
+
+    def root(*args: Any, **kwargs: Any) -> Any:
+        with spy:
+            return type(unit.module).forward(unit.module, *args, **kwargs)
+
+    forwards = {path: replaced(path) for path in inside} | {"": root}
+    seen.results = tensors_of(unit.run(leaf, forwards))
+    seen.dropped, seen.other_dropouts = spy.seen, spy.others
+    return seen
+
+
+def _argument_names(forward: Any) -> tuple[str, ...]:
+    """The names of the positional arguments of a class's forward."""
+    names = [
+        p.name
+        for p in inspect.signature(forward).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    return tuple(names[1:])
+
+
+def _detached(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+
+def _as_leaf(tree: Any, path: str, seen: Run, bounds: tuple[int, int] | None) -> Any:
+    """A result whose first floating-point tensor, these tokens of it, is a leaf."""
+    leaves, spec = pytree.tree_flatten(tree)
+    for number, value in enumerate(leaves):
+        if isinstance(value, Tensor) and value.is_floating_point():
+            if value.dim() != 3:
+                raise SequenceError(f"{path} does not give [batch, sequence, hidden]")
+            part = value if bounds is None else tokens_of(value, bounds)
+            seen.outputs[path] = part.clone().requires_grad_()
+            leaves[number] = seen.outputs[path] * 1  # a block may write into what it is given
+            break
+    return pytree.tree_unflatten(leaves, spec)
