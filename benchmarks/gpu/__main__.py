@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "seconds": "every sample, of each phase",
     }
     print("measuring the ceilings", flush=True)
-    found["ceiling"] = limits = ceiling.measure(device, dtype, options.turns, options.small)
+    found["ceiling"] = limits = ceiling.measure(timer, dtype, options.small)
     _write(found, target)
     try:
         for part, name, measure in _work(options, timer, dtype, limits):

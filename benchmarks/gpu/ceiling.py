@@ -20,12 +20,12 @@ SMALL_SIZES = ((64, 64, 64), (96, 64, 64))
 _COPIED_BYTES = 4 << 30
 
 
-def measure(device: torch.device, dtype: torch.dtype, turns: int, small: bool) -> dict[str, object]:
+def measure(timer: Timer, dtype: torch.dtype, small: bool) -> dict[str, object]:
     """TFLOP/s of each matmul ``[rows, inner] x [inner, columns]`` and GB/s of a copy.
 
     Random numbers, since zeros run faster than data. A copy reads each byte and writes it.
     """
-    timer = Timer(device, turns)
+    device = timer.device
     matmuls = []
     for rows, inner, columns in SMALL_SIZES if small else SIZES:
         x = torch.randn(rows, inner, device=device, dtype=dtype)

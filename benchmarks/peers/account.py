@@ -3,7 +3,9 @@
 ``python -m benchmarks.peers.account [FILE]`` prints a table for each workload and writes it to FILE
 as JSON. Each workload is run three times over: plainly, for its time; with the ledger, for what the
 collectives take; and under torch's profiler, for the operations by kind. What is left of the plain
-time is Python, between the operations. Everything is of rank 0, whose share is the largest.
+time is Python, between the operations. (With a ledger an all-reduce takes a longer way through
+Python, some microseconds each, which then counts as communication.) Everything is of rank 0, whose
+share is the largest.
 """
 
 from __future__ import annotations

@@ -53,13 +53,20 @@ class ParallelGroup:
             raise ValueError(f"{self.name} rank {self.rank} is not below the size {self.size}")
         if self.size > 1 and self.group is None:
             raise ValueError(f"a {self.name} group of {self.size} ranks needs a process group")
-        if isinstance(self.group, dist.ProcessGroup):
-            self.cuda_by_gloo = "cuda:gloo" in dist.get_backend_config(self.group)
+        self.cuda_by_gloo = "cuda:gloo" in _backends(self.group)
 
     @classmethod
     def single(cls, name: str = "tp") -> ParallelGroup:
         """The group of this process alone."""
         return cls(None, 0, 1, name)
+
+
+def _backends(group: dist.ProcessGroup | None) -> str:
+    """Such as "cpu:gloo,cuda:nccl"; "" for a group that torch.distributed did not make."""
+    try:
+        return dist.get_backend_config(group) if isinstance(group, dist.ProcessGroup) else ""
+    except (TypeError, ValueError):
+        return ""
 
 
 @dataclass(frozen=True)

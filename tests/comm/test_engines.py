@@ -72,11 +72,44 @@ def check_reductions(rank: int, n: int) -> None:
     root = value(rank, 4)
     dist.reduce(root, 1)
     assert rank != 1 or torch.equal(root, stacked.sum(0))
-    random = torch.randn(10_000, generator=torch.Generator().manual_seed(rank))
-    dist.all_reduce(random)
-    bits: list[Tensor] = [torch.empty_like(random) for _ in range(n)]
-    dist.all_gather(bits, random)
-    assert all(torch.equal(bits[0], other) for other in bits)  # the same to the last bit
+    for dtype in (torch.float32, torch.bfloat16):
+        random = torch.randn(10_000, generator=torch.Generator().manual_seed(rank)).to(dtype)
+        dist.all_reduce(random)
+        bits: list[Tensor] = [torch.empty_like(random) for _ in range(n)]
+        dist.all_gather(bits, random)
+        assert all(torch.equal(bits[0], other) for other in bits)  # the same to the last bit
+
+
+def check_narrow_sums(rank: int, n: int) -> None:
+    """16-bit sums, whichever way they come and in whatever order they are waited for."""
+    tp = colrow.ParallelGroup(dist.group.WORLD, rank, n)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        expected = sum(everyone(n, 3, 4)).to(dtype)
+        given = value(rank, 3, 4, dtype=dtype)
+        kept = given.clone()
+        assert torch.equal(primitives.all_reduce(given, tp), expected), dtype
+        assert torch.equal(given, kept)
+        primitives.all_reduce(given, tp, in_place=True)
+        assert torch.equal(given, expected), dtype
+        across = value(rank, 3, 4, dtype=dtype).t()
+        dist.all_reduce(across)
+        assert torch.equal(across, expected.t()), dtype
+        dist.all_reduce(torch.empty(0, dtype=dtype))
+        large = value(rank, 200_000, dtype=dtype)
+        first, second = value(rank, 3, 4, dtype=dtype), value(rank, 5, dtype=dtype)
+        works = [dist.all_reduce(x, async_op=True) for x in (large, first, second)]
+        peer = rank ^ 1
+        message, heard = value(rank, 4, dtype=dtype), torch.empty(4, dtype=dtype)
+        if peer < n:  # between collectives that are under way
+            sent = dist.isend(message, peer)
+            dist.recv(heard, peer)
+            sent.wait()
+            assert torch.equal(heard, value(peer, 4, dtype=dtype))
+        for work in reversed(works):
+            work.wait()
+        assert torch.equal(large, sum(everyone(n, 200_000)).to(dtype)), dtype
+        assert torch.equal(first, expected)
+        assert torch.equal(second, sum(everyone(n, 5)).to(dtype))
 
 
 def check_gathers(rank: int, n: int) -> None:
@@ -240,6 +273,7 @@ def suite(engine: str, directory: str) -> None:
         colrow.init_mesh(tp=n, engine={"gloo": "mpi", "mpi": "gloo"}[engine])
     torch.set_num_threads(1)
     check_reductions(rank, n)
+    check_narrow_sums(rank, n)
     check_gathers(rank, n)
     check_messages_and_groups(rank, n)
     check_primitives(rank, n)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,83 @@ def one_by_one(model: Decoder, tp: ParallelGroup) -> tuple[Tensor, list[Call]]:
             local.append(model.last_logits(token, attention_mask=None, cache=cache))
     whole = collectives.gather_from_tp(torch.cat(local), tp, partition=model.layout.vocab)
     return whole, ledger.calls
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_every_dtype_does_what_the_modules_do(
+    n: int, cases: dict[str, tuple[Path, Tensor]], ranks: RankPool
+) -> None:
+    bounds = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+    for errors in ranks(n, against_modules, str(cases["llama"][0]), list(bounds)):
+        for dtype, found in errors.items():
+            assert max(found) < bounds[dtype], dtype
+
+
+def against_modules(
+    tp: ParallelGroup, path: str, dtypes: list[torch.dtype]
+) -> dict[torch.dtype, list[float]]:
+    """Relative errors of the flat pass in inference mode and outside of it, in both orders."""
+    errors: dict[torch.dtype, list[float]] = {}
+    for dtype in dtypes:
+        for modes in ((torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)):
+            model = from_pretrained(path, tp, dtype=dtype).for_decoding().eval()
+            flat, found = model.one_token, []
+            assert flat is not None
+            for mode in modes:
+                with mode():
+                    model.one_token = flat
+                    logits = decode(model, KeyValueCache.for_model(model, 1, 9)).double()
+                    model.one_token = None
+                    slow = decode(model, KeyValueCache.for_model(model, 1, 9)).double()
+                found.append(((logits - slow).norm() / slow.norm()).item())
+            errors.setdefault(dtype, []).extend(found)
+    return errors
+
+
+def decode(model: Decoder, cache: Any) -> Tensor:
+    """This rank's logits of the tokens behind the prompt, with no ledger."""
+    model.last_logits(IDS[:, :PROMPT], attention_mask=None, cache=cache)
+    return torch.cat(
+        [
+            model.last_logits(IDS[:, i : i + 1], attention_mask=None, cache=cache)
+            for i in range(PROMPT, IDS.shape[1])
+        ]
+    )
+
+
+class Referring:
+    """A cache that keeps what it is given, as it is."""
+
+    def __init__(self) -> None:
+        self.kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    @property
+    def length(self) -> int:
+        return sum(keys.shape[2] for keys, _ in self.kept.get(1, []))
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        kept = self.kept.setdefault(layer, [])
+        kept.append((keys, values))
+        return torch.cat([k for k, _ in kept], 2), torch.cat([v for _, v in kept], 2)
+
+
+@torch.no_grad()
+def test_threads_and_caches_that_keep_what_they_are_given(
+    cases: dict[str, tuple[Path, Tensor]],
+) -> None:
+    alone = ParallelGroup.single()
+    model = from_pretrained(cases["llama"][0], alone, dtype=torch.float64).for_decoding().eval()
+    assert model.config.num_layers == 2
+    expected = decode(model, KeyValueCache.for_model(model, 1, 9))
+    assert torch.equal(decode(model, Referring()), expected)
+
+    def run(_: int) -> float:
+        with torch.no_grad():
+            found = decode(model, KeyValueCache.for_model(model, 1, 9))
+        return ((found - expected).norm() / expected.norm()).item()
+
+    with ThreadPoolExecutor(2) as pool:
+        assert max(pool.map(run, range(40))) < 1e-12
 
 
 def test_changed_weights_and_hooks_count(

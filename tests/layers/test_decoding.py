@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -84,6 +85,30 @@ def test_onednn_is_as_it_was() -> None:
     with pytest.raises(RuntimeError):
         multiply.row(torch.randn(3, dtype=torch.bfloat16), weight, torch.empty(WIDE))
     assert torch._C._get_mkldnn_enabled()
+
+
+def test_threads_leave_onednn_as_it_was() -> None:
+    weight = parameter(512, 512, torch.bfloat16)
+    multiply, x = kernel(torch.bfloat16, weight), torch.randn(512, dtype=torch.bfloat16)
+
+    def work(_: int) -> None:
+        for _ in range(40):
+            multiply.row(x, weight, torch.empty(512, dtype=torch.bfloat16))
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(work, range(12)))
+    assert torch._C._get_mkldnn_enabled()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_weight_may_be_converted_afterwards(dtype: torch.dtype) -> None:
+    layer = nn.Linear(NARROW, WIDE).requires_grad_(False)
+    multiply = kernel(torch.float32, layer.weight)
+    weight = layer.to(dtype).weight
+    for x in (torch.randn(1, NARROW, dtype=dtype), torch.randn(3, NARROW, dtype=dtype)):
+        assert torch.allclose(multiply(x, weight, None), F.linear(x, weight), rtol=2e-2, atol=1e-2)
+    row = multiply.row(x[0], weight, torch.empty(WIDE, dtype=dtype))
+    assert torch.allclose(row, F.linear(x[0], weight), rtol=2e-2, atol=1e-2)
 
 
 def test_blas_is_left_alone_by_several_threads() -> None:

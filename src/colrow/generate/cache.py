@@ -21,6 +21,8 @@ class KeyValueCache:
         first_layer: number of the first layer, on a later stage of a pipeline.
     """
 
+    copies = True  # see colrow.layers.context.KeyValueCache
+
     def __init__(
         self,
         num_layers: int,

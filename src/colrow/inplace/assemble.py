@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from colrow.comm import primitives
 from colrow.inplace.record import Record
 from colrow.mesh import ParallelGroup
 from colrow.partition import ShardSpec
@@ -35,25 +35,24 @@ def assemble(
             if record.tp.rank == 0:
                 whole[name] = shard.cpu()
             continue
-        joined = join(shard, spec, record.tp)
+        joined = join(shard, spec, record.tp, layer=name)
         if joined is not None:
             whole[name] = joined
     return whole
 
 
-def join(shard: Tensor, spec: ShardSpec, tp: ParallelGroup) -> Tensor | None:
-    """The whole tensor on rank 0 from every rank's shard; None on the other ranks."""
+def join(shard: Tensor, spec: ShardSpec, tp: ParallelGroup, *, layer: str = "") -> Tensor | None:
+    """The whole tensor on rank 0 from every rank's shard, a message each; None on the others."""
     assert spec.dim is not None
     if tp.rank > 0:
-        assert tp.group is not None
-        dist.send(shard.contiguous(), group=tp.group, group_dst=0)
+        primitives.send(shard, tp, 0, layer=layer)
         return None
     whole = torch.empty(spec.shape, dtype=shard.dtype)
     for rank in range(tp.size):
         part = shard
         if rank:
             part = shard.new_empty(spec.local_shape(rank))
-            dist.recv(part, group=tp.group, group_src=rank)
+            part = primitives.recv(part, tp, rank, layer=layer)
         taken = 0
         for start, stop in spec.global_ranges(rank):
             piece = part.narrow(spec.dim, taken, stop - start)

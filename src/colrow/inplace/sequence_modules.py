@@ -199,6 +199,11 @@ class _DropoutOfTokens(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         if not call.drops:
             return call.input
+        if not call.multiplies:
+            raise ValueError(
+                f"{call.function.__name__} in a block whose tokens are divided: its masks are not "
+                "those of whole sequences; use plain dropout, or sequence_parallel=False"
+            )
         x = call.input
         start, stop = partition.bounds[self.region.tp.rank]
         whole = x.new_ones(*x.shape[:-2], partition.length, x.shape[-1])

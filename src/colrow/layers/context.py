@@ -14,7 +14,11 @@ from colrow.partition import Partition
 
 
 class KeyValueCache(Protocol):
-    """Keys and values of earlier positions, per layer."""
+    """Keys and values of earlier positions, per layer.
+
+    One whose ``update`` copies what it is given may say so with an attribute ``copies = True``; it
+    is then given memory that is used again for the next layer.
+    """
 
     @property
     def length(self) -> int:

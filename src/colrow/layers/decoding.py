@@ -9,6 +9,7 @@ optimiser state lie row by row, and OpenBLAS rounds large products a little wors
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch._C._profiler import _RecordFunctionFast
 
 _TOKENS = 512  # what oneDNN lays the weight out for
+_BLAS_DTYPES = (torch.float32, torch.float64)
 BLAS_EVENT = "colrow::blas"  # the name of OpenBLAS's products in a profile
 
 
@@ -38,7 +40,9 @@ class BlasKernel(Kernel):
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``[..., in]`` to ``[..., out]``."""
-        if x.dtype != weight.dtype or torch.compiler.is_compiling() or _autocast():
+        if not _for_blas(weight) or x.dtype != weight.dtype or _autocast():
+            return F.linear(x, weight, bias)
+        if torch.compiler.is_compiling():
             return F.linear(x, weight, bias)
         features, width = weight.shape
         y = x.new_empty(*x.shape[:-1], features)
@@ -50,7 +54,12 @@ class BlasKernel(Kernel):
 
     def row(self, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
         """``x W^T`` of one row ``[in]`` of the weight's dtype, into ``out``, ``[out]``."""
-        return _product(x, weight, out)
+        return _product(x, weight, out) if _for_blas(weight) else torch.mv(weight, x, out=out)
+
+
+def _for_blas(weight: Tensor) -> bool:
+    """Whether it still is what it was laid out as; modules can be moved and converted later."""
+    return weight.is_cpu and weight.dtype in _BLAS_DTYPES
 
 
 def _product(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
@@ -94,12 +103,32 @@ class PackedKernel(Kernel):
 
         torch's kernel is only reached while oneDNN is switched off, for the process.
         """
-        onednn = torch._C._get_mkldnn_enabled()
-        torch._C._set_mkldnn_enabled(False)
-        try:
+        with _onednn_off:
             return torch.mv(weight, x, out=out)
-        finally:
-            torch._C._set_mkldnn_enabled(onednn)
+
+
+class _OneDnnOff:
+    """Inside it oneDNN is switched off, for the process; any number of threads may be inside."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside, self._before = 0, True
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = torch._C._get_mkldnn_enabled()
+                torch._C._set_mkldnn_enabled(False)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                torch._C._set_mkldnn_enabled(self._before)
+
+
+_onednn_off = _OneDnnOff()
 
 
 def _autocast() -> bool:
@@ -123,7 +152,7 @@ def lay_out_(weight: nn.Parameter, *, blas: bool) -> Kernel | None:
     """
     if weight.device.type != "cpu":
         return None
-    if weight.dtype in (torch.float32, torch.float64):
+    if weight.dtype in _BLAS_DTYPES:
         if blas or weight.shape[0] >= weight.shape[1]:  # torch reads long rows as fast as columns
             weight.data = weight.data.t().contiguous().t()
         return BlasKernel() if blas else None

@@ -7,6 +7,7 @@ collectives, and works in a few rows of memory that are allocated once; nothing 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from colrow.models.staged_layers import StagedLayers
 
 _TORCH = Kernel()
+_Block = Callable[[KeyValueCache], None]
 
 
 class OneToken:
@@ -51,8 +53,7 @@ class OneToken:
         self._known = [block for block in blocks if isinstance(block, ParallelBlock)]
         self._drops = any(block.dropout.p + block.attention.dropout.p for block in self._known)
         self._rotations: dict[Any, Any] = {b.attention.rope: b.attention for b in self._known}
-        self._rows = _Rows(torch.float32)
-        self._blocks: list[Callable[[KeyValueCache], None]] = []
+        self._passes = threading.local()  # each thread has rows of its own
 
     def __reduce__(self) -> Any:
         """Nothing: it belongs to these modules, and not to a copy of them."""
@@ -74,6 +75,7 @@ class OneToken:
         """Whether this pass is one token of one sequence, without padding or gradient."""
         return (
             input_ids.numel() == 1
+            and input_ids.is_cpu
             and attention_mask is None
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
@@ -85,19 +87,23 @@ class OneToken:
 
     def __call__(self, x: Tensor, context: AttentionContext, cache: KeyValueCache) -> Tensor:
         """``[1, 1, hidden]`` to the same behind the last block; as the blocks, it extends cache."""
-        rows = self._rows
-        if not self._blocks or x.dtype != rows.dtype:
-            rows = self._rows = _Rows(x.dtype)
-            self._blocks = [_flat(block, rows) for block in self._known]
+        rows, blocks = self._for_this_thread(x.dtype)
         stream = rows("stream", x.numel())
         stream.copy_(x.view(-1))
         for rope, attention in self._rotations.items():
             tables = context.rope(attention._buffers["frequencies"], rope, x.dtype)
             for name, table in zip(("cos", "sin"), tables, strict=True):
                 rows((name, rope), rope.dims).copy_(table.view(-1))
-        for block in self._blocks:
+        for block in blocks:
             block(cache)
         return stream.clone().view(x.shape)
+
+    def _for_this_thread(self, dtype: torch.dtype) -> tuple[_Rows, list[_Block]]:
+        found: tuple[_Rows, list[_Block]] | None = getattr(self._passes, "found", None)
+        if found is None or found[0].dtype != dtype:
+            rows = _Rows(dtype)
+            found = self._passes.found = rows, [_flat(block, rows) for block in self._known]
+        return found
 
 
 class _Rows:
@@ -107,16 +113,16 @@ class _Rows:
         self.dtype = dtype
         self._held: dict[object, Tensor] = {}
 
-    def __call__(self, name: object, *shape: int) -> Tensor:
+    def __call__(self, name: object, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """The same tensor for the same name and shape; zero at first."""
         key = (name, shape)
         if key not in self._held:
             with torch.inference_mode(False):  # passes outside of inference mode write to it too
-                self._held[key] = torch.zeros(shape, dtype=self.dtype, device="cpu")
+                self._held[key] = torch.zeros(shape, dtype=dtype or self.dtype, device="cpu")
         return self._held[key]
 
 
-def _flat(block: ParallelBlock, rows: _Rows) -> Callable[[KeyValueCache], None]:
+def _flat(block: ParallelBlock, rows: _Rows) -> _Block:
     """A block as a function of the cache, which adds to the row "stream"."""
     mlp, parallel_residual = block.mlp, block.parallel_residual
     stream = rows("stream", mlp.up.in_features)
@@ -126,7 +132,7 @@ def _flat(block: ParallelBlock, rows: _Rows) -> Callable[[KeyValueCache], None]:
     gate, hidden = widened.chunk(2) if mlp.gated else (widened, None)
     act = ACTIVATIONS[mlp.activation]
     attention_norm, mlp_norm = (
-        _norm(norm, stream, normed) for norm in (block.attention_norm, block.mlp_norm)
+        _norm(norm, stream, normed, rows) for norm in (block.attention_norm, block.mlp_norm)
     )
     qkv, up = _column(block.attention.qkv, fused), _column(mlp.up, widened)
     attend = _attention(block.attention, fused, rows)
@@ -185,20 +191,21 @@ def _attention(
         rotated.add_(swapped)
         if rest is not None:
             rest[0].copy_(rest[1])
-        mixed = F.scaled_dot_product_attention(grouped, *cache.update(index, key, value))
+        new = (key, value) if getattr(cache, "copies", False) else (key.clone(), value.clone())
+        mixed = F.scaled_dot_product_attention(grouped, *cache.update(index, *new))
         return mixed.reshape(-1)[before * dim : (before + queries) * dim]
 
     return forward
 
 
-def _norm(norm: nn.Module, x: Tensor, out: Tensor) -> Callable[[], Tensor]:
+def _norm(norm: nn.Module, x: Tensor, out: Tensor, rows: _Rows) -> Callable[[], Tensor]:
     if not isinstance(norm, RMSNorm):
         return lambda: norm(x)
     parameters: dict[str, Any] = norm._parameters
     eps = norm.eps
     if x.dtype.itemsize >= 4:
         return lambda: torch.mul(x, rms_scale(x, eps), out=out).mul_(parameters["weight"])
-    wide = x.float()
+    wide = rows("wide", x.numel(), dtype=torch.float32)
 
     def narrow() -> Tensor:
         wide.copy_(x)

@@ -50,8 +50,13 @@ class Reductions(Communicator):
     def reduce_now(self, x: Tensor, op: RedOpType = SUM) -> None:
         """As :meth:`reduce_in_place`, and waits: no work is made if that takes moments."""
         requests, finish, keep = self._reduce_one(x, op)
-        if not completed(requests):
-            self._work(requests, [x], "all_reduce", finish, keep).wait()
+        done = False
+        try:
+            done = completed(requests)
+        finally:  # also when a signal interrupts: MPI goes on using the memory
+            work = None if done else self._work(requests, [x], "all_reduce", finish, keep)
+        if work is not None:
+            work.wait()
         elif finish is not None:
             finish()
 
