@@ -1,7 +1,7 @@
 """Weights laid out for decoding on a CPU, where one token's matmul is a walk through the weight.
 
 fp32 and fp64: column by column, and multiplied by NumPy's OpenBLAS where a rank has one core, which
-reads memory up to 1.5 times as fast for one token as torch's BLAS (docs/engine.md has the rates).
+reads memory up to 1.4 times as fast for one token as torch's BLAS (docs/engine.md has the rates).
 bf16: as they are for one row, where torch's own kernel is faster than oneDNN, and packed for
 oneDNN's for several, a second copy of the weight. Training wants none of it: its gradients and
 optimiser state lie row by row, and OpenBLAS rounds large products a little worse.
