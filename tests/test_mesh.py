@@ -155,6 +155,34 @@ def test_a_device_that_is_not_there_is_refused() -> None:
         init_mesh(device="cuda")
 
 
+class Stop(Exception):
+    """The process group would be made now."""
+
+
+@pytest.mark.parametrize(("before", "expected"), [(None, "1"), ("0", "0")])
+def test_collectives_of_gpus_are_asked_to_go_first(
+    monkeypatch: pytest.MonkeyPatch, before: str | None, expected: str
+) -> None:
+    """torch reads the variable while it makes a group: it must be there by then."""
+    seen: list[str | None] = []
+
+    def make_group(*_: object, **__: object) -> None:
+        seen.append(os.environ.get("TORCH_NCCL_HIGH_PRIORITY"))
+        raise Stop
+
+    monkeypatch.setenv("TORCH_NCCL_HIGH_PRIORITY", before or "")
+    if before is None:
+        monkeypatch.delenv("TORCH_NCCL_HIGH_PRIORITY")
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", "1")
+    monkeypatch.setattr("colrow.mesh._choose_device", lambda *_: torch.device("cuda", 0))
+    monkeypatch.setattr("torch.distributed.init_process_group", make_group)
+    with pytest.raises(Stop):
+        init_mesh(tp=2, engine="nccl")
+    assert seen == [expected]
+
+
 def test_impossible_groups_are_refused() -> None:
     with pytest.raises(ValueError, match="tp rank 2 is not below the size 2"):
         ParallelGroup(None, 2, 2)

@@ -130,7 +130,8 @@ def init_mesh(
         dp: data-parallel size; by default what is left of the world.
         device: "cpu", "cuda" or "cuda:N"; by default CUDA when there is one GPU per local rank.
             With ``engine="gloo"`` more local ranks than GPUs share them, for tests: Gloo carries
-            their tensors through the host's memory.
+            their tensors through the host's memory. NCCL's streams get high priority
+            (TORCH_NCCL_HIGH_PRIORITY=1) unless the environment says otherwise.
         engine: "mpi", "gloo" or "nccl"; by default NCCL for GPUs, for CPU ranks of one host MPI
             when the ``cpu`` extra is installed and each rank has a core, and Gloo otherwise.
         timeout: how long a collective waits for a rank before it gives up.
@@ -165,6 +166,11 @@ def init_mesh(
         choose_engine(engine, chosen.type, 1, 1)  # one that does not exist is refused here too
         alone = ParallelGroup.single
         return Mesh(alone("tp"), alone("dp"), alone("pp"), device_mesh=None, device=chosen)
+    if chosen.type == "cuda":
+        # Collectives have streams of NCCL's own; with high priority their blocks are scheduled as
+        # soon as they can, also behind matmuls that are queued already (CUDA_DEVICE_MAX_CONNECTIONS
+        # has no say). torch reads this when it makes a group.
+        os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
     if dist.is_initialized():
         carrier = _engine_in_use(engine, chosen)
     else:
