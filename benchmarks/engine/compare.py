@@ -83,10 +83,7 @@ def main() -> None:
             sys.argv[1],
             "python -m benchmarks.engine.compare FILE",
             summary,
-            {
-                way: {size: [float(f"{s:.3e}") for s in v] for size, v in by_size.items()}
-                for way, by_size in results.items()
-            },
+            results,
         )
 
 

@@ -104,11 +104,7 @@ def main() -> None:
         print(f"errors of {rows} x {inputs} x {outputs} (MKL, oneDNN, OpenBLAS): {found_errors}")
     if len(sys.argv) > 1:
         command = "OMP_NUM_THREADS=1 python -m benchmarks.engine.matmul"
-        rounded = {
-            shape: {name: [float(f"{s:.3e}") for s in of] for name, of in samples.items()}
-            for shape, samples in found.items()
-        }
-        write_report(sys.argv[1], command, medians, rounded)
+        write_report(sys.argv[1], command, medians, found)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 def write_report(
     path: str, command: str, summary: Mapping[str, object], samples: Mapping[str, object]
 ) -> None:
-    """Date, machine, command, medians and every sample, in seconds, as JSON."""
+    """Date, machine, command, medians and every sample, in seconds, to four digits, as JSON."""
     report = {
         "date": date.today().isoformat(),
         "torch": torch.__version__,
@@ -24,6 +24,14 @@ def write_report(
         "command": command,
         "unit": "seconds",
         "summary": summary,
-        "samples": samples,
+        "samples": _rounded(samples),
     }
     Path(path).write_text(json.dumps(report) + "\n", encoding="utf-8")
+
+
+def _rounded(samples: object) -> object:
+    if isinstance(samples, Mapping):
+        return {name: _rounded(inner) for name, inner in samples.items()}
+    if isinstance(samples, list):
+        return [_rounded(inner) for inner in samples]
+    return float(f"{samples:.3e}") if isinstance(samples, float) else samples

@@ -88,12 +88,8 @@ def main() -> None:
         ]
         print(f"{name:<26}" + "".join(f"{rate:>14.1f}" for rate in rates))
     if len(sys.argv) > 1:
-        rounded = {
-            shape: {name: [float(f"{s:.3e}") for s in of] for name, of in samples.items()}
-            for shape, samples in found.items()
-        }
         command = "OMP_NUM_THREADS=1 python -m benchmarks.engine.rows"
-        write_report(sys.argv[1], command, medians, rounded)
+        write_report(sys.argv[1], command, medians, found)
 
 
 if __name__ == "__main__":

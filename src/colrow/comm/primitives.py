@@ -66,7 +66,7 @@ def all_reduce(
         return x
     if tp.ledger is not None or torch.compiler.is_compiling():
         return all_reduce_async(x, tp, op=op, layer=layer, phase=phase, in_place=in_place).wait()
-    buffer = x if in_place and x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
+    buffer = _written_to(x, in_place)
     compat.all_reduce_now(buffer, _OPS[op], tp.group)
     return buffer
 
@@ -86,10 +86,15 @@ def all_reduce_async(
     if torch.compiler.is_compiling():
         reduced = compat.functional_all_reduce(x.contiguous(), op, tp.group)
         return Pending(lambda: reduced)
-    buffer = x if in_place and x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
+    buffer = _written_to(x, in_place)
     clock = Clock.start("all_reduce", buffer, tp, layer, phase)
     work = compat.issue_all_reduce(buffer, _OPS[op], tp.group)
     return Pending(lambda: buffer, work, clock)
+
+
+def _written_to(x: Tensor, in_place: bool) -> Tensor:
+    """What an all-reduce of ``x`` writes its result to, which holds x's values: x, or a copy."""
+    return x if in_place and x.is_contiguous() else x.clone(memory_format=torch.contiguous_format)
 
 
 def all_gather(

@@ -14,7 +14,7 @@ from colrow.comm.agreement import common_seed
 from colrow.layers.column import QKVParallelLinear
 from colrow.layers.context import AttentionContext, KeyValueCache
 from colrow.layers.dropout import ParallelDropout
-from colrow.layers.grouped_query import attend, padded_groups
+from colrow.layers.grouped_query import attend, group_sizes, padded_groups
 from colrow.layers.norm import RMSNorm
 from colrow.layers.options import RopeConfig
 from colrow.layers.position import alibi_slopes, apply_rope, rope_frequencies
@@ -154,11 +154,7 @@ class ParallelAttention(nn.Module):
         for index, name in enumerate(("padded", "unpadded")):
             places = None if groups is None else torch.tensor(groups[index], device=place)
             self.register_buffer(name, places, persistent=False)
-        kv_heads = [
-            kv0 + (head - q0) // ((q1 - q0) // (kv1 - kv0))
-            for (q0, q1), (kv0, kv1) in self.runs
-            for head in range(q0, q1)
-        ]
+        kv_heads = [kv for kv, size in enumerate(group_sizes(self.runs)) for _ in range(size)]
         self.register_buffer("kv_of_query", torch.tensor(kv_heads, device=place), persistent=False)
         self.register_buffer("slopes", slopes, persistent=False)
         self.register_buffer("frequencies", frequencies, persistent=False)

@@ -34,27 +34,32 @@ class Kernel:
         """``x W^T`` of one row ``[in]`` of the weight's dtype, into ``out``, ``[out]``."""
         return torch.mv(weight, x, out=out)
 
+    def _one_row(self, x: Tensor, weight: Tensor) -> Tensor:
+        """:meth:`row` of ``[..., in]`` with one row in all, into new memory."""
+        y = x.new_empty(*x.shape[:-1], weight.shape[0])
+        self.row(x.view(-1), weight, y.view(-1))
+        return y
+
 
 class BlasKernel(Kernel):
     """By NumPy's BLAS, which reads the weight in the order in which it lies."""
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """``[..., in]`` to ``[..., out]``."""
-        if not _for_blas(weight) or x.dtype != weight.dtype or _autocast():
-            return F.linear(x, weight, bias)
-        if torch.compiler.is_compiling():
+        other = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
+        if other or x.dtype != weight.dtype or not _for_blas(weight):
             return F.linear(x, weight, bias)
         features, width = weight.shape
-        y = x.new_empty(*x.shape[:-1], features)
         if x.numel() == width:
-            self.row(x.view(-1), weight, y.view(-1))
+            y = self._one_row(x, weight)
         else:
+            y = x.new_empty(*x.shape[:-1], features)
             _product(x.reshape(-1, width), weight, y.view(-1, features))
         return y if bias is None else y.add_(bias)
 
     def row(self, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
         """``x W^T`` of one row ``[in]`` of the weight's dtype, into ``out``, ``[out]``."""
-        return _product(x, weight, out) if _for_blas(weight) else torch.mv(weight, x, out=out)
+        return _product(x, weight, out) if _for_blas(weight) else super().row(x, weight, out)
 
 
 def _for_blas(weight: Tensor) -> bool:
@@ -90,8 +95,7 @@ class PackedKernel(Kernel):
         if x.dtype != weight.dtype or torch.compiler.is_compiling():
             return F.linear(x, weight, bias)
         if x.numel() == weight.shape[1]:
-            y = x.new_empty(*x.shape[:-1], weight.shape[0])
-            self.row(x.view(-1), weight, y.view(-1))
+            y = self._one_row(x, weight)
             return y if bias is None else y.add_(bias)
         if _state(weight) != self._of:
             return F.linear(x, weight, bias)
@@ -104,7 +108,7 @@ class PackedKernel(Kernel):
         torch's kernel is only reached while oneDNN is switched off, for the process.
         """
         with _onednn_off:
-            return torch.mv(weight, x, out=out)
+            return super().row(x, weight, out)
 
 
 class _OneDnnOff:
@@ -129,10 +133,6 @@ class _OneDnnOff:
 
 
 _onednn_off = _OneDnnOff()
-
-
-def _autocast() -> bool:
-    return torch.is_autocast_enabled("cpu")
 
 
 def _state(weight: Tensor) -> tuple[int, int]:
