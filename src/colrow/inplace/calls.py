@@ -57,12 +57,13 @@ def argument_names(module: nn.Module) -> tuple[str, ...]:
     """The names of the positional arguments of the module's forward."""
     forward = module.forward
     if isinstance(forward, MethodType) and isinstance(forward.__func__, FunctionType):
-        return _names_of_method(forward.__func__)
+        return method_argument_names(forward.__func__)
     return _positional(forward)
 
 
 @cache
-def _names_of_method(function: Callable[..., Any]) -> tuple[str, ...]:
+def method_argument_names(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of the positional arguments of a class's method, ``self`` left out."""
     return _positional(function)[1:]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from colrow.inplace.calls import Key, ModuleCall, tensors_of
+from colrow.inplace.calls import Key, ModuleCall, method_argument_names, tensors_of
 from colrow.inplace.sequence_boundary import DropoutSpy
 from colrow.inplace.unit import Unit
 
@@ -69,7 +68,7 @@ def run_block(
 
     def replaced(path: str) -> Callable[..., Any]:
         module = unit.module.get_submodule(path)
-        names = _argument_names(type(module).forward)
+        names = method_argument_names(type(module).forward)
         factors = unit.factors.get(path)
         own = type(module).forward if factors is None else lambda _, x: factors(x)
 
@@ -102,16 +101,6 @@ def run_block(
     seen.results = tensors_of(unit.run(leaf, forwards))
     seen.dropped, seen.other_dropouts = spy.seen, spy.others
     return seen
-
-
-def _argument_names(forward: Any) -> tuple[str, ...]:
-    """The names of the positional arguments of a class's forward."""
-    names = [
-        p.name
-        for p in inspect.signature(forward).parameters.values()
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    return tuple(names[1:])
 
 
 def _detached(leaf: Any) -> Any:
