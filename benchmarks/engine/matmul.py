@@ -30,7 +30,7 @@ SECONDS = 3.0
 
 
 def ways(rows: int, inputs: int, outputs: int) -> dict[str, Callable[[], Tensor]]:
-    """Forward, input gradient and weight gradient, each twice."""
+    """Forward, input gradient and weight gradient, each by all three."""
     x, grad = torch.randn(rows, inputs), torch.randn(rows, outputs)
     weight = torch.randn(outputs, inputs)
 
