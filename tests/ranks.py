@@ -129,7 +129,9 @@ class RankPool:
             return
         from torch.multiprocessing.spawn import start_processes
 
-        from colrow._rank_agent import inherited_environment  # the same care for OMP_NUM_THREADS
+        from colrow._rank_environment import (
+            inherited_environment,  # the same care for OMP_NUM_THREADS
+        )
 
         self._directory = tempfile.mkdtemp(prefix="colrow-tests-")
         pipes = [multiprocessing.Pipe() for _ in range(self._size)]
@@ -192,7 +194,7 @@ def _work(rank: int, connections: list[Connection], store: str, device: devices.
     import torch.distributed as dist
     from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-    from colrow._rank_environment import stay_on_loopback
+    from colrow._rendezvous import stay_on_loopback
 
     for other, connection in enumerate(connections):
         if other != rank:

@@ -13,10 +13,16 @@ import torch
 import torch.distributed as dist
 
 from colrow._rank_environment import allocator_variables
-from colrow.launch import RankEnvironment, RankFailure, launch, rank_environment
+from colrow.launch import (
+    RankEnvironment,
+    RankFailure,
+    launch,
+    rank_environment,
+    rendezvous_arguments,
+)
 from tests.ranks import run_world
+from tests.sockets import beyond_loopback, open_sockets
 
-LOOPBACK = {"0100007F", "00000000000000000000000001000000"}
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -27,30 +33,15 @@ def meet() -> int:
     return dist.get_rank()
 
 
-def describe(number: int) -> tuple[int, float, str, str, list[str]]:
+def describe(number: int) -> tuple[int, float, str, str, set[str]]:
     rank = meet()
     total = torch.tensor(float(rank + number))
     dist.all_reduce(total)
     launcher = rank_environment()
     assert launcher is not None
-    addresses = listening_addresses(os.getpid()) + listening_addresses(os.getppid())
-    return rank, total.item(), os.environ["OMP_NUM_THREADS"], launcher.launcher, addresses
-
-
-def listening_addresses(pid: int) -> list[str]:
-    sockets = set()
-    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            sockets.add(os.readlink(descriptor))
-        except OSError:  # closed meanwhile
-            continue
-    found = []
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
-                found.append(fields[1].partition(":")[0])
-    return found
+    threads, sockets = os.environ["OMP_NUM_THREADS"], open_sockets(os.getppid())
+    dist.barrier()
+    return rank, total.item(), threads, launcher.launcher, sockets
 
 
 def allocator_settings() -> dict[str, str]:
@@ -85,13 +76,14 @@ def test_results_come_by_rank_and_nothing_listens_beyond_loopback(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "eth0")  # for the runs on several hosts
     results = launch(describe, (5,), ranks=2, threads_per_rank=3)
     assert [result[:4] for result in results] == [
         (0, 11.0, "3", "colrow"),
         (1, 11.0, "3", "colrow"),
     ]
-    addresses = results[0][4] + results[1][4]
-    assert addresses and set(addresses) <= LOOPBACK
+    assert results[0][4] and not beyond_loopback(results[0][4] | results[1][4])
     assert "OMP_NUM_THREADS" not in os.environ
 
 
@@ -284,23 +276,28 @@ def test_a_broken_environment_is_refused(
         rank_environment()
 
 
-def mpiexec(local_size: int) -> list[subprocess.Popen[str]]:
+MPIEXEC = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
+MPIEXEC_LOCAL = ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
+BY_HAND = ("RANK", "WORLD_SIZE")
+TORCHRUN_LOCAL = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+def start_two(
+    names: tuple[str, str], local: tuple[str, str], local_size: int = 2, **more: str
+) -> list[subprocess.Popen[str]]:
     code = (
-        "import os\nfrom tests.test_launch import LOOPBACK, listening_addresses, meet\n"
-        "rank = meet()\nassert set(listening_addresses(os.getpid())) <= LOOPBACK\nprint(rank)\n"
+        "import os\nfrom tests.sockets import *\nfrom tests.test_launch import meet\n"
+        "import torch.distributed as dist\nrank = meet()\nsockets = open_sockets(os.getpid())\n"
+        "assert sockets and not beyond_loopback(sockets), sockets\ndist.barrier()\nprint(rank)\n"
     )
     environment = {name: os.environ[name] for name in os.environ if name not in VARIABLES}
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+        environment |= {"MASTER_PORT": str(probe.getsockname()[1]), **more}
     started = []
     for rank in range(2):
-        environment |= {"OMPI_COMM_WORLD_RANK": str(rank), "OMPI_COMM_WORLD_SIZE": "2"}
-        environment |= {
-            "OMPI_COMM_WORLD_LOCAL_RANK": str(rank % local_size),
-            "OMPI_COMM_WORLD_LOCAL_SIZE": str(local_size),
-            "MASTER_PORT": port,
-        }
+        environment |= dict(zip(names, (str(rank), "2"), strict=True))
+        environment |= dict(zip(local, (str(rank % local_size), str(local_size)), strict=True))
         started.append(
             subprocess.Popen(
                 [sys.executable, "-c", code],
@@ -314,11 +311,31 @@ def mpiexec(local_size: int) -> list[subprocess.Popen[str]]:
     return started
 
 
-def test_ranks_of_mpiexec_meet_on_loopback() -> None:
-    outputs = [process.communicate(timeout=60) for process in mpiexec(local_size=2)]
+@pytest.mark.parametrize(
+    ("names", "local", "address"),
+    [
+        (MPIEXEC, MPIEXEC_LOCAL, {}),
+        (MPIEXEC, MPIEXEC_LOCAL, {"MASTER_ADDR": "localhost"}),
+        (BY_HAND, TORCHRUN_LOCAL, {"MASTER_ADDR": "127.0.0.1"}),
+    ],
+)
+def test_ranks_of_other_launchers_meet_on_loopback(
+    names: tuple[str, str], local: tuple[str, str], address: dict[str, str]
+) -> None:
+    outputs = [run.communicate(timeout=60) for run in start_two(names, local, **address)]
     assert outputs == [("0\n", ""), ("1\n", "")]
 
 
+def test_a_port_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in zip(VARIABLES, ("0", "2", "0", "2", "localhost", "foo"), strict=True):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="MASTER_PORT is 'foo', not a whole number"):
+        rendezvous_arguments()
+    monkeypatch.setenv("MASTER_PORT", "70000")
+    with pytest.raises(ValueError, match="MASTER_PORT is 70000: use 1 to 65535"):
+        rendezvous_arguments()
+
+
 def test_ranks_on_several_hosts_need_an_address() -> None:
-    for process in mpiexec(local_size=1):
+    for process in start_two(MPIEXEC, MPIEXEC_LOCAL, local_size=1):
         assert "set MASTER_ADDR to the address" in process.communicate(timeout=60)[1]

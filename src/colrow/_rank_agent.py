@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -44,7 +44,11 @@ from torch.distributed.elastic.rendezvous.api import (
     RendezvousStoreInfo,
 )
 
-from colrow._rank_environment import STORE_VARIABLE, allocator_variables
+from colrow._rank_environment import (
+    STORE_VARIABLE,
+    allocator_variables,
+    inherited_environment,
+)
 from colrow.launch import BAD_INPUT, RankFailure, error_message
 
 T = TypeVar("T")
@@ -286,21 +290,6 @@ def _root_cause(agent: _Agent, result: RunResult) -> RankFailure:
 def _exit_code(process: Any) -> int | None:
     code: int | None = process.exitcode if process is not None else None
     return code
-
-
-@contextmanager
-def inherited_environment(variables: Mapping[str, str]) -> Iterator[None]:
-    """Variables that processes started inside inherit: too late for OpenMP in the process."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 @contextmanager

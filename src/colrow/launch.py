@@ -15,8 +15,8 @@ from colrow._rank_environment import (
     RankEnvironment,
     launched_by,
     rank_environment,
-    rendezvous_arguments,
 )
+from colrow._rendezvous import rendezvous_arguments
 
 __all__ = [
     "BAD_INPUT",

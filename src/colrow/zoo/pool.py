@@ -121,7 +121,7 @@ class Workers:
     def _start(self) -> None:
         if self._connections:
             return
-        from colrow._rank_agent import inherited_environment
+        from colrow._rank_environment import inherited_environment
 
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOADED)
@@ -163,7 +163,7 @@ def _work(rank: int, ranks: int, connection: Connection, store: str) -> None:
     import torch.distributed as dist
     from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-    from colrow._rank_environment import stay_on_loopback
+    from colrow._rendezvous import stay_on_loopback
 
     os.environ |= {
         "RANK": str(rank),

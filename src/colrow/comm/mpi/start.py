@@ -15,12 +15,24 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 
+from colrow._rank_environment import inherited_environment
 from colrow.comm.mpi.peers import Peers
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 BACKEND = "colrow_mpi"
+# Messages go through MPI's shared memory, but it also opens a way over the network, for ranks of
+# other hosts, of which there are none: UCX (MPICH) and libfabric (MPICH, Intel MPI) would listen on
+# every interface. libfabric's own shared memory would outlive a rank that is killed.
+_NO_NETWORK = {
+    "FI_PROVIDER": "tcp",
+    "FI_TCP_IFACE": "lo",
+    "I_MPI_FABRICS": "shm",
+    "OMPI_MCA_pml": "ob1",
+    "OMPI_MCA_btl": "self,vader",
+}
+_UCX_SHARED_MEMORY = {"self", "shm", "sm", "mm", "posix", "sysv", "cma", "xpmem", "knem"}
 _servers: list[subprocess.Popen[str]] = []
 
 
@@ -79,22 +91,21 @@ def _communicator(store: Store, rank: int, size: int, ranks: list[int]) -> MPI.I
 def _start(store: Store, rank: int, size: int) -> None:
     """MPI_Init; the ranks find each other through mpiexec's server or through our own."""
     own = "PMI_RANK" not in os.environ and "PMIX_RANK" not in os.environ
+    import mpi4py
+
+    # MPI_Finalize waits for all ranks. A rank that failed must not: it ends, and is noticed.
+    mpi4py.rc.finalize = False
+    variables = dict(_NO_NETWORK)
+    if not _UCX_SHARED_MEMORY.issuperset(os.environ.get("UCX_TLS", "none").split(",")):
+        variables["UCX_TLS"] = "self,sm"
     if own:
         # torchrun's ranks keep the store when they are started again.
         key = f"colrow/pmi_port/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         if rank == 0:
             store.set(key, str(_serve(size)))
-        port = store.get(key).decode()
-        os.environ.update(PMI_PORT=f"127.0.0.1:{port}", PMI_ID=str(rank))
-    import mpi4py
-
-    # MPI_Finalize waits for all ranks. A rank that failed must not: it ends, and is noticed.
-    mpi4py.rc.finalize = False
-    try:
+        variables |= {"PMI_PORT": f"127.0.0.1:{store.get(key).decode()}", "PMI_ID": str(rank)}
+    with inherited_environment(variables):  # not for the processes that this one will start
         mpi = _mpi()
-    finally:
-        if own:  # not for the processes that this one will start
-            del os.environ["PMI_PORT"], os.environ["PMI_ID"]
     mpi.COMM_WORLD.Barrier()  # all ranks have opened the shared memory
     _forget_shared_memory()
     if not own:
