@@ -28,7 +28,13 @@ def test_a_search_says_what_why_and_why_not(
     file = tmp_path / "plan.json"
     assert main(["plan", "llama-3-70b", "--gpus", "64", "--gpu", "h100", "--json", str(file)]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    for expected in ("Use TP 8", "of 80 GB per device", "Why:", "Why not:", "longer"):
+    for expected in (
+        "Use TP 1 × PP 1 × DP 64 + ZeRO-3",
+        "of 80 GB per device",
+        "Why:",
+        "Why not:",
+        "longer",
+    ):
         assert expected in text
     data = json.loads(file.read_text())
     best = data["best"][0]

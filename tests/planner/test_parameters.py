@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.planner.published import read_table
 from colrow.planner import ModelShape, catalog, find_model
-from colrow.planner.data import read_table
 
 
 def hf_parameters(model: ModelShape, layers: int) -> int:

@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 
 from colrow.planner import Layout, find_hardware, find_model, predict
+from colrow.planner.catalog import decoder
 from colrow.planner.communication import collectives, tp_calls
 from colrow.planner.links import Link, fit_latency_bandwidth, measured_link
+from colrow.planner.model import ModelShape
 from colrow.planner.pipeline import StageSeconds, bubble_seconds
 from colrow.planner.roofline import matmul_seconds
 from colrow.planner.time import straggler_share
@@ -37,6 +39,48 @@ def test_a_matmul_is_never_faster_than_the_roofline() -> None:
         assert seconds > 2 * (m * k + n * k + m * n) / device.memory_bandwidth
     large = matmul_seconds(device, 8192, 8192, 8192, precision="bf16", itemsize=2)
     assert 2 * 8192**3 / large == pytest.approx(257e12, rel=0.08)  # what was measured
+
+
+def test_rows_that_tensor_cores_cannot_load_are_multiplied_without_them() -> None:
+    """150 numbers of 16 bits a head are no multiple of 16 bytes, 144 are."""
+    device = find_hardware("a100").device
+    fast, slow = (
+        matmul_seconds(
+            device, 2048, 2048, 144, precision="fp16", itemsize=2, count=12, aligned=aligned
+        )
+        for aligned in (True, False)
+    )
+    assert slow > 5 * fast
+    layout = Layout(tp=8, recompute="full", precision="fp16", software="megatron-deepspeed")
+    times = [
+        predict(_gpt(96 * size), layout, "a100").time.attention / (96 * size)
+        for size in (144, 150, 152)
+    ]
+    assert times[1] > 3 * times[0] and times[1] > 3 * times[2]
+
+
+def _gpt(hidden: int) -> ModelShape:
+    return decoder(
+        "gpt", "gpt2", hidden=hidden, layers=1, heads=96, vocab=1024, positions=2048, dropout=0.1
+    )
+
+
+def test_a_device_waits_for_the_host_that_launches() -> None:
+    """A layer of hidden 1024 takes what launching it takes, however much it is divided."""
+    model = decoder(
+        "gpt", "gpt2", hidden=1024, layers=12, heads=16, vocab=51200, positions=1024, dropout=0.1
+    )
+    base = Layout(
+        global_batch=8, sequence=1024, recompute="full", precision="fp16", software="megatron-2021"
+    )
+    one, four = (predict(model, replace(base, tp=tp), "a100") for tp in (1, 4))
+    assert four.time.matmul < 0.5 * one.time.matmul
+    for p in (one, four):
+        # vTrain's table: 3.4 to 3.9 ms a layer and microbatch.
+        assert 3.3e-3 < p.step_seconds / (12 * 8) < 3.9e-3
+    assert four.time.launches > one.time.launches > 0
+    large = predict("gpt3-175b", replace(base, sequence=2048, tp=8), "a100")
+    assert large.time.launches == 0
 
 
 def test_a_single_row_over_a_wave_costs_a_wave() -> None:

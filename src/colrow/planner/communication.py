@@ -6,7 +6,6 @@ that ``colrow comms`` compares with the recorded ledger.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -15,8 +14,8 @@ from colrow.models.communication import predict_step
 from colrow.planner.compute import Pass
 from colrow.planner.hardware import Hardware
 from colrow.planner.layout import DTYPE, Layout
-from colrow.planner.links import Link, wire_factor
 from colrow.planner.model import ModelShape
+from colrow.planner.placement import collective_seconds, place, send_seconds
 
 # While NCCL moves data it occupies a share of the multiprocessors, by which a matmul beside it is
 # slower: 15 % on A100 and H100 (calculon caa4b11, systems/, "processor_usage").
@@ -24,10 +23,6 @@ PROCESSOR_SHARE = 0.15
 # Transformer Engine's overlapped reduce-scatter runs in this many chunks, of which the last has
 # nothing left to hide behind (TransformerEngine d0067d0d, pipelined GEMM + reduce-scatter).
 SCATTER_CHUNKS = 4
-# ZeRO-3 across nodes: block by block, rings reach this share of one adapter's bandwidth per GPU.
-# Calibrated on the 174.6B rows of Narayanan et al. 2021, Table 2, where one and two sequences per
-# GPU take equally long: 67 s for three times 349 GB of weights.
-ZERO3_ADAPTER_SHARE = 0.68
 COLUMN_LAYERS = ("attention.qkv", "mlp.up", "head")
 
 
@@ -81,11 +76,6 @@ def collectives(model: ModelShape, layout: Layout) -> Collectives:
     )
 
 
-def tp_link(layout: Layout, hardware: Hardware) -> Link:
-    """The link that a tensor-parallel group uses: the node's, unless the group is larger."""
-    return hardware.link if layout.tp <= hardware.devices_per_node else hardware.network
-
-
 @dataclass(frozen=True)
 class CommunicationSeconds:
     """Time of collectives, and the part of it that computing waits for."""
@@ -105,12 +95,12 @@ def tp_seconds(
     Exposed is what is longer than the matmul beside it, plus the matmul's slowdown
     (:data:`PROCESSOR_SHARE`).
     """
-    link, overlap = tp_link(layout, hardware), layout.program.tp_overlap
+    where, overlap = place("tp", layout, hardware), layout.program.tp_overlap
     total = hidden = exposed = 0.0
     for call in calls:
         if call.phase != phase:
             continue
-        seconds = link.collective_seconds(call.op, call.bytes, layout.tp)
+        seconds = collective_seconds(call.op, call.bytes, where, hardware)
         total += seconds
         column = call.layer.removeprefix("blocks.0.") in COLUMN_LAYERS
         if overlap == "full" and call.dtype != "int64":
@@ -141,41 +131,18 @@ def stage_seconds(model: ModelShape, layout: Layout, hardware: Hardware) -> floa
     if layout.pp == 1:
         return 0.0
     size = stage_message_bytes(model, layout)
-    inside = layout.tp * layout.pp <= hardware.devices_per_node
-    link = hardware.link if inside else hardware.network
-    seconds = link.send_seconds(size)
+    seconds = send_seconds(size, place("pp", layout, hardware), hardware)
     if layout.tp > 1 and layout.program.scatter_gather and not layout.sequence_parallel:
-        seconds += hardware.link.collective_seconds("all_gather", size * layout.tp, layout.tp)
+        group = place("tp", layout, hardware)
+        seconds += collective_seconds("all_gather", size * layout.tp, group, hardware)
     return seconds
 
 
-def dp_nodes(layout: Layout, hardware: Hardware) -> int:
-    """Nodes over which one data-parallel group is spread.
-
-    Ranks are numbered with tp innermost, then dp, then pp.
-    """
-    members = max(1, hardware.devices_per_node // layout.tp)
-    return -(-layout.dp // members)
-
-
 def dp_collective_seconds(op: str, size: float, layout: Layout, hardware: Hardware) -> float:
-    """Time of one data-parallel collective over a whole buffer of ``size`` bytes.
-
-    Inside a node by the node's link. Across nodes a group with several members in a node uses the
-    adapters of all of them, up to the speed of the node's link; the ring passes every rank, a
-    tree (all-reduce only) every node once up and once down.
-    """
-    ranks, nodes = layout.dp, dp_nodes(layout, hardware)
-    if ranks < 2 or size <= 0:
-        return 0.0
-    if nodes == 1:
-        return hardware.link.collective_seconds(op, size, ranks)
-    network, passes = hardware.network, 2 if op == "all_reduce" else 1
-    members = min(ranks, max(1, hardware.devices_per_node // layout.tp))
-    bandwidth = min(members * network.bandwidth, hardware.link.bandwidth)
-    if layout.zero == 3:
-        bandwidth = min(bandwidth, network.bandwidth * ZERO3_ADAPTER_SHARE)
-    steps = passes * (nodes * network.hop_seconds + (ranks - nodes) * hardware.link.hop_seconds)
-    if op == "all_reduce":
-        steps = min(steps, 2 * math.ceil(math.log2(nodes)) * network.hop_seconds)
-    return network.latency_seconds + steps + size * wire_factor(op, ranks) / bandwidth
+    """Time of one data-parallel collective over a whole buffer of ``size`` bytes."""
+    where, share = place("dp", layout, hardware), layout.program.zero3_adapter_share
+    if layout.zero == 3 and share is not None and where.nodes > 1:
+        where = replace(where, members=1)
+        slower = replace(hardware.network, bandwidth=hardware.network.bandwidth * share)
+        hardware = replace(hardware, network=slower)
+    return collective_seconds(op, size, where, hardware)

@@ -9,12 +9,7 @@ from colrow.models.config import Layout as Division
 from colrow.planner.hardware import Device
 from colrow.planner.layout import Layout
 from colrow.planner.model import ModelShape
-from colrow.planner.roofline import (
-    FLASH_BACKWARD,
-    FLASH_FORWARD,
-    matmul_seconds,
-    stream_seconds,
-)
+from colrow.planner.roofline import ROW_BYTES, matmul_seconds, stream_seconds
 
 # Read and written per logit by the loss and its backward, beyond the matmul: to fp32 (2 read, 4
 # written), maximum (4), subtract (8), exponential (8), sum (4), divide (8); backward multiplies (8)
@@ -163,13 +158,20 @@ def _attention(model: ModelShape, layout: Layout, device: Device, heads: int) ->
         if device.matmul_curve:
             rate = device.matmul_curve[-1][1]
         return Pass(
-            Seconds(attention=flops / (rate * FLASH_FORWARD) + device.kernel_seconds),
-            Seconds(attention=2.5 * flops / (rate * FLASH_BACKWARD) + device.kernel_seconds),
+            Seconds(attention=flops / (rate * device.flash_forward) + device.kernel_seconds),
+            Seconds(attention=2.5 * flops / (rate * device.flash_backward) + device.kernel_seconds),
         )
 
     def product(n: int, k: int) -> float:
         return matmul_seconds(
-            device, layout.sequence, n, k, precision=precision, itemsize=size, count=count
+            device,
+            layout.sequence,
+            n,
+            k,
+            precision=precision,
+            itemsize=size,
+            count=count,
+            aligned=config.head_dim * size % ROW_BYTES == 0,
         )
 
     products = product(keys, config.head_dim) + product(config.head_dim, keys)

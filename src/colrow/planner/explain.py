@@ -8,16 +8,15 @@ from colrow.comm.ledger import Call
 from colrow.planner.activations import block_bytes
 from colrow.planner.communication import (
     collectives,
-    dp_nodes,
     stage_message_bytes,
     stage_seconds,
-    tp_link,
 )
 from colrow.planner.compute import fullest_rank, linears
 from colrow.planner.inference import ServingPrediction, kv_cache_bytes_per_token
 from colrow.planner.links import wire_factor
 from colrow.planner.memory import stage_elements
 from colrow.planner.pipeline import layers_in_flight
+from colrow.planner.placement import collective_seconds, place
 from colrow.planner.predict import Prediction
 from colrow.planner.roofline import matmul_seconds
 from colrow.planner.serving import WEIGHT_BYTES
@@ -123,8 +122,8 @@ def _time(p: Prediction) -> list[str]:
         )
     if layout.dp > 1:
         lines.append(
-            f"  data parallelism: rings over {layout.dp} ranks on {dp_nodes(layout, hardware)} "
-            f"nodes, exposed {time.dp_exposed:.4g} s"
+            f"  data parallelism: rings over {layout.dp} ranks on "
+            f"{place('dp', layout, hardware).nodes} nodes, exposed {time.dp_exposed:.4g} s"
         )
     lines.append("  step: " + " + ".join(f"{value:.4g} {name}" for name, value in parts_of(p)))
     lines.append(f"      = {time.total:.4g} s, {100 * p.utilization:.1f}% model FLOPs utilisation")
@@ -139,11 +138,11 @@ def parts_of(p: Prediction) -> list[tuple[str, float]]:
 def _collectives(calls: list[Call], p: Prediction) -> list[str]:
     if not calls:
         return []
-    link, tp = tp_link(p.layout, p.hardware), p.layout.tp
+    where, tp = place("tp", p.layout, p.hardware), p.layout.tp
     counted = Counter((c.phase, c.op, c.bytes) for c in calls)
     lines = ["  tensor-parallel collectives of a block (the ledger's prediction):"]
     for (phase, op, size), count in counted.items():
-        seconds = link.collective_seconds(op, size, tp)
+        seconds = collective_seconds(op, size, where, p.hardware)
         lines.append(
             f"    {phase:8} {count} × {op} of {_mb(size)}: {wire_factor(op, tp):.3g} × "
             f"{_mb(size)} sent in {_ms(seconds)}"

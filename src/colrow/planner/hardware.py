@@ -14,6 +14,12 @@ from colrow.planner.links import Curve, Link
 
 Precision = str  # "fp32", "fp16", "bf16" or "fp8"
 
+# A fused attention kernel's rate as a share of the large matmul's: causal, 128 per head, 2-4k
+# tokens on A100 give about 180 and 150 of 257 TFLOP/s (read off Dao 2023, arXiv 2307.08691,
+# figures 5 and 6).
+FLASH_FORWARD = 0.70
+FLASH_BACKWARD = 0.60
+
 
 @dataclass(frozen=True)
 class Device:
@@ -32,9 +38,11 @@ class Device:
         kernel_seconds: a kernel's launch and ramp, during which it does no work.
         speed_spread: standard deviation of the speed of devices of this kind, as a fraction.
         flash_attention: whether a fused attention kernel exists for it.
+        flash_forward, flash_backward: that kernel's rate as a share of the large matmul's.
         matmul_curve: measured ``(FLOPs of a matmul, FLOP/s)``, ascending, for devices that are
             described by measurements rather than by tiles; empty otherwise.
-        source: where the numbers come from.
+        watts: at full load, from the data sheet; 0 where unknown.
+        source: where the numbers come from, and what is assumed.
     """
 
     name: str
@@ -47,7 +55,10 @@ class Device:
     kernel_seconds: float = 4e-6
     speed_spread: float = 0.0
     flash_attention: bool = True
+    flash_forward: float = FLASH_FORWARD
+    flash_backward: float = FLASH_BACKWARD
     matmul_curve: tuple[tuple[float, float], ...] = ()
+    watts: float = 0.0
     source: str = ""
 
     def flops(self, precision: Precision) -> float:
@@ -99,87 +110,63 @@ COLLECTIVE_START_SECONDS = 8.4e-6
 # 48 of 50 GB/s (400 Gbit/s), NVIDIA GTC24 S62129.
 NETWORK_FRACTION = 0.96
 
-# Sustained matmul rates of 40 H200 lie within 4.5 % of each other (stas00/ml-engineering,
-# accelerator/benchmarks); the range of 40 normal values is 4.3 standard deviations.
-SPEED_SPREAD = 0.045 / 4.3
+# devices.csv: the speed of equal devices spreads by 1.05 %. Sustained matmul rates of 40 H200 lie
+# within 4.5 % of each other (stas00/ml-engineering, accelerator/benchmarks); the range of 40 normal
+# values is 4.3 standard deviations.
 
-_SPEC = "data sheet; stas00/ml-engineering 744d01e, compute/accelerator"
-_SUSTAINED_HOPPER = (
-    "; sustained 698.6 TFLOP/s: mean of 8 busy H200, stas00/ml-engineering, accelerator/benchmarks"
-)
+# What a hop between nodes takes on Amazon's EFA, where collectives go round all nodes: fitted to
+# H100's all-gathers and reduce-scatters of 256 MB over 2 to 64 nodes (Hugging Face, ultrascale
+# playbook, pp_comm_bandwidth; the 12 rows lie within 30 % of it). NCCL's own 14 us hold for
+# InfiniBand.
+EFA_HOP_SECONDS = 3.0e-4
 
 
 @cache
 def _builtin() -> dict[str, Hardware]:
-    def gpu(
-        name: str,
-        memory_gb: float,
-        bandwidth_gbps: float,
-        tflops: dict[str, float],
-        sustained_tflops: float,
-        processors: int,
-        source: str,
-        flash: bool = True,
-    ) -> Device:
-        peak = tflops["fp16"]
-        return Device(
-            name,
-            memory_gb * 1e9,
-            bandwidth_gbps * 1e9,
-            tuple((k, v * 1e12) for k, v in tflops.items()),
-            sustained_tflops / peak,
-            processors,
-            speed_spread=SPEED_SPREAD,
-            flash_attention=flash,
-            source=source,
-        )
-
-    volta = {"fp32": 15.7, "fp16": 125.0}
-    ampere = {"fp32": 19.5, "fp16": 312.0, "bf16": 312.0}
-    hopper = {"fp32": 67.0, "fp16": 989.0, "bf16": 989.0, "fp8": 1979.0}
-    blackwell = {"fp32": 80.0, "fp16": 2250.0, "bf16": 2250.0, "fp8": 4500.0}
-    v100_source = _SPEC + "; sustained 95 TFLOP/s: mli/transformers-benchmarks README, fp16 matmul"
-    a100_source = _SPEC + (
-        "; sustained 257 TFLOP/s: cuBLAS, normal random 8192^3, thonking.ai, Strangely, Matrix "
-        "Multiplications on GPUs Run Faster When Given Predictable Data"
-    )
-    b200_source = _SPEC + (
-        "; sustained 1426.4 TFLOP/s: mean of 8 busy B200, stas00/ml-engineering, "
-        "accelerator/benchmarks"
-    )
-    devices = {
-        "v100-32gb": gpu("V100-32GB", 32, 900, volta, 95, 80, v100_source, flash=False),
-        "a100-40gb": gpu("A100-40GB", 40, 1555, ampere, 257, 108, a100_source),
-        "a100-80gb": gpu("A100-80GB", 80, 2039, ampere, 257, 108, a100_source),
-        "h100-80gb": gpu("H100-80GB", 80, 3350, hopper, 698.6, 132, _SPEC + _SUSTAINED_HOPPER),
-        "h200-141gb": gpu("H200-141GB", 141, 4800, hopper, 698.6, 132, _SPEC + _SUSTAINED_HOPPER),
-        "b200-180gb": gpu("B200-180GB", 180, 8000, blackwell, 1426.4, 148, b200_source),
-    }
-    network = {
-        "v100-32gb": 100,  # DGX-2H: 8 x 100 Gbit/s for 16 GPUs, Shoeybi et al. 2019, section 5
-        "a100-40gb": 200,
-        "a100-80gb": 200,
-        "h100-80gb": 400,
-        "h200-141gb": 400,
-        "b200-180gb": 400,
-    }
     result = {}
-    for key, device in devices.items():
-        generation = key.split("-")[0]
-        share = 0.5 if generation == "v100" else 1.0  # adapters per GPU
-        result[key] = Hardware(
-            device.name,
-            device,
-            16 if generation == "v100" else 8,
-            _nvlink(generation),
-            Link(
-                network[key] / 8 * 1e9 * share * NETWORK_FRACTION,
-                COLLECTIVE_START_SECONDS,
-                NETWORK_HOP_SECONDS,
-                source=f"{network[key]} Gbit/s adapters; NVIDIA GTC24 S62129; NCCL tuning.cc",
-            ),
-        )
+    for row in read_table("devices"):
+        hardware = _from_row(row)
+        result[row["key"]] = hardware
+        if float(row["adapters_per_device"]) == 1:
+            efa = replace(
+                hardware.network,
+                hop_seconds=EFA_HOP_SECONDS,
+                trees=False,
+                source=f"{row['adapter_gbit_per_s']} Gbit/s EFA adapters; ultrascale playbook",
+            )
+            name = f"{hardware.name} on EFA"
+            result[f"{row['key']}-efa"] = replace(hardware, name=name, network=efa)
     return result
+
+
+def _from_row(row: dict[str, str]) -> Hardware:
+    """A line of devices.csv: TFLOP/s per precision, GB and GB/s."""
+    peaks = {name: float(row[name]) for name in ("fp32", "fp16", "bf16", "fp8", "fp4") if row[name]}
+    assumed = f"; assumed: {row['assumed']}" if row["assumed"] else ""
+    device = Device(
+        row["name"],
+        float(row["memory_gb"]) * 1e9,
+        float(row["memory_gb_per_s"]) * 1e9,
+        tuple((name, peak * 1e12) for name, peak in peaks.items()),
+        float(row["sustained"]) / peaks["fp16"],
+        int(row["processors"]),
+        stream_fraction=float(row["stream_fraction"] or Device.stream_fraction),
+        speed_spread=float(row["speed_spread"]),
+        flash_attention=row["flash_forward"] != "0",
+        flash_forward=float(row["flash_forward"] or FLASH_FORWARD),
+        flash_backward=float(row["flash_backward"] or FLASH_BACKWARD),
+        watts=float(row["watts"]),
+        source=row["source"] + assumed,
+    )
+    adapter = float(row["adapter_gbit_per_s"])
+    network = Link(
+        adapter / 8 * 1e9 * float(row["adapters_per_device"]) * NETWORK_FRACTION,
+        COLLECTIVE_START_SECONDS,
+        NETWORK_HOP_SECONDS,
+        source=f"{adapter:g} Gbit/s adapters; NVIDIA GTC24 S62129; NCCL tuning.cc",
+    )
+    link = _node_link(row["link"], float(row["link_gb_per_s"]) * 1e9)
+    return Hardware(row["name"], device, int(row["devices_per_node"]), link, network)
 
 
 ALIASES = {
@@ -188,6 +175,22 @@ ALIASES = {
     "h100": "h100-80gb",
     "h200": "h200-141gb",
     "b200": "b200-180gb",
+    "b300": "b300-288gb",
+    "gb200": "gb200-186gb",
+    "gb300": "gb300-288gb",
+    "mi300x": "mi300x-192gb",
+    "mi355x": "mi355x-288gb",
+    "l40s": "l40s-48gb",
+    "l4": "l4-24gb",
+    "a10g": "a10g-24gb",
+    "a6000": "rtx-a6000-48gb",
+    "3090": "rtx-3090-24gb",
+    "4090": "rtx-4090-24gb",
+    "5090": "rtx-5090-32gb",
+    "rtx-a6000": "rtx-a6000-48gb",
+    "rtx-3090": "rtx-3090-24gb",
+    "rtx-4090": "rtx-4090-24gb",
+    "rtx-5090": "rtx-5090-32gb",
 }
 
 
@@ -198,7 +201,9 @@ def find_hardware(name: str) -> Hardware:
         ValueError: when there is none of that name; near matches are suggested.
     """
     key = name.lower().replace("_", "-").replace(" ", "-").removesuffix("-sxm")
-    key = ALIASES.get(key, key)
+    name_of_network = "-efa" if key.endswith("-efa") else ""
+    key = key.removesuffix("-efa")
+    key = ALIASES.get(key, key) + name_of_network
     builtin = _builtin()
     if key in builtin:
         return builtin[key]
@@ -214,36 +219,36 @@ def hardware_names() -> list[str]:
     return list(_builtin())
 
 
-@cache
-def _nvlink(generation: str) -> Link:
+# Bus bandwidth of a measured all-reduce that does not use the switch, whose shape others take.
+_MEASURED_RING = 235e9
+# From Hopper on all-reduce runs in the switch (NVLS), with curves of its own.
+_SWITCHES = {"h100": ("H200", "NVLS"), "h200": ("H200", "NVLS"), "b200": ("B200", "default")}
+
+
+def _node_link(kind: str, peak: float) -> Link:
     """The link inside a node, from measured all-reduce curves (nccl-tests).
 
-    A ring's curve was measured on 8 A100; other generations have its shape at their own peak. From
-    Hopper on, all-reduce runs in the switch (NVLS), with curves of its own; gathers and scatters
-    remain rings.
+    A ring's curve was measured on 8 A100; other generations, meshes and PCIe have its shape at
+    their own peak. Gathers and scatters are rings everywhere.
     """
-    rows = read_table("nccl_busbw")
-    ring_peak = {"v100": 122e9, "a100": 235e9, "h100": 365e9, "h200": 365e9, "b200": 680e9}
 
     def curve(gpu: str, algorithm: str) -> Curve:
         points = {
             _bytes(row["size"]): float(row["busbw_GBps"]) * 1e9
-            for row in rows
+            for row in read_table("nccl_busbw")
             if (row["gpu"], row["algo"], row["nodes"], row["gpus"]) == (gpu, algorithm, "1", "8")
             and row["collective"] == "all_reduce"
             and row["size"] != "peak"
         }
         return tuple(sorted(points.items()))
 
-    scale = ring_peak[generation] / ring_peak["a100"]
+    scale = peak / _MEASURED_RING
     ring = tuple((size, speed * scale) for size, speed in curve("A100", ""))
-    switch = {"h100": ("H200", "NVLS"), "h200": ("H200", "NVLS"), "b200": ("B200", "default")}
-    whole = curve(*switch[generation]) if generation in switch else ring
     return Link(
-        ring_peak[generation],
+        peak,
         COLLECTIVE_START_SECONDS,
         NODE_HOP_SECONDS,
-        curve=whole,
+        curve=curve(*_SWITCHES[kind]) if kind in _SWITCHES else ring,
         split_curve=ring,
         source="nccl-tests, stas00/ml-engineering 744d01e network; peaks NVIDIA GTC24 S62129",
     )

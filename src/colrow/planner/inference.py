@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from colrow.models.communication import predict_step
 from colrow.models.config import ModelConfig
 from colrow.planner.catalog import find_model
-from colrow.planner.communication import tp_link
 from colrow.planner.compute import block_pass, fullest_rank, linears
 from colrow.planner.hardware import Hardware, find_hardware
 from colrow.planner.layout import Layout
 from colrow.planner.memory import ALLOCATOR_MARGIN, RUNTIME_BYTES
 from colrow.planner.model import ModelShape
+from colrow.planner.placement import collective_seconds, place, send_seconds
 from colrow.planner.roofline import matmul_seconds, stream_seconds
 from colrow.planner.serving import KV_BYTES, WEIGHT_BYTES, Serving, ServingMemory, TokenTime
 
@@ -183,9 +183,9 @@ def _all_reduces(model: ModelShape, serving: Serving, sequence: int) -> list[tup
 
 
 def _tp_seconds(model: ModelShape, serving: Serving, hardware: Hardware, sequence: int) -> float:
-    link = tp_link(_layout(serving), hardware)
+    where = place("tp", _layout(serving), hardware)
     calls = _all_reduces(model, serving, sequence)
-    return sum(link.collective_seconds(op, size, serving.tp) for op, size in calls)
+    return sum(collective_seconds(op, size, where, hardware) for op, size in calls)
 
 
 def _prefill_seconds(model: ModelShape, serving: Serving, hardware: Hardware) -> float:
@@ -219,8 +219,7 @@ def _stage_link_seconds(
     model: ModelShape, serving: Serving, hardware: Hardware, sequence: int
 ) -> float:
     size = serving.batch * sequence * model.config.hidden_size * 2.0
-    inside = serving.tp * serving.pp <= hardware.devices_per_node
-    return (hardware.link if inside else hardware.network).send_seconds(size)
+    return send_seconds(size, place("pp", _layout(serving), hardware), hardware)
 
 
 def _token_time(model: ModelShape, serving: Serving, hardware: Hardware) -> TokenTime:

@@ -33,6 +33,8 @@ class Link:
             in size; it already contains the latencies. Empty: latency and bandwidth are all there
             is.
         split_curve: the same for all-gather and reduce-scatter; as ``curve`` when empty.
+        trees: between nodes: whether an all-reduce may climb a tree over the nodes; where not, it
+            takes as long as a gather's way round them all.
         source: where the numbers come from.
     """
 
@@ -41,6 +43,7 @@ class Link:
     hop_seconds: float = 0.0
     curve: Curve = ()
     split_curve: Curve = ()
+    trees: bool = True
     source: str = ""
 
     def __post_init__(self) -> None:

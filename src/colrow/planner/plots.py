@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from colrow.planner.memory import RankMemory
 from colrow.planner.predict import Prediction
 from colrow.planner.reasons import PART_NAMES
-
-if TYPE_CHECKING:
-    from colrow.planner.accuracy import Result
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
@@ -75,37 +72,6 @@ def plot_scaling(predictions: Sequence[Prediction], path: str | Path) -> None:
     axes.set_xticks(counts, [str(count) for count in counts])
     axes.minorticks_off()
     axes.legend()
-    figure.savefig(path)
-
-
-def plot_accuracy(results: Sequence[Result], path: str | Path) -> None:
-    """Predicted against measured seconds, a colour per table; calibrated tables are hollow."""
-    figure, axes = _figure(9, 7)
-    tables = list(dict.fromkeys(r.case.table for r in results))
-    for index, table in enumerate(tables):
-        rows = [r for r in results if r.case.table == table]
-        hollow = rows[0].case.calibrated
-        color = f"C{index % 10}"
-        axes.scatter(
-            [r.case.seconds for r in rows],
-            [r.predicted for r in rows],
-            marker="osD^"[index // 10 % 4],
-            facecolors="none" if hollow else color,
-            edgecolors=color,
-            label=f"{table} ({'calibrated' if hollow else 'held out'})",
-        )
-    low = min(r.case.seconds for r in results) / 1.5
-    high = max(r.case.seconds for r in results) * 1.5
-    for factor, style in ((1.0, "-"), (1.2, ":"), (0.8, ":")):
-        axes.plot([low, high], [low * factor, high * factor], style, color="gray", linewidth=1)
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="measured seconds",
-        ylabel="predicted seconds",
-        title="Predicted against published times (dotted: ±20 %)",
-    )
-    axes.legend(fontsize="x-small", loc="upper left")
     figure.savefig(path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from colrow.planner.layout import Layout
 from colrow.planner.model import ModelShape
+from colrow.planner.placement import place
 from colrow.planner.predict import Prediction
 
 PART_NAMES = {
@@ -45,7 +46,7 @@ def why_first(first: Prediction) -> str:
             f"device, which has {device.memory_bytes / 1e9:.0f} GB."
         )
     if layout.tp > 1:
-        if layout.tp <= hardware.devices_per_node:
+        if place("tp", layout, hardware).nodes == 1:
             sentences.append(
                 f"Tensor parallelism of {layout.tp} stays inside a node of "
                 f"{hardware.devices_per_node}, on its fast link."

@@ -20,11 +20,12 @@ TILE_INTENSITY = 64.0
 # the next: about two trips to memory under load. Unloaded, one takes 0.3 us on V100 (Jia et al.
 # 2018, arXiv 1804.06826); loaded, half a microsecond each is assumed.
 TILE_LATENCY_SECONDS = 1.0e-6
-# A fused attention kernel's rate as a share of the large matmul's: causal, 128 per head, 2-4k
-# tokens on A100 give about 180 and 150 of 257 TFLOP/s (read off Dao 2023, arXiv 2307.08691,
-# figures 5 and 6).
-FLASH_FORWARD = 0.70
-FLASH_BACKWARD = 0.60
+# Rows that do not begin at multiples of 16 bytes cannot be loaded into tensor cores at full width
+# (NVIDIA, Matrix Multiplication Background, section 2.1: 8 elements of 16 bits). Batched products
+# of such rows run at this share of the peak of the fp32 units: fitted to the 20 rows of BLOOM's
+# trials with 150 numbers per head on A100.
+ROW_BYTES = 16
+UNALIGNED_SHARE = 0.48
 
 
 def matmul_seconds(
@@ -37,12 +38,14 @@ def matmul_seconds(
     itemsize: float,
     count: float = 1,
     weight_itemsize: float | None = None,
+    aligned: bool = True,
 ) -> float:
     """Time of ``count`` matmuls ``[m, k] x [k, n]`` in one kernel.
 
     Args:
         itemsize: bytes of an element of all three matrices.
         weight_itemsize: of the ``[k, n]`` matrix, where that differs (quantised weights).
+        aligned: whether all rows begin at multiples of 16 bytes, as tensor cores want them.
     """
     if min(m, n, k, count) <= 0:
         return 0.0
@@ -50,6 +53,8 @@ def matmul_seconds(
     weight = itemsize if weight_itemsize is None else weight_itemsize
     moved = count * (itemsize * (m * k + m * n) + weight * k * n)
     rate = device.flops(precision) * device.sustained_fraction
+    if not aligned and itemsize < 4 and device.processors:
+        rate = min(rate, device.flops("fp32") * UNALIGNED_SHARE)
     if device.matmul_curve:
         scale = device.flops(precision) / device.flops("fp32")
         computing = flops / (scale * _interpolate(device.matmul_curve, flops))

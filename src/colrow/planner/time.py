@@ -31,6 +31,7 @@ class StepTime:
         attention: scores, softmax, weighted sum.
         elementwise: what memory bandwidth limits, gradient accumulation and loss included.
         recompute: what backward computes again.
+        launches: waiting for the host, where a layer is computed faster than it is launched.
         stragglers: waiting for the slowest of the devices, which are not equally fast.
         tp_exposed: tensor-parallel collectives that computing waits for.
         pp_bubble: waiting for other pipeline stages.
@@ -43,6 +44,7 @@ class StepTime:
     attention: float
     elementwise: float
     recompute: float
+    launches: float
     stragglers: float
     tp_exposed: float
     pp_bubble: float
@@ -68,6 +70,7 @@ class _Stage:
     compute: Seconds
     recompute: float
     tp: CommunicationSeconds
+    launches: float
     schedule: StageSeconds
 
 
@@ -126,6 +129,7 @@ def step_time(model: ModelShape, layout: Layout, hardware: Hardware) -> StepTime
         attention=work.attention,
         elementwise=work.elementwise,
         recompute=slowest.recompute * count,
+        launches=slowest.launches * count,
         stragglers=straggler_share(hardware.device, layout.devices)
         * (work.total + slowest.recompute * count),
         tp_exposed=slowest.tp.exposed * count,
@@ -147,18 +151,21 @@ def _stages(model: ModelShape, layout: Layout, hardware: Hardware) -> list[_Stag
     block = block_time(model, layout, hardware)
     embedding, head = ends_pass(model, key, hardware.device)
     calls = collectives(model, key)
-    ends = []
-    for passes, group in ((embedding, calls.embedding), (head, calls.head)):
-        forward = tp_seconds(group, "forward", layout, hardware, passes)
-        backward = tp_seconds(group, "backward", layout, hardware, passes)
-        ends.append(BlockTime(passes, forward, backward))
+    first, last = (
+        BlockTime(
+            passes,
+            tp_seconds(group, "forward", layout, hardware, passes),
+            tp_seconds(group, "backward", layout, hardware, passes),
+        )
+        for passes, group in ((embedding, calls.embedding), (head, calls.head))
+    )
     stages = []
     for index, layers in enumerate(layout.layers_of_stage(model)):
         parts = [(block, layers)]
         if index == 0:
-            parts.append((ends[0], 1))
+            parts.append((first, 1))
         if index == layout.pp - 1:
-            parts.append((ends[1], 1))
+            parts.append((last, 1))
         compute, tp = Seconds(), CommunicationSeconds()
         recompute = forward_seconds = backward_seconds = 0.0
         for part, times in parts:
@@ -168,9 +175,40 @@ def _stages(model: ModelShape, layout: Layout, hardware: Hardware) -> list[_Stag
             tp += CommunicationSeconds(both.total * times, both.exposed * times)
             forward_seconds += part.forward * times
             backward_seconds += part.backward * times
-        schedule = StageSeconds(forward_seconds, backward_seconds, compute.weight_gradients)
-        stages.append(_Stage(compute, recompute, tp, schedule))
+        ends = (index == 0) + (index == layout.pp - 1)
+        forward_wait, backward_wait = _waiting_for_host(
+            layout, hardware.device, layers, ends / 2, forward_seconds, backward_seconds
+        )
+        schedule = StageSeconds(
+            forward_seconds + forward_wait,
+            backward_seconds + backward_wait,
+            compute.weight_gradients,
+        )
+        stages.append(_Stage(compute, recompute, tp, forward_wait + backward_wait, schedule))
     return stages
+
+
+def _waiting_for_host(
+    layout: Layout,
+    device: Device,
+    layers: int,
+    ends: float,
+    forward: float,
+    backward: float,
+) -> tuple[float, float]:
+    """How much longer a microbatch's forward and backward take to launch than to compute.
+
+    The host runs ahead of the device, so what counts is a whole stage's pass. Where device and host
+    are one there is nothing to wait for.
+    """
+    if not device.processors:
+        return 0.0, 0.0
+    program, again = layout.program, layout.recompute == "full"
+    each, outside = program.host_layer_seconds * layers, program.host_ends_seconds * ends / 2
+    return (
+        max(0.0, each + outside - forward),
+        max(0.0, each * (2 if again else 1) + outside - backward),
+    )
 
 
 def _transfer(model: ModelShape, layout: Layout, hardware: Hardware) -> float:

@@ -7,11 +7,13 @@ planner's own choice: the fastest that fits.
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 
 from colrow.planner.catalog import decoder, find_model
-from colrow.planner.data import read_table
 from colrow.planner.hardware import Hardware, find_hardware
 from colrow.planner.layout import Layout
 from colrow.planner.model import ModelShape
@@ -28,7 +30,8 @@ class Case:
         layouts: the layout, or those among which an unpublished setting is chosen.
         seconds: measured time of what ``part`` names.
         part: "step"; or "forward" and "backward" of one block.
-        calibrated: whether a constant was fitted to this table.
+        calibrated: whether a constant was fitted to this row.
+        memory_bytes: measured on the fullest rank, where that was published.
         source: of the row.
     """
 
@@ -40,7 +43,15 @@ class Case:
     seconds: float
     part: str = "step"
     calibrated: bool = False
+    memory_bytes: float | None = None
     source: str = ""
+
+
+@cache
+def read_table(name: str) -> tuple[dict[str, str], ...]:
+    """The rows of ``data/<name>.csv``, each a mapping of column to text."""
+    text = (Path(__file__).parent / "data" / f"{name}.csv").read_text(encoding="utf-8")
+    return tuple(csv.DictReader(text.splitlines()))
 
 
 def cases() -> list[Case]:
@@ -109,7 +120,7 @@ def _scaling_2020() -> Iterator[Case]:
         yield Case(
             f"Megatron-LM {year} {kind}{dp_table}",
             f"{row['params_B']}B tp{tp} dp{dp}",
-            _gpt(hidden, layers, heads, 51200, 1024),
+            gpt(hidden, layers, heads, 51200, 1024),
             hardware,
             (layout,),
             float(row["iter_ms"]) / 1e3,
@@ -129,7 +140,7 @@ def _scaling_2019() -> Iterator[Case]:
     first: tuple[float, float] | None = None
     for row in rows:
         hidden, layers, heads = int(row["hidden"]), int(row["layers"]), int(row["heads"])
-        model = _gpt(hidden, layers, heads, 51200, 1024)
+        model = gpt(hidden, layers, heads, 51200, 1024)
         tp, gpus, batch = int(row["tp"]), int(row["gpus"]), int(row["global_batch"])
         dp = gpus // tp
         layout = Layout(
@@ -160,7 +171,7 @@ def _scaling_2019() -> Iterator[Case]:
 
 def _narayanan_table_1() -> Iterator[Case]:
     for row in read_table("narayanan2021_table1"):
-        model = _gpt(int(row["hidden"]), int(row["layers"]), int(row["heads"]), 51200, 2048)
+        model = gpt(int(row["hidden"]), int(row["layers"]), int(row["heads"]), 51200, 2048)
         batch, gpus = int(row["global_batch"]), int(row["gpus"])
         base = Layout(
             tp=int(row["tp"]),
@@ -187,7 +198,7 @@ def _narayanan_table_1() -> Iterator[Case]:
 def _narayanan_table_2() -> Iterator[Case]:
     shapes = {"174.6": (12288, 96, 96), "529.6": (20480, 105, 128)}
     for row in read_table("narayanan2021_table2"):
-        model = _gpt(*shapes[row["params_B"]], 51200, 2048)
+        model = gpt(*shapes[row["params_B"]], 51200, 2048)
         batch, gpus = int(row["global_batch"]), int(row["gpus"])
         zero = row["scheme"] == "ZeRO-3"
         tp, pp = (1, 1) if zero else (int(size) for size in row["t_x_p"].split("x"))
@@ -219,7 +230,7 @@ def _narayanan_table_2() -> Iterator[Case]:
 
 def _h100() -> Iterator[Case]:
     for row in read_table("mcore_h100_weak_strong"):
-        model = _gpt(int(row["hidden"]), int(row["layers"]), int(row["heads"]), 131072, 4096, 0.0)
+        model = gpt(int(row["hidden"]), int(row["layers"]), int(row["heads"]), 131072, 4096, 0.0)
         batch, gpus = int(row["global_batch"]), int(row["gpus"])
         base = Layout(
             tp=int(row["tp"]),
@@ -275,9 +286,10 @@ def flops_with_recompute(model: ModelShape, batch: int, sequence: int) -> float:
     )
 
 
-def _gpt(
+def gpt(
     hidden: int, layers: int, heads: int, vocab: int, positions: int, dropout: float = 0.1
 ) -> ModelShape:
+    """A GPT of this shape."""
     return decoder(
         f"gpt-{hidden}x{layers}",
         "gpt2",

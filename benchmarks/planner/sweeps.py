@@ -1,0 +1,239 @@
+"""Published sweeps over many layouts of one model, as cases that the planner can predict.
+
+Where :mod:`benchmarks.planner.published` has single tables of papers, these have the same model on
+the same devices in many layouts, so that they also tell whether the planner would have chosen well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from benchmarks.planner.published import Case, flops_with_recompute, gpt, read_table
+from colrow.planner.catalog import decoder, find_model
+from colrow.planner.hardware import find_hardware
+from colrow.planner.layout import Layout
+
+GIB = float(1 << 30)
+
+
+def sweep_cases() -> list[Case]:
+    """Every row of every sweep that ran."""
+    readers: tuple[Callable[[], Iterator[Case]], ...] = (
+        _vtrain_single,
+        _vtrain_multi,
+        _narayanan_figure_13,
+        _bloom,
+        _simumax,
+        _torchtitan,
+        _playbook,
+    )
+    return [case for reader in readers for case in reader()]
+
+
+def _sizes(row: dict[str, str]) -> dict[str, int]:
+    return {name: int(row[name]) for name in ("tp", "pp", "dp")}
+
+
+def _vtrain(table: str, title: str) -> Iterator[Case]:
+    """Megatron-DeepSpeed on A100, full recomputation (VIA-Research/vTrain)."""
+    for row in read_table(table):
+        layout = Layout(
+            **_sizes(row),
+            microbatch=int(row["micro_batch"]),
+            global_batch=int(row["global_batch"]),
+            sequence=int(row["seq"]),
+            recompute="full",
+            precision="fp16",
+            software="megatron-deepspeed",
+        )
+        shape = (int(row["hidden"]), int(row["layers"]), int(row["heads"]))
+        small = layout.tp == layout.microbatch == 1 and "single" in table
+        yield Case(
+            title,
+            f"{row['layers']} layers, batch {layout.batch}",
+            gpt(*shape, 51200, layout.sequence),
+            find_hardware("a100-80gb"),
+            (layout,),
+            float(row["iter_ms"]) / 1e3,
+            calibrated=small,
+            source=row["source"],
+        )
+
+
+def _vtrain_single() -> Iterator[Case]:
+    yield from _vtrain("vtrain_ground_truth_single", "vTrain, one node, hidden 1024")
+
+
+def _vtrain_multi() -> Iterator[Case]:
+    yield from _vtrain("vtrain_ground_truth_multi", "vTrain, 32 nodes, 18.4B")
+
+
+def _narayanan_figure_13() -> Iterator[Case]:
+    """Narayanan et al. 2021, Figure 13: tensor against pipeline parallelism on 64 A100."""
+    for row in read_table("narayanan2021_figures"):
+        model = gpt(20480, 32, 128, 51200, 2048)
+        layout = Layout(
+            **_sizes(row),
+            microbatch=1,
+            global_batch=int(row["global_batch"]),
+            sequence=2048,
+            recompute="full",
+            precision="fp16",
+            software="megatron-2021",
+        )
+        work = flops_with_recompute(model, layout.batch, 2048)
+        yield Case(
+            "Narayanan 2021 Figure 13",
+            f"162.2B batch {layout.batch}",
+            model,
+            find_hardware("a100-80gb"),
+            (layout,),
+            work / (float(row["value"]) * 1e12 * layout.devices),
+            source=row["source"],
+        )
+
+
+def _bloom() -> Iterator[Case]:
+    """BLOOM's trials at Jean Zay, February 2022.
+
+    Layers are not in the table; they follow from its TFLOP/s, which count 96 B s L h^2. The
+    vocabulary of these trials has 250k tokens. A batch is cut to a multiple of dp x microbatch.
+    """
+    hidden, sequence = 14400, 2048
+    for row in read_table("bloom_jeanzay_a100"):
+        batch, seconds = int(row["gbs"]), float(row["sec_per_iter"])
+        done = float(row["tflops_per_gpu"]) * 1e12 * int(row["gpus"]) * seconds
+        layers = round(done / (96 * batch * sequence * hidden**2))
+        each = int(row["dp"]) * int(row["mbs"])
+        layout = Layout(
+            **_sizes(row),
+            microbatch=int(row["mbs"]),
+            global_batch=batch - batch % each,
+            sequence=sequence,
+            recompute="full",
+            precision="fp16",
+            zero=1,
+            software="megatron-deepspeed",
+        )
+        yield Case(
+            "BLOOM, Jean Zay, 150 per head",
+            f"{row['size']} {row['gpus']} GPUs",
+            gpt(hidden, layers, int(row["heads"]), 250880, sequence),
+            find_hardware("a100-80gb"),
+            (layout,),
+            seconds,
+            calibrated=True,
+            memory_bytes=float(row["mem_GB"]) * 1e9,
+            source=row["source"],
+        )
+
+
+def _simumax() -> Iterator[Case]:
+    """Llama-3-70B's shape with 12 layers on 8 B200, Megatron-Core (MooreThreads/SimuMax)."""
+    for row in read_table("simumax_b200"):
+        if row["model"] != "llama3_70b" or row["cp"] != "1":
+            continue
+        whole = find_model("llama-3-70b")
+        layout = Layout(
+            **_sizes(row),
+            microbatch=1,
+            global_batch=int(row["dp"]) * int(row["num_microbatches"]),
+            sequence=int(row["seq"]),
+            sequence_parallel=int(row["tp"]) > 1,
+            zero=1,
+            software="megatron-core-default",
+        )
+        yield Case(
+            "SimuMax B200, dense",
+            f"{row['num_microbatches']} microbatches",
+            replace(whole, config=replace(whole.config, num_layers=int(row["layers"]))),
+            find_hardware("b200-180gb"),
+            (layout,),
+            float(row["real_ms"]) / 1e3,
+            memory_bytes=float(row["real_alloc_GiB"]) * GIB,
+            source=row["source"],
+        )
+
+
+def _torchtitan() -> Iterator[Case]:
+    """FSDP2 with and without tensor parallelism; pipelines there also divide the context."""
+    models = {
+        "Llama3-8B": "llama-3-8b",
+        "Llama2-13B": "llama-2-13b",
+        "Llama3.1-405B": "llama-3.1-405b",
+    }
+    for row in read_table("torchtitan"):
+        if row["pp"] != "1" or row["cp"] != "1" or row["act_ckpt"].startswith("SAC"):
+            continue
+        tp, shards, batch = int(row["tp"]), int(row["fsdp"]), int(row["local_batch"])
+        layout = Layout(
+            tp=tp,
+            dp=shards,
+            microbatch=batch,
+            global_batch=batch * shards,
+            sequence=int(row["seq"]),
+            sequence_parallel=tp > 1,
+            zero=3,
+            precision="fp8" if "fp8" in row["technique"] else "bf16",
+            recompute="full" if row["act_ckpt"] == "full" else "none",
+            software="torchtitan-async-tp" if "async" in row["technique"].lower() else "torchtitan",
+        )
+        tokens = layout.batch * layout.sequence
+        yield Case(
+            "torchtitan, FSDP2",
+            f"{row['model']} {row['technique']}",
+            find_model(models[row["model"]]),
+            find_hardware("a100-80gb" if row["hardware"] == "A100" else "h100-96gb"),
+            (layout,),
+            tokens / (float(row["tps_per_gpu"]) * int(row["gpus"])),
+            memory_bytes=float(row["mem_GiB"]) * GIB if row["mem_GiB"] else None,
+            source=row["source"],
+        )
+
+
+def _playbook() -> Iterator[Case]:
+    """A 3B model on H100 in nanotron; of runs of one layout the fastest counts.
+
+    The same layout was seen five times slower: what is slow there says little about the layout.
+    """
+    key = ("gpus", "dp", "tp", "pp", "zero", "mbs")
+    fastest: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in read_table("ultrascale_playbook_h100_benchmarks"):
+        if row["status"] != "ok" or int(row["pp"]) > int(row["layers"]):
+            continue
+        name = tuple(row[column] for column in key)
+        if name not in fastest or float(row["tok_s"]) > float(fastest[name]["tok_s"]):
+            fastest[name] = row
+    for row in fastest.values():
+        sequence = int(row["seq_len"])
+        model = decoder(
+            "3b",
+            "llama",
+            hidden=int(row["hidden"]),
+            layers=int(row["layers"]),
+            heads=int(row["heads"]),
+            ffn=int(row["ffn"]),
+            vocab=int(row["vocab"]),
+            positions=sequence,
+        )
+        tied = replace(model.config, tie_embeddings=row["tied"] == "1")
+        layout = Layout(
+            **_sizes(row),
+            microbatch=int(row["mbs"]),
+            global_batch=int(row["gbs_seqs"]),
+            sequence=sequence,
+            sequence_parallel=int(row["tp"]) > 1,
+            zero=int(row["zero"]),
+            software="nanotron",
+        )
+        yield Case(
+            f"Ultrascale playbook, 3B, {row['gpus']} H100",
+            f"batch {layout.batch}",
+            replace(model, config=tied),
+            find_hardware("h100-80gb-efa"),
+            (layout,),
+            layout.batch * sequence / float(row["tok_s"]),
+            memory_bytes=float(row["mem_GB"]) * 1e9,
+            source="huggingface, ultrascale-playbook, H100 benchmarks",
+        )
