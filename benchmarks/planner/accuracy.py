@@ -17,6 +17,7 @@ from statistics import mean, median
 
 from benchmarks.planner.published import Case, cases
 from benchmarks.planner.sweeps import sweep_cases
+from colrow.planner.interval import Interval
 from colrow.planner.layout import Layout
 from colrow.planner.predict import predict
 from colrow.planner.time import block_time
@@ -30,6 +31,7 @@ class Result:
     layout: Layout
     predicted: float
     memory_bytes: float
+    interval: Interval | None = None
 
     @property
     def error(self) -> float:
@@ -41,6 +43,13 @@ class Result:
         """The same for the fullest rank's memory, where it was measured."""
         measured = self.case.memory_bytes
         return None if measured is None else self.memory_bytes / measured - 1
+
+    @property
+    def inside(self) -> bool | None:
+        """Whether the measurement lies in the predicted 80 % interval; blocks have none."""
+        if self.interval is None:
+            return None
+        return self.interval.low <= self.case.seconds <= self.interval.high
 
 
 def evaluate(case: Case) -> Result:
@@ -58,7 +67,7 @@ def evaluate(case: Case) -> Result:
         best = min(fitting, key=lambda p: p.step_seconds)
     else:
         best = min(found, key=lambda p: p.memory_bytes_per_rank)
-    return Result(case, best.layout, best.step_seconds, best.memory_bytes_per_rank)
+    return Result(case, best.layout, best.step_seconds, best.memory_bytes_per_rank, best.interval)
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,7 @@ class Summary:
     bias: float
     largest: float
     memory: float | None
+    inside: float | None
 
 
 def summarize(results: Sequence[Result]) -> list[Summary]:
@@ -82,6 +92,7 @@ def summarize(results: Sequence[Result]) -> list[Summary]:
     found = []
     for (table, calibrated), rows in tables.items():
         memory = [abs(r.memory_error) for r in rows if r.memory_error is not None]
+        inside = [float(r.inside) for r in rows if r.inside is not None]
         found.append(
             Summary(
                 table,
@@ -91,6 +102,7 @@ def summarize(results: Sequence[Result]) -> list[Summary]:
                 mean(r.error for r in rows),
                 max(abs(r.error) for r in rows),
                 mean(memory) if memory else None,
+                mean(inside) if inside else None,
             )
         )
     return found
@@ -144,13 +156,16 @@ def report(results: Sequence[Result], *, rows: bool) -> str:
             )
         lines.append("")
     lines.append(
-        f"{'table':44} {'':12} {'rows':>4} {'mean':>6} {'bias':>7} {'max':>7} {'memory':>7}"
+        f"{'table':44} {'':12} {'rows':>4} {'mean':>6} {'bias':>7} {'max':>7} "
+        f"{'inside':>6} {'memory':>7}"
     )
     for s in summarize(results):
         kind = "calibrated" if s.calibrated else "held out"
         lines.append(
             f"{s.table:44} {kind:12} {s.rows:4} {100 * s.mean:5.1f}% {100 * s.bias:+6.1f}% "
-            f"{100 * s.largest:6.1f}%" + ("" if s.memory is None else f" {100 * s.memory:6.1f}%")
+            f"{100 * s.largest:6.1f}%"
+            + ("       " if s.inside is None else f" {100 * s.inside:5.0f}%")
+            + ("" if s.memory is None else f" {100 * s.memory:6.1f}%")
         )
     lines += [
         "",

@@ -30,13 +30,32 @@ def test_every_table_is_read(results: list[Result]) -> None:
 
 
 @pytest.fixture(scope="module")
-def sweeps() -> dict[str, Summary]:
-    # The playbook's cluster is noisier than any bound: it is in docs/planner.md, not here.
+def swept() -> list[Result]:
+    # Every third row of the playbook, whose cluster is noisier than any bound on errors.
     rows = [c for c in sweep_cases() if not c.table.startswith("Ultrascale")]
-    results = [evaluate(case) for case in rows]
-    for regret in regrets(results):
+    playbook = [c for c in sweep_cases() if c.table.startswith("Ultrascale")]
+    return [evaluate(case) for case in rows + playbook[::3]]
+
+
+@pytest.fixture(scope="module")
+def sweeps(swept: list[Result]) -> dict[str, Summary]:
+    return {f"{s.table}, {'fitted' if s.calibrated else 'free'}": s for s in summarize(swept)}
+
+
+def test_four_of_five_measurements_lie_in_the_interval(
+    results: list[Result], swept: list[Result]
+) -> None:
+    free = [r for r in results + swept if not r.case.calibrated and r.inside is not None]
+    shared = [r for r in free if r.case.table.startswith("Ultrascale")]
+    alone = [r for r in free if not r.case.table.startswith("Ultrascale")]
+    for rows in (shared, alone):
+        assert 0.75 < sum(bool(r.inside) for r in rows) / len(rows) < 0.88
+
+
+def test_the_layout_that_is_chosen_is_nearly_the_best(swept: list[Result]) -> None:
+    alone = [r for r in swept if not r.case.table.startswith("Ultrascale")]
+    for regret in regrets(alone):
         assert regret.median < 0.05, regret
-    return {f"{s.table}, {'fitted' if s.calibrated else 'free'}": s for s in summarize(results)}
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from colrow.models.config import ModelConfig
 from colrow.planner.catalog import find_model
 from colrow.planner.communication import tp_calls
 from colrow.planner.hardware import Hardware, find_hardware
+from colrow.planner.interval import Interval, alike, step_interval
 from colrow.planner.layout import Layout
 from colrow.planner.memory import Memory, training_memory
 from colrow.planner.model import ModelShape
@@ -37,6 +38,16 @@ class Prediction:
     def step_seconds(self) -> float:
         """Time of one optimiser step."""
         return self.time.total
+
+    @cached_property
+    def interval(self) -> Interval:
+        """Where four of five measured step times are expected; its middle is what to count on."""
+        return step_interval(self.time, self.layout, self.hardware)
+
+    def is_as_fast_as(self, other: Prediction) -> bool:
+        """Whether these two layouts of one model cannot be told apart."""
+        mine, others = (self.time, self.layout), (other.time, other.layout)
+        return alike(mine, others, self.hardware)
 
     @property
     def memory_bytes_per_rank(self) -> float:
@@ -99,6 +110,7 @@ class Prediction:
             "layout": asdict(self.layout) | {"global_batch": self.layout.batch},
             "fits": self.fits,
             "step_seconds": self.step_seconds,
+            "step_seconds_interval_80": [self.interval.low, self.interval.high],
             "step_breakdown_seconds": asdict(self.time),
             "memory_bytes_per_rank": self.memory_bytes_per_rank,
             "memory_breakdown_bytes": asdict(memory),

@@ -93,4 +93,7 @@ def what_loses(first: Prediction, other: Prediction) -> str:
     notable = [name for name in largest[:4] if abs(differences[name]) > 0.1 * slower]
     listed = ", ".join(f"{differences[name]:+.3g} s {PART_NAMES[name]}" for name in notable)
     share = 100 * slower / first.step_seconds
-    return f"{other.layout.describe()} takes {share:.0f}% longer: {listed}."
+    sentence = f"{other.layout.describe()} takes {share:.0f}% longer: {listed}."
+    if other.is_as_fast_as(first):
+        sentence += " That is less than the prediction can tell: measure both."
+    return sentence

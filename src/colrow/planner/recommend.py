@@ -65,13 +65,13 @@ def recommend(
         )
     fitting = found.fitting
     grouped: dict[tuple[int, int, int], Prediction] = {}
-    for prediction in sorted(fitting, key=lambda p: p.step_seconds):
+    for prediction in sorted(fitting, key=lambda p: p.interval.middle):
         layout = prediction.layout
         grouped.setdefault((layout.tp, layout.pp, layout.dp), prediction)
-    ranked = sorted(grouped.values(), key=lambda p: p.step_seconds)
+    ranked = sorted(grouped.values(), key=lambda p: p.interval.middle)
     if ranked:
-        limit = ranked[0].step_seconds * (1 + TIE)
-        tied = [p for p in ranked if p.step_seconds <= limit]
+        limit = ranked[0].interval.middle * (1 + TIE)
+        tied = [p for p in ranked if p.interval.middle <= limit]
         ranked = sorted(tied, key=_complexity) + ranked[len(tied) :]
     closest = None
     if not fitting and found.nearest:

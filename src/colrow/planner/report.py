@@ -33,8 +33,10 @@ def show_prediction(console: Console, prediction: Prediction) -> None:
     """One layout: the verdict, memory and time by part."""
     layout, device = prediction.layout, prediction.hardware.device
     verdict = "[green]fits[/]" if prediction.fits else "[red]does not fit[/]"
+    interval = prediction.interval
     console.print(
-        f"{layout.describe()}: [bold]{prediction.step_seconds:.4g} s[/] per step of "
+        f"{layout.describe()}: [bold]{prediction.step_seconds:.4g} s[/] ({interval.low:.3g} to "
+        f"{interval.high:.3g} s in four of five cases) per step of "
         f"{layout.batch} × {layout.sequence} tokens, "
         f"{_count(prediction.tokens_per_second)} tokens/s, "
         f"{100 * prediction.utilization:.0f}% MFU; "
