@@ -7,6 +7,7 @@ import pytest
 
 from colrow.planner import Layout, load_machine, predict
 from colrow.planner.catalog import decoder
+from colrow.planner.machine_file import machine_from_mapping
 
 TOML = """
 name = "two cores"
@@ -86,3 +87,17 @@ def test_mistakes_are_named(tmp_path: Path, old: str, new: str, message: str) ->
     with pytest.raises(ValueError, match=message) as error:
         load_machine(file)
     assert str(file) in str(error.value)
+
+
+def test_a_gpu_without_known_multiprocessors_keeps_its_reserve() -> None:
+    """24 GB do not hold 23.3 GB of a model and a CUDA context beside it; a CPU has no context."""
+    device = {"memory_gigabytes": 24, "memory_gigabytes_per_second": 900}
+    device |= {"peak_teraflops": {"bf16": 100, "fp32": 50}}
+    layout = Layout(sequence=1024)
+    gpu, cpu = (
+        predict("gpt2", layout, machine_from_mapping({"device": d}, default_name="m"))
+        for d in (device, device | {"cpu": True})
+    )
+    assert gpu.memory.fullest.reserve > 1e9 and cpu.memory.fullest.reserve == 0
+    with pytest.raises(ValueError, match="cpu=1: must be true or false"):
+        machine_from_mapping({"device": device | {"cpu": 1}}, default_name="m")

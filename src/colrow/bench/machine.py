@@ -94,6 +94,7 @@ def _device(mesh: Mesh, seconds_each: float) -> dict[str, object]:
             "bf16": bf16[0] / bf16[1] / 1e12,
         },
         "stream_fraction": 1.0,
+        "cpu": mesh.device.type == "cpu",
         "kernel_microseconds": launches * 1e6,
         "matmul": fp32,
     }

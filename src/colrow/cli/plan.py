@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_hardware(parser.add_argument_group("hardware"))
     _add_layout(parser.add_argument_group("training"))
     _add_inference(parser.add_argument_group("inference"))
+    _add_cost(parser.add_argument_group("cost"))
     output = parser.add_argument_group("output")
     output.add_argument("--explain", action="store_true", help="print the arithmetic, step by step")
     output.add_argument("--top", type=int, default=4, metavar="N", help="layouts to compare")
@@ -128,6 +129,16 @@ def _add_layout(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def _add_cost(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--price", type=float, metavar="PER_HOUR", help="of one device for an hour, any currency"
+    )
+    group.add_argument(
+        "--watts", type=float, metavar="W", help="of one device (default: its data sheet's)"
+    )
+    group.add_argument("--tokens", type=float, metavar="N", help="of the whole run, such as 15e12")
+
+
 def _add_inference(group: argparse._ArgumentGroup) -> None:
     from colrow.planner.serving import KV_BYTES, WEIGHT_BYTES
 
@@ -142,7 +153,9 @@ def _add_inference(group: argparse._ArgumentGroup) -> None:
         "--kv-cache", choices=tuple(KV_BYTES), default="fp16", help="its format (default fp16)"
     )
     group.add_argument(
-        "--device-memory", metavar="GB,GB,...", help="unequal devices: split by memory"
+        "--device-memory",
+        metavar="GB,GB,...",
+        help="generation on unequal devices: split by memory (training is planned for equal ones)",
     )
     group.add_argument("--tensor-split", metavar="0.5,0.3,0.2", help="shares of unequal devices")
 

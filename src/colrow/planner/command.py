@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from colrow.planner.catalog import decoder, find_model
+from colrow.planner.cost import cost
 from colrow.planner.explain import explain, explain_serving
 from colrow.planner.hardware import Hardware, find_hardware
 from colrow.planner.inference import predict_serving
@@ -21,6 +22,7 @@ from colrow.planner.predict import Prediction, predict
 from colrow.planner.reasons import what_loses, why_first
 from colrow.planner.recommend import recommend, scaling, smallest_change
 from colrow.planner.report import (
+    show_cost,
     show_model,
     show_nothing_fits,
     show_prediction,
@@ -67,6 +69,8 @@ def plan(args: Namespace, console: Console) -> tuple[bool, object]:
                 option = name.replace("_", "-")
                 raise ValueError(f"--{option} is about training; leave it out for generation")
     if unequal:
+        if not args.inference:
+            console.print("Unequal devices are planned for generation, as with --inference.")
         return _unequal(args, model, hardware, console)
     if args.inference:
         return _inference(args, model, hardware, console)
@@ -170,7 +174,8 @@ def _evaluate(
     if args.explain:
         console.print("\n" + explain(prediction), markup=False, soft_wrap=True)
     _plot(args, [prediction], model, hardware)
-    return prediction.fits, prediction.as_dict()
+    costs = _cost(args, hardware, layout.devices, prediction.tokens_per_second, console)
+    return prediction.fits, prediction.as_dict() | costs
 
 
 def _search(
@@ -203,7 +208,7 @@ def _search(
     if args.explain:
         console.print("\n" + explain(first), markup=False, soft_wrap=True)
     _plot(args, found.best, model, hardware)
-    return True, {
+    return True, _cost(args, hardware, devices, first.tokens_per_second, console) | {
         "best": [p.as_dict() for p in found.best],
         "why": why_first(first),
         "why_not": [what_loses(first, other) for other in others],
@@ -244,7 +249,26 @@ def _inference(
         console.print(note)
     if args.explain:
         console.print("\n" + explain_serving(prediction), markup=False, soft_wrap=True)
-    return prediction.fits, prediction.as_dict() | {"notes": notes}
+    devices = prediction.serving.devices
+    costs = _cost(args, hardware, devices, prediction.tokens_per_second, console)
+    return prediction.fits, prediction.as_dict() | {"notes": notes} | costs
+
+
+def _cost(
+    args: Namespace, hardware: Hardware, devices: int, tokens_per_second: float, console: Console
+) -> dict[str, object]:
+    """Shown and returned when a price, a power or a number of tokens was given."""
+    if args.price is None and args.watts is None and args.tokens is None:
+        return {}
+    found = cost(
+        devices,
+        tokens_per_second,
+        price_per_hour=args.price,
+        watts=hardware.device.watts if args.watts is None else args.watts,
+        tokens=args.tokens,
+    )
+    show_cost(console, found)
+    return {"cost": asdict(found)}
 
 
 def _unequal(

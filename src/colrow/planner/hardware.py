@@ -32,8 +32,9 @@ class Device:
         peak_flops: per precision, of dense matmuls, from the data sheet.
         sustained_fraction: share of the 16-bit peak that a large matmul of random numbers holds
             for seconds, when power and not the data sheet's clock is the limit. Measured.
-        processors: multiprocessors (SMs) over which the tiles of a matmul are spread; 0 switches
-            the tile model off (CPUs).
+        processors: multiprocessors (SMs) over which the tiles of a matmul are spread; 0 where they
+            are not known, which switches the tile model off.
+        on_host: a rank of a CPU host: nothing is launched to it and no context takes its memory.
         stream_fraction: share of ``memory_bandwidth`` that an elementwise kernel reaches.
         kernel_seconds: a kernel's launch and ramp, during which it does no work.
         speed_spread: standard deviation of the speed of devices of this kind, as a fraction.
@@ -58,6 +59,7 @@ class Device:
     flash_forward: float = FLASH_FORWARD
     flash_backward: float = FLASH_BACKWARD
     matmul_curve: tuple[tuple[float, float], ...] = ()
+    on_host: bool = False
     watts: float = 0.0
     source: str = ""
 

@@ -143,7 +143,7 @@ def serving_memory(
             if stage == serving.pp - 1:  # logits of each sequence's last token alone, fp32 too
                 activations += serving.batch * division.vocab.size(rank) * 6.0
             reserve = 0.0
-            if hardware.device.processors:
+            if not hardware.device.on_host:
                 reserve = RUNTIME_BYTES + ALLOCATOR_MARGIN * activations
             kv = float(serving.batch * context * per_token)
             ranks.append(ServingMemory(weights, kv, activations, reserve))

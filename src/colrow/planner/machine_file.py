@@ -10,7 +10,9 @@ Both have the same keys::
     memory_gigabytes_per_second = 12.5
     peak_teraflops = { fp32 = 0.08 }       # matmul, by precision
     sustained_fraction = 1.0               # what a long matmul reaches of it
-    processors = 0                         # 0: no tile model (CPUs)
+    processors = 132                       # multiprocessors; left out: no tile model
+    cpu = false                            # ranks of a CPU host: no CUDA context, no launches
+    watts = 700                            # at full load, for costs
     kernel_microseconds = 2
     flash_attention = true
     matmul = [[flops, seconds], ...]       # measured; replaces the roofline's peak
@@ -52,6 +54,8 @@ _DEVICE_KEYS = {
     "peak_teraflops",
     "sustained_fraction",
     "processors",
+    "cpu",
+    "watts",
     "kernel_microseconds",
     "flash_attention",
     "stream_fraction",
@@ -125,8 +129,13 @@ def _device(data: Mapping[str, object], base: Device | None, name: str) -> Devic
             values[field] = _number(key, data[key]) * unit
     if "processors" in data:
         values["processors"] = int(_number("processors", data["processors"], zero=True))
-    if "flash_attention" in data:
-        values["flash_attention"] = bool(data["flash_attention"])
+    for key, field in (("flash_attention", "flash_attention"), ("cpu", "on_host")):
+        if key in data:
+            if not isinstance(data[key], bool):
+                raise ValueError(f"{key}={data[key]!r}: must be true or false")
+            values[field] = data[key]
+    if "watts" in data:
+        values["watts"] = _number("watts", data["watts"])
     if "peak_teraflops" in data:
         peaks = _table(data, "peak_teraflops")
         values["peak_flops"] = tuple((k, _number(k, v) * 1e12) for k, v in peaks.items())

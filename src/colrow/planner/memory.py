@@ -215,7 +215,7 @@ def _rank(
     if layout.pp > 1:
         communication += 2 * count.residual
     reserve = 0.0
-    if hardware.device.processors:
+    if not hardware.device.on_host:
         reserve = RUNTIME_BYTES + ALLOCATOR_MARGIN * (kept + transient + communication)
     return RankMemory(
         weights=elements * layout.itemsize / share[2],

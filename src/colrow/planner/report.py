@@ -8,6 +8,7 @@ from dataclasses import fields
 from rich.console import Console
 from rich.table import Table
 
+from colrow.planner.cost import Cost
 from colrow.planner.inference import ServingPrediction
 from colrow.planner.memory import RankMemory
 from colrow.planner.model import ModelShape
@@ -59,6 +60,23 @@ def show_prediction(console: Console, prediction: Prediction) -> None:
             f"{max(rank.total for rank in stage) / 1e9:.1f}" for stage in prediction.memory.ranks
         )
         console.print(f"GB by pipeline stage: {stages}")
+
+
+def show_cost(console: Console, found: Cost) -> None:
+    """Money and energy, as far as they are known."""
+    parts = []
+    if found.dollars_per_million_tokens is not None:
+        parts.append(f"{found.dollars_per_million_tokens:.4g} per million tokens")
+    if found.kilowatt_hours_per_million_tokens is not None:
+        parts.append(f"{found.kilowatt_hours_per_million_tokens:.4g} kWh per million tokens")
+    if found.hours is not None:
+        whole = [f"{found.hours:,.1f} hours"]
+        if found.dollars is not None:
+            whole.append(f"{found.dollars:,.0f} in money")
+        if found.kilowatt_hours is not None:
+            whole.append(f"{found.kilowatt_hours:,.0f} kWh")
+        parts.append("the run " + ", ".join(whole))
+    console.print("[bold]Cost:[/] " + "; ".join(parts))
 
 
 def show_recommendation(console: Console, recommendation: Recommendation) -> None:

@@ -201,7 +201,7 @@ def _waiting_for_host(
     The host runs ahead of the device, so what counts is a whole stage's pass. Where device and host
     are one there is nothing to wait for.
     """
-    if not device.processors:
+    if device.on_host:
         return 0.0, 0.0
     program, again = layout.program, layout.recompute == "full"
     each, outside = program.host_layer_seconds * layers, program.host_ends_seconds * ends / 2
