@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu lint format bench-peers bench-gpu clean
+.PHONY: help demo test test-slow test-gpu fuzz lint format bench-peers bench-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +35,9 @@ GPU_TESTS := tests/layers tests/comm tests/models tests/generate tests/test_veri
 	tests/train/test_step.py tests/integration/test_with_torch.py
 test-gpu: $(INSTALLED) $(MODEL) ## run the tests of layers, models, generation and training on GPUs
 	$(BIN)/python -m pytest -m "not slow" --device cuda $(GPU_TESTS) $(PYTEST_ARGS)
+
+fuzz: $(INSTALLED) ## split random models and compare (FUZZ_ARGS="--seconds 300 --ranks 3 --seed 7")
+	$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
 
 lint: $(INSTALLED) ## check format, style and types
 	$(BIN)/ruff format --check .

@@ -62,12 +62,14 @@ class Architecture:
         auto_class: the name of the auto class that builds it.
         even: tiny sizes that divide by 2 and 3, instead of awkward ones.
         directory: of a saved model with its own sizes and weights; "" for a tiny random one.
+        fields: pairs of a field of the configuration and its value, instead of the tiny ones.
     """
 
     model_type: str
     auto_class: str = "AutoModelForCausalLM"
     even: bool = False
     directory: str = ""
+    fields: tuple[tuple[str, Any], ...] = ()
 
     @property
     def name(self) -> str:
@@ -190,7 +192,7 @@ def _tiny(architecture: Architecture, auto_class: Any) -> tuple[Any, PreTrainedC
     if part in config_class.sub_configs.values():
         config_class, name = part, part.model_type
     extra = {"num_labels": CLASSES} if architecture.task == "classifier" else {}
-    overrides = OVERRIDES.get(name, {}) | extra
+    overrides = OVERRIDES.get(name, {}) | extra | dict(architecture.fields)
     return model_class, tiny_config(config_class, name, overrides, even=architecture.even)
 
 

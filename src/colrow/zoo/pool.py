@@ -43,22 +43,33 @@ class Raised:
 
 
 class TaskFailure(RuntimeError):
-    """A task that did not end well on all ranks; ``raised`` holds what the first rank said."""
+    """A task that did not end well on all ranks.
 
-    def __init__(self, message: str, raised: Raised | None = None) -> None:
+    Attributes:
+        raised: what the first rank said that raised; None when none did.
+        on_all_ranks: whether all raised.
+    """
+
+    def __init__(
+        self, message: str, raised: Raised | None = None, *, on_all_ranks: bool = False
+    ) -> None:
         super().__init__(message)
-        self.raised = raised
+        self.raised, self.on_all_ranks = raised, on_all_ranks
 
 
 class Workers:
     """``ranks`` processes that form one process group (Gloo, on loopback).
 
+    Args:
+        ranks: how many.
+        tasks_per_life: after so many tasks they are replaced.
+
     Use as a context manager. A task that fails on some ranks or takes too long ends the workers;
     the next one gets new ones.
     """
 
-    def __init__(self, ranks: int) -> None:
-        self.ranks = ranks
+    def __init__(self, ranks: int, tasks_per_life: int = _TASKS_PER_LIFE) -> None:
+        self.ranks, self._tasks_per_life = ranks, tasks_per_life
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
         self._directory, self._tasks = "", 0
@@ -76,7 +87,7 @@ class Workers:
             TaskFailure: when a rank raised, died or did not end in time.
         """
         task = pickle.dumps((function, args))
-        if self._tasks == _TASKS_PER_LIFE:
+        if self._tasks == self._tasks_per_life:
             self.stop()
         self._start()
         self._tasks += 1
@@ -116,7 +127,9 @@ class Workers:
         if len({(r.type_name, r.message) for r in raised}) > 1 or len(raised) < self.ranks:
             self.stop()  # ranks that parted may have left a collective half done
         first = min(raised, key=lambda r: (_lost_peer(r), r.rank))
-        raise TaskFailure(f"{first.type_name}: {first.message}", first)
+        raise TaskFailure(
+            f"{first.type_name}: {first.message}", first, on_all_ranks=len(raised) == self.ranks
+        )
 
     def _start(self) -> None:
         if self._connections:

@@ -1,0 +1,229 @@
+"""Random checkpoints of the decoder's families, and transformers' model of the same weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from colrow.checkpoint.naming import hf_naming
+from colrow.models.config import ModelConfig
+from colrow.models.hf_config import config_from_hf
+from colrow.reference import precision, prepare_reference, quiet_transformers, reference_grads
+from tests.fuzz.case import Case, NotRunError, OneOf, World
+
+LIMIT = 1e-10
+IGNORED = -100
+_POSITIONS = 40
+# (query heads, KV heads)
+HEADS = [[4, 2], [2, 2], [5, 1], [6, 2], [6, 3], [9, 3], [8, 8], [7, 7], [3, 1], [4, 4], [12, 4]]
+ROPES: list[dict[str, Any] | None] = [
+    None,
+    {"rope_type": "default", "rope_theta": 500.0},
+    {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5},
+    {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox", "bloom"]
+_LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
+
+MODEL = {
+    "family": OneOf(FAMILIES),
+    "heads": OneOf(HEADS),
+    "head_dim": OneOf([4, 6, 8]),
+    "own_width": OneOf([0, 1]),
+    "layers": OneOf([1, 2, 3]),
+    "ffn": OneOf([12, 16, 13, 31, 5]),
+    "vocab": OneOf([16, 97, 29, 50]),
+    "tied": OneOf([False, True]),
+    "biases": OneOf([False, True]),
+    "rope": OneOf(ROPES),
+    "window": OneOf([None, 3, 1, 100]),
+    "activation": OneOf(["silu", "gelu", "relu", "gelu_new", "gelu_pytorch_tanh"]),
+    "eps": OneOf([1e-5, 1e-6, 1e-2]),
+    "partial": OneOf([0.5, 1.0, 0.25]),
+    "parallel_residual": OneOf([True, False]),
+    "padding": OneOf([None, 2]),
+    "weights": OneOf([0.2, 0.5]),
+    "seed": OneOf([0, 1, 2]),
+}
+LAYOUT = {
+    "split": OneOf([[], [2, 1, 1, 1], [1, 1, 3, 2], [2, 3, 2, 2], [0.4, 0.6, 0.3, 0.1]]),
+    "sequence_parallel": OneOf([False, True]),
+    "options": OneOf(
+        [
+            {},
+            {"overlap": False},
+            {"keep_gathered_input": False},
+            {"chunk_bytes": 64},
+            {"chunk_bytes": 1024},
+            {"chunk_bytes": 64, "keep_gathered_input": False},
+            {"check_inputs": False},
+            {"chunk_bytes": 64, "overlap": False},
+        ]
+    ),
+}
+
+
+def keys_of(case: Case) -> tuple[str, dict[str, Any]]:
+    """transformers' name of the model type, and the keys of its configuration."""
+    family, (heads, kv_heads), size = case["family"], case["heads"], case["head_dim"]
+    width = heads * size
+    every = {"vocab_size": case["vocab"], "bos_token_id": 0, "eos_token_id": 1}
+    every |= {"pad_token_id": case["padding"], "tie_word_embeddings": case["tied"]}
+    if family in _LLAMAS:
+        if case["own_width"]:  # the heads together are not as wide as the residual stream
+            width += heads * case["own_width"]
+        keys = {
+            "hidden_size": width,
+            "num_hidden_layers": case["layers"],
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": size,
+            "intermediate_size": case["ffn"],
+            "hidden_act": case["activation"],
+            "rms_norm_eps": case["eps"],
+            "max_position_embeddings": _POSITIONS,
+            "attention_dropout": 0.0,
+        }
+        if case["rope"]:
+            keys["rope_parameters"] = case["rope"]
+        if family == "llama":
+            keys |= {"attention_bias": case["biases"], "mlp_bias": case["biases"]}
+        elif family == "mistral":
+            keys["sliding_window"] = case["window"]
+        else:
+            if family == "qwen3":
+                keys["attention_bias"] = case["biases"]
+            if case["window"]:
+                keys |= {"use_sliding_window": True, "sliding_window": case["window"]}
+                keys["max_window_layers"] = 1
+        if family == "qwen2" and case["own_width"]:
+            keys["hidden_size"] = heads * size
+            del keys["head_dim"]
+        return family, every | keys
+    if family == "gpt2":
+        keys = {
+            "n_embd": width,
+            "n_layer": case["layers"],
+            "n_head": heads,
+            "n_inner": None if case["ffn"] == 12 else case["ffn"],
+            "activation_function": case["activation"],
+            "layer_norm_epsilon": case["eps"],
+            "n_positions": _POSITIONS,
+            **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
+        }
+    elif family == "gpt_neox":
+        keys = {
+            "hidden_size": width,
+            "num_hidden_layers": case["layers"],
+            "num_attention_heads": heads,
+            "intermediate_size": case["ffn"],
+            "hidden_act": case["activation"],
+            "layer_norm_eps": case["eps"],
+            "max_position_embeddings": _POSITIONS,
+            "use_parallel_residual": case["parallel_residual"],
+            "attention_bias": case["biases"],
+            "rotary_pct": case["partial"],
+        }
+    else:
+        keys = {
+            "hidden_size": width,
+            "n_layer": case["layers"],
+            "n_head": heads,
+            "layer_norm_epsilon": case["eps"],
+        }
+    return family, every | keys
+
+
+def make(world: World, case: Case) -> Any:
+    """transformers' model in fp64, which rank 0 also writes to the world's directory."""
+    with quiet_transformers(), torch.random.fork_rng(devices=[]):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        torch.manual_seed(case["seed"])
+        name, keys = keys_of(case)
+        try:
+            config = AutoConfig.for_model(name, **keys)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
+        except Exception as error:  # transformers has many
+            raise NotRunError(f"transformers: {type(error).__name__}: {error}") from error
+        with torch.no_grad():
+            for parameter in model.parameters():
+                middle = 1.0 if parameter.dim() == 1 else 0.0
+                parameter.normal_(middle, case["weights"])
+        if world.rank == 0:
+            model.generation_config.eos_token_id = None
+            model.save_pretrained(world.directory / "model")
+    world.barrier()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return prepare_reference(model)
+
+
+def options_of(case: Case, tp: int) -> dict[str, Any]:
+    """Keyword arguments of a decoder, from the fields of :data:`LAYOUT`."""
+    options = {"sequence_parallel": case["sequence_parallel"], **case["options"]}
+    if case["split"]:
+        options["tensor_split"] = case["split"][:tp]
+    return options
+
+
+def config_of(model: Any) -> ModelConfig:
+    """colrow's configuration of a transformers model."""
+    return config_from_hf(model.config.to_dict())
+
+
+def whole_gradients(model: Any) -> dict[str, Tensor]:
+    """The gradients of a transformers model, under the names of its files."""
+    return reference_grads(model, hf_naming(config_of(model)))
+
+
+def whole_logits(model: Any, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """transformers' logits in fp64; positions count from the first valid token."""
+    inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
+    if mask is not None:
+        inputs["attention_mask"] = mask
+        if model.config.model_type != "bloom":
+            inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    with precision(torch.float64):
+        logits: Tensor = model(**inputs).logits
+    return logits
+
+
+def tokens(case: Case, rows: int, length: int, seed: int = 1) -> Tensor:
+    """Random token ids."""
+    source = torch.Generator().manual_seed(1000 * case["seed"] + seed)
+    return torch.randint(0, case["vocab"], (rows, length), generator=source)
+
+
+def next_token_loss(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: str = "sum",
+) -> Tensor:
+    """The loss as transformers and the papers define it, in plain torch."""
+    flat, wanted = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    losses = F.cross_entropy(flat, wanted, reduction="none", label_smoothing=smoothing)
+    counts = wanted != IGNORED
+    losses = losses + z_loss * flat.logsumexp(-1).square() * counts
+    if reduction == "none":
+        return losses.view(labels.shape[0], -1)
+    return losses.sum() if reduction == "sum" else losses.sum() / counts.sum()
+
+
+def whole_loss(model: Any, ids: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    """:func:`next_token_loss` of transformers' model."""
+    return next_token_loss(whole_logits(model, ids, None), labels, **options)

@@ -1,0 +1,1 @@
+"""Modules that nobody foresaw: what users write, put together at random."""
