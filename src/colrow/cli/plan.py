@@ -42,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIRECTORY",
         help="draw memory.png, time.png and scaling.png there (needs matplotlib)",
     )
+    output.add_argument(
+        "--html",
+        metavar="FILE",
+        help="write a page to look at: memory, a step as a timeline, every layout considered, what "
+        "another node changes",
+    )
     add_json(parser)
 
 

@@ -59,8 +59,11 @@ def plan(args: Namespace, console: Console) -> tuple[bool, object]:
     if args.gpus is not None and args.gpus < 1:
         raise ValueError(f"--gpus {args.gpus}: at least 1 device is needed")
     unequal = args.device_memory or args.tensor_split
-    if args.plot and (args.inference or unequal):
-        raise ValueError("--plot draws training layouts; use --json for the numbers of generation")
+    if (args.plot or args.html) and (args.inference or unequal):
+        option = "--plot" if args.plot else "--html"
+        raise ValueError(
+            f"{option} draws training layouts; use --json for the numbers of generation"
+        )
     if args.explain and unequal:
         raise ValueError("--explain covers equal devices; the table of unequal ones says it all")
     if args.inference or unequal:
@@ -173,7 +176,7 @@ def _evaluate(
     show_prediction(console, prediction)
     if args.explain:
         console.print("\n" + explain(prediction), markup=False, soft_wrap=True)
-    _plot(args, [prediction], model, hardware)
+    _draw(args, [prediction], [prediction], model, hardware)
     costs = _cost(args, hardware, layout.devices, prediction.tokens_per_second, console)
     return prediction.fits, prediction.as_dict() | costs
 
@@ -207,7 +210,7 @@ def _search(
     first, *others = found.best
     if args.explain:
         console.print("\n" + explain(first), markup=False, soft_wrap=True)
-    _plot(args, found.best, model, hardware)
+    _draw(args, found.best, found.fitting, model, hardware)
     return True, _cost(args, hardware, devices, first.tokens_per_second, console) | {
         "best": [p.as_dict() for p in found.best],
         "why": why_first(first),
@@ -294,12 +297,17 @@ def _numbers(option: str, text: str | None) -> list[float]:
         raise ValueError(f"{option} {text!r}: numbers with commas between are needed") from None
 
 
-def _plot(
+def _draw(
     args: Namespace,
     predictions: Sequence[Prediction],
+    considered: Sequence[Prediction],
     model: ModelShape,
     hardware: Hardware,
 ) -> None:
+    if args.html:
+        from colrow.planner.page import write_page
+
+        write_page(args.html, predictions, considered, model=model, hardware=hardware)
     if not args.plot:
         return
 

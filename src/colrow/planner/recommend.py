@@ -29,12 +29,14 @@ class Recommendation:
         considered: number of layouts that were evaluated.
         rejected: number that do not fit in memory.
         nearest: the layout that needs least memory per device, when none fits.
+        fitting: every layout that fits.
     """
 
     best: tuple[Prediction, ...]
     considered: int
     rejected: int
     nearest: Prediction | None
+    fitting: tuple[Prediction, ...] = ()
 
 
 def recommend(
@@ -77,7 +79,7 @@ def recommend(
     if not fitting and found.nearest:
         closest = predict(model, found.nearest[1], hardware)
     rejected = found.considered - len(fitting)
-    return Recommendation(tuple(ranked[:keep]), found.considered, rejected, closest)
+    return Recommendation(tuple(ranked[:keep]), found.considered, rejected, closest, tuple(fitting))
 
 
 def _complexity(prediction: Prediction) -> tuple[int, int, float]:

@@ -140,6 +140,11 @@ def step_time(model: ModelShape, layout: Layout, hardware: Hardware) -> StepTime
     )
 
 
+def stage_schedule(model: ModelShape, layout: Layout, hardware: Hardware) -> list[StageSeconds]:
+    """One microbatch's forward and backward on each stage, with what they wait for."""
+    return [stage.schedule for stage in _stages(model, layout, hardware)]
+
+
 def tp_total_seconds(model: ModelShape, layout: Layout, hardware: Hardware) -> float:
     """Time of all tensor-parallel collectives of a step on one device, hidden or not."""
     slowest = max(_stages(model, layout, hardware), key=lambda stage: stage.schedule.total)
