@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import argparse
 import io
+from typing import TYPE_CHECKING
 
-from colrow.cli.common import add_json, write_json
+from colrow.cli.common import add_json, run_on_ranks, say, write_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from colrow.planner.hardware import Hardware
+
+CPU_SEQUENCE = 256
 
 HELP = "say which layout a model needs on which hardware, what it costs, and why"
 DESCRIPTION = """\
@@ -74,6 +82,12 @@ def _add_hardware(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--gpus", type=int, metavar="N", help="devices (default 1)")
     group.add_argument("--gpu", default="a100-80gb", metavar="NAME", help="default a100-80gb")
     group.add_argument("--machine", metavar="FILE", help="a TOML or JSON file instead of --gpu")
+    group.add_argument(
+        "--measure",
+        action="store_true",
+        help="measure this machine in place of --gpu: links, matmuls, memory and a block of the "
+        "model, on --tp ranks (default: on every GPU, or on two ranks of the CPU); about a minute",
+    )
     group.add_argument("--gpus-per-node", type=int, metavar="N", help="devices on the fast link")
 
 
@@ -178,7 +192,61 @@ def run(args: argparse.Namespace) -> int:
     if args.list_models:
         show_models(console, list(catalog().values()))
         return 0
-    fits, data = plan(args, console)
+    fits, data = plan(args, console, measured=_measured(args, console) if args.measure else None)
     if args.json:
         write_json(data, args.json)
     return 0 if fits else 1
+
+
+def _measured(args: argparse.Namespace, console: Console) -> Hardware | None:
+    """This machine, measured with a block of the model; None on ranks that have nothing to say."""
+    import os
+
+    import torch
+
+    from colrow.bench.here import measure_here
+    from colrow.planner.command import DEFAULT_SEQUENCE, model_of
+    from colrow.planner.here import measured_hardware
+    from colrow.planner.layout import DTYPE, Layout
+
+    for name in ("machine", "inference", "device_memory", "tensor_split"):
+        if getattr(args, name):
+            option = name.replace("_", "-")
+            raise ValueError(f"--measure times a training block here: leave out --{option}")
+    model, gpus = model_of(args), torch.cuda.device_count()
+    if model.experts > 1:
+        raise ValueError(
+            f"--measure has no block of {model.name}: it builds blocks without experts"
+        )
+    ranks = args.tp or (gpus if gpus > 1 else 1 if gpus else min(2, os.cpu_count() or 1))
+    sequence = min(model.config.max_positions, args.sequence or DEFAULT_SEQUENCE)
+    if not gpus:
+        # A short row says what a long one takes, but for attention, and a CPU takes its time.
+        sequence = min(sequence, CPU_SEQUENCE)
+    block = Layout(
+        tp=ranks,
+        global_batch=1,
+        sequence=sequence,
+        precision=args.precision,
+        master_weights=False,
+        sequence_parallel=bool(args.sequence_parallel) and ranks > 1,
+    )
+    found = run_on_ranks(
+        measure_here,
+        model.config,
+        ranks,
+        sequence,
+        DTYPE[args.precision],
+        block.sequence_parallel,
+        say,
+        ranks=ranks,
+    )
+    if found is None:
+        return None
+    hardware = measured_hardware(model, found, block)
+    console.print(
+        f"Measured on {ranks} ranks: a block takes {found.block_seconds * 1e3:.3g} ms for "
+        f"{sequence} tokens, {hardware.block_factor:.2f} times what matmuls, memory and links "
+        "measured alone add up to."
+    )
+    return hardware

@@ -49,13 +49,19 @@ OF_ONE_LAYOUT = (
 )
 
 
-def plan(args: Namespace, console: Console) -> tuple[bool, object]:
+def plan(
+    args: Namespace, console: Console, *, measured: Hardware | None = None
+) -> tuple[bool, object]:
     """Evaluates or searches; prints to ``console``.
+
+    Args:
+        args: of ``colrow plan``.
+        measured: this machine, in place of the one that ``args`` names.
 
     Returns:
         Whether something fits, and the result as plain values.
     """
-    model, hardware = _model(args), _hardware(args)
+    model, hardware = model_of(args), _hardware(args, measured)
     if args.gpus is not None and args.gpus < 1:
         raise ValueError(f"--gpus {args.gpus}: at least 1 device is needed")
     unequal = args.device_memory or args.tensor_split
@@ -108,8 +114,8 @@ def _sizes(args: Namespace) -> dict[str, int]:
     return sizes
 
 
-def _model(args: Namespace) -> ModelShape:
-
+def model_of(args: Namespace) -> ModelShape:
+    """The model that is named or described."""
     if args.model is not None:
         path = Path(args.model)
         if path.suffix == ".json" or path.is_dir():
@@ -128,9 +134,12 @@ def _model(args: Namespace) -> ModelShape:
     return decoder("model", args.family, positions=positions, **sizes, **optional)
 
 
-def _hardware(args: Namespace) -> Hardware:
+def _hardware(args: Namespace, measured: Hardware | None) -> Hardware:
 
-    hardware = load_machine(args.machine) if args.machine else find_hardware(args.gpu)
+    if measured is not None:
+        hardware = measured
+    else:
+        hardware = load_machine(args.machine) if args.machine else find_hardware(args.gpu)
     if args.gpus_per_node is not None:
         hardware = hardware.with_devices_per_node(args.gpus_per_node)
     return hardware

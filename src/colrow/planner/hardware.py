@@ -86,6 +86,8 @@ class Hardware:
         devices_per_node: behind one fast link.
         link: between the devices of a node.
         network: from one device to other nodes (its share of the node's adapters).
+        block_factor: a block of the model as it was measured here, over its prediction; times of
+            blocks are multiplied by it. None where no block was measured.
     """
 
     name: str
@@ -93,6 +95,7 @@ class Hardware:
     devices_per_node: int
     link: Link
     network: Link
+    block_factor: float | None = None
 
     def __post_init__(self) -> None:
         if self.devices_per_node < 1:

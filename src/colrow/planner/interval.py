@@ -21,6 +21,9 @@ from colrow.planner.time import StepTime
 BIAS = 0.045
 # Standard deviations of the logarithm, for a step that consists of this part alone.
 EVERYTHING = 0.05
+# Where a block of the model was measured on this machine: how much medians of blocks and steps of
+# one machine differ from run to run (benchmarks/README.md: four runs within 8 %).
+MEASURED = 0.03
 INSIDE_NODES = 0.40
 BETWEEN_NODES = 0.50
 LAUNCHES = 0.15
@@ -49,8 +52,9 @@ class Interval:
 
 def step_interval(time: StepTime, layout: Layout, hardware: Hardware) -> Interval:
     """The 80 % interval of one step."""
-    deviation = math.hypot(EVERYTHING, *_deviations(time, layout, hardware).values())
-    bias = BIAS
+    measured = hardware.block_factor is not None
+    everything, bias = (MEASURED, 0.0) if measured else (EVERYTHING, BIAS)
+    deviation = math.hypot(everything, *_deviations(time, layout, hardware).values())
     doublings = _shared_doublings(layout, hardware)
     if doublings:
         bias += SHARED_BIAS * doublings

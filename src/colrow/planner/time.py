@@ -173,7 +173,8 @@ def _stages(model: ModelShape, layout: Layout, hardware: Hardware) -> list[_Stag
             parts.append((last, 1))
         compute, tp = Seconds(), CommunicationSeconds()
         recompute = forward_seconds = backward_seconds = 0.0
-        for part, times in parts:
+        for part, layers_or_ends in parts:
+            times = layers_or_ends * (hardware.block_factor or 1.0)
             compute += (part.passes.forward + part.passes.backward) * times
             recompute += part.passes.recompute.total * times
             both = part.tp_forward + part.tp_backward
