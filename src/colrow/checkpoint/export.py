@@ -15,9 +15,11 @@ from torch import Tensor
 from colrow.checkpoint.assemble import full_state_dict
 from colrow.checkpoint.pretrained import from_pretrained
 from colrow.checkpoint.training import TrainingCheckpoints
+from colrow.files import check_inside
 from colrow.mesh import Mesh, ParallelGroup
 from colrow.models.build import from_config
 from colrow.models.decoder import Decoder
+from colrow.models.hf_config import read_config
 
 MODEL_FILES, CHECKPOINTS = "model", "checkpoints"
 
@@ -52,7 +54,7 @@ def load_trained(run: str | Path, step: int | None = None) -> tuple[Decoder, int
     if step not in found:
         raise ValueError(f"{run} has no checkpoint of step {step}; it has {found}")
     dtype = checkpoints.dtype(step)
-    model = from_config(run / MODEL_FILES / "config.json", alone(), dtype=dtype)
+    model = from_config(run / MODEL_FILES, alone(), dtype=dtype)
     checkpoints.load(step, model, None)
     return model.eval(), step
 
@@ -83,13 +85,15 @@ def write_hf_directory(
     except ModuleNotFoundError as error:
         raise ValueError(f"exporting needs {error.name}: pip install 'colrow[models]'") from error
     directory = Path(directory)
+    if directory.is_symlink() or (os.path.lexists(directory) and not directory.is_dir()):
+        raise ValueError(f"{directory} is a link or no directory: choose another name")
     if directory.exists() and any(directory.iterdir()):
         raise ValueError(f"{directory} exists and is not empty: choose another name")
     part = directory.with_name(f"{directory.name}.{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)
-    shutil.copytree(files, part)
     try:
-        config: dict[str, Any] = json.loads((part / "config.json").read_text(encoding="utf-8"))
+        _copy_files(Path(files), part)
+        config: dict[str, Any] = dict(read_config(part)[1])
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype).removeprefix("torch.")
         (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -104,6 +108,14 @@ def write_hf_directory(
         raise
 
 
+def _copy_files(source: Path, target: Path) -> None:
+    """Copies the files of a directory, none of which may come from outside of it."""
+    target.mkdir(parents=True)
+    for entry in sorted(source.iterdir()):
+        check_inside(entry, source)
+        shutil.copyfile(entry, target / entry.name)
+
+
 def write_training_run(model: Decoder, directory: str | Path, files: str | Path) -> None:
     """Writes a run that has taken no step: its weights, without a state of the optimiser.
 
@@ -114,7 +126,7 @@ def write_training_run(model: Decoder, directory: str | Path, files: str | Path)
     if is_training_run(directory):
         raise ValueError(f"{directory} has checkpoints already: choose another name")
     directory.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(files, directory / MODEL_FILES)
+    _copy_files(Path(files), directory / MODEL_FILES)
     checkpoints = TrainingCheckpoints(directory / CHECKPOINTS, alone())
     empty = torch.optim.SGD(model.parameters(), lr=0.0)
     checkpoints.save(0, model, empty, {})

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from colrow.checkpoint.model_directory import check_directory
+from colrow.files import check_regular
+
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ACCEPTED = (
@@ -25,22 +28,35 @@ _PICKLE_REFUSED = (
 def resolve_model_path(path_or_id: str | Path) -> Path:
     """The existing file or directory that a path or a locally cached hub id stands for.
 
-    A path on disk wins over a hub id of the same spelling. Never downloads.
+    A path on disk wins over a hub id of the same spelling. Never downloads. The files of a
+    directory by which a model is read are looked at first, see :func:`check_directory`.
 
     Raises:
-        ValueError: neither exists here; the message says what was tried and what is accepted.
+        ValueError: neither exists here; the message says what was tried and what is accepted. Or
+            something there is not a regular file of that directory.
     """
     path = Path(path_or_id).expanduser()
     if path.exists():
+        _check(path)
         return path
     tried = f"no file or directory {str(path.absolute())!r}"
     is_weight_file = path.suffix in _WEIGHT_SUFFIXES | _PICKLE_SUFFIXES
     if isinstance(path_or_id, str) and _HUB_ID.fullmatch(path_or_id) and not is_weight_file:
         cached, cache_tried = cached_snapshot(path_or_id)
         if cached is not None:
+            _check(cached)
             return cached
         tried += f", and {cache_tried}"
     raise ValueError(f"there is no model at {str(path_or_id)!r}: {tried}. Accepted: {ACCEPTED}")
+
+
+def _check(path: Path) -> None:
+    """The directory that is meant, or the file that the user named with the directory around it."""
+    if path.is_dir():
+        check_directory(path)
+    else:
+        check_regular(path)  # which may be anywhere: the user named it
+        check_directory(path.parent, named=path.name)
 
 
 def find_weights(path: Path) -> Path:
@@ -76,6 +92,7 @@ def find_weights(path: Path) -> Path:
 
 def damaged_file(path: Path, file_format: str, cause: object, remedy: str = "") -> ValueError:
     """The error for a file that does not parse as its name says, with one more way to mend it."""
+    check_regular(path)
     with path.open("rb") as file:
         is_pointer = file.read(24) == b"version https://git-lfs."
     if is_pointer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
@@ -18,7 +17,7 @@ from colrow.mesh import Mesh, ParallelGroup
 from colrow.models.build import DecoderOptions, resolve_mesh, resolve_pipeline
 from colrow.models.config import ModelConfig
 from colrow.models.decoder import Decoder
-from colrow.models.hf_config import config_from_file
+from colrow.models.hf_config import config_from_file, read_config
 from colrow.models.stages import LayerSplit
 
 
@@ -82,9 +81,9 @@ def pretrained_config(path: str | Path) -> ModelConfig:
 def stored_dtype(file: Path) -> torch.dtype:
     """The dtype that a checkpoint's configuration names; fp32 when it names none."""
     config = _directory(file) / "config.json"
-    if file.suffix == ".gguf" or not config.is_file():
+    if file.suffix == ".gguf" or not config.exists():
         return torch.float32
-    values = json.loads(config.read_text(encoding="utf-8"))
+    _, values = read_config(config.parent)
     name = str(values.get("dtype") or values.get("torch_dtype") or "float32")
     dtype = getattr(torch, name.removeprefix("torch."), None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self, cast
@@ -21,6 +20,7 @@ from colrow.checkpoint.reader import (
     unknown_tensor,
     unsupported_type,
 )
+from colrow.files import INDEX_BYTES, check_regular, member, parse_json, read_bytes
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _SUPPORTED = (*_FLOATS, "I64", "I32", "I16", "I8", "U8", "BOOL")
@@ -131,6 +131,7 @@ class SafetensorsReader:
         return self._home[name].get_slice(name)
 
     def _open(self, path: Path) -> _OpenFile:
+        check_regular(path)
         try:
             opened = safe_open(str(path), framework="pt")
         except (SafetensorError, OSError) as cause:
@@ -143,12 +144,13 @@ class SafetensorsReader:
         shard_of = _read_index(self._path)
         shards: dict[str, _OpenFile] = {}
         for shard in sorted(set(shard_of.values())):
-            path = self._path.parent / shard
-            if not path.exists():
+            try:
+                path = member(self._path.parent, shard, self._path)
+            except FileNotFoundError:
                 raise ValueError(
                     f"{self._path} names the shard {shard}, which is missing from "
                     f"{self._path.parent}; copy or download it again"
-                )
+                ) from None
             shards[shard] = self._open(path)
         held = {shard: frozenset(file.keys()) for shard, file in shards.items()}
         for name, shard in shard_of.items():
@@ -162,8 +164,9 @@ class SafetensorsReader:
 
 def _read_index(path: Path) -> dict[str, str]:
     """The shard file of every tensor."""
+    content = read_bytes(path, INDEX_BYTES)
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = parse_json(content.decode("utf-8"))
     except ValueError as cause:
         raise damaged_file(path, "JSON", cause) from cause
     shard_of = index.get("weight_map") if isinstance(index, dict) else None

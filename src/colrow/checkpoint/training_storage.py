@@ -32,8 +32,9 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-INDEX = "index.json"
-FORMAT = "colrow training checkpoint 1"
+from colrow.checkpoint.training_index import FORMAT, INDEX, REMEDY, check_index, parse_index
+from colrow.files import member
+
 PART = ".part"
 _BLOCK = 1 << 22
 
@@ -219,18 +220,12 @@ def read_index(directory: Path) -> dict[str, Any]:
     Raises:
         ValueError: no checkpoint there, or one that was altered after it was written.
     """
-    path = directory / INDEX
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{directory} is not a training checkpoint: it has no {INDEX}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: it is not JSON ({error}). {_REMEDY}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{path} is not the index of a training checkpoint of this version")
+    content = parse_index(directory)
     digest = content.pop("sha256", None)
     if digest != _digest(content):
-        raise ValueError(f"{path} is damaged: its checksum does not fit its content. {_REMEDY}")
+        path = directory / INDEX
+        raise ValueError(f"{path} is damaged: its checksum does not fit its content. {REMEDY}")
+    check_index(directory, content)
     return content
 
 
@@ -241,21 +236,18 @@ def check_files(directory: Path, files: dict[str, Any], names: list[str]) -> Non
         ValueError: a missing, truncated or altered file.
     """
     for name in names:
-        path, expected = directory / name, files[name]
-        if Path(name).name != name:
-            raise ValueError(f"the index of {directory} names {name!r}, outside the checkpoint")
-        if not path.is_file():
-            raise ValueError(f"{path} is missing. {_REMEDY}")
+        expected = files[name]
+        try:
+            path = member(directory, name, directory / INDEX)
+        except FileNotFoundError:
+            raise ValueError(f"{directory / name} is missing. {REMEDY}") from None
         if path.stat().st_size != expected["bytes"]:
             raise ValueError(
                 f"{path} is truncated or was appended to: {path.stat().st_size} bytes instead of "
-                f"{expected['bytes']}. {_REMEDY}"
+                f"{expected['bytes']}. {REMEDY}"
             )
         if sha256(path) != expected["sha256"]:
-            raise ValueError(f"{path} is damaged: its checksum does not fit. {_REMEDY}")
-
-
-_REMEDY = "Remove this checkpoint's directory to continue from the one before it"
+            raise ValueError(f"{path} is damaged: its checksum does not fit. {REMEDY}")
 
 
 def sha256(path: Path) -> str:

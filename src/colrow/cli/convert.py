@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         write_training_run,
     )
 
-    if Path(args.target).exists():
+    if os.path.lexists(args.target):
         raise ValueError(f"{args.target} exists: choose another name")
     dtype = torch_dtype(args.dtype)
     model = load_any(args.source)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import pickle
 import sys
-from pathlib import Path
 from typing import cast
 
 from colrow.cli.common import (
@@ -21,6 +20,7 @@ from colrow.cli.common import (
     torch_dtype,
     write_json,
 )
+from colrow.files import read_input
 from colrow.generate.options import Sampling
 from colrow.launch import RankFailure, rank_environment
 
@@ -130,6 +130,7 @@ def run(args: argparse.Namespace) -> int:
     from colrow.checkpoint.locate import find_weights, resolve_model_path
     from colrow.checkpoint.pretrained import pretrained_config
     from colrow.generate.answer import Request, answer
+    from colrow.generate.template import RENDERER
     from colrow.generate.tokenizer import encode_prompt, end_tokens, load_tokenizer
     from colrow.models.config import Layout
     from colrow.models.stages import LayerSplit
@@ -143,6 +144,7 @@ def run(args: argparse.Namespace) -> int:
         encode_prompt(tokenizer, prompt, system=args.system, chat=not args.no_chat)
         for prompt in prompts
     ]
+    RENDERER.close()
     longest = max(len(prompt) for prompt in tokens)
     room = config.max_positions - longest
     if room < 1:
@@ -186,13 +188,13 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if [args.prompt, args.prompt_file, args.prompts].count(None) != 2:
         raise ValueError("give either PROMPT or --prompt-file or --prompts")
     if args.prompts is not None:
-        lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
+        lines = read_input(args.prompts).decode("utf-8").splitlines()
         prompts = [line for line in lines if line.strip()]
         if not prompts:
             raise ValueError(f"{args.prompts} has no prompt: each line of it should be one")
         return prompts
     if args.prompt_file is not None:
-        prompt = Path(args.prompt_file).read_text(encoding="utf-8")
+        prompt = read_input(args.prompt_file).decode("utf-8")
     elif args.prompt == "-":
         ranks = rank_environment()
         if ranks is not None and ranks.world_size > 1:

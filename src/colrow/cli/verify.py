@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import TYPE_CHECKING
 
 from colrow.cli.common import (
@@ -160,16 +159,17 @@ def known_to_decoder(model: str) -> bool:
     """
     from colrow.checkpoint.locate import resolve_model_path
     from colrow.models.families import FAMILIES
+    from colrow.models.hf_config import read_config
 
     file = resolve_model_path(model)
     config = (file if file.is_dir() else file.parent) / "config.json"
     if file.suffix == ".gguf" or not config.is_file():
         return True
     try:
-        values = json.loads(config.read_text(encoding="utf-8"))
+        _, values = read_config(config)
     except ValueError:
         return True  # whose reader says what is wrong with the file
-    return not isinstance(values, dict) or values.get("model_type") in FAMILIES
+    return values.get("model_type") in FAMILIES
 
 
 def _verify(args: argparse.Namespace) -> Report | None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Protocol, cast
 
 from colrow.checkpoint.locate import resolve_model_path
+from colrow.files import INDEX_BYTES, read_json, shown
+from colrow.generate.template import RENDERER
 
 _REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not (yet) a character
 _FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
+_SMALL_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 _NEEDS_EXTRA = "reading a tokenizer needs the package {name}: pip install 'colrow[models]'"
 
 
@@ -23,19 +25,14 @@ class Tokenizer(Protocol):
     """The part of a transformers tokenizer that generation uses."""
 
     chat_template: object
+    special_tokens_map: dict[str, object]
 
-    def __call__(self, text: str) -> Encoding:
+    def __call__(self, text: str, *, add_special_tokens: bool = True) -> Encoding:
         """Tokens of a text."""
         ...
 
-    def apply_chat_template(
-        self,
-        conversation: list[dict[str, str]],
-        *,
-        add_generation_prompt: bool,
-        return_dict: bool,
-    ) -> list[int]:
-        """Tokens of a conversation, up to where the answer begins."""
+    def get_chat_template(self) -> str:
+        """The template of an ordinary conversation, where there are several."""
         ...
 
     def decode(
@@ -58,6 +55,10 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
         ValueError: when there is none, or transformers is not installed.
     """
     path = resolve_model_path(path_or_id)
+    directory = path if path.is_dir() else path.parent
+    for name in _SMALL_FILES:
+        if (directory / name).exists():
+            read_json(directory / name, INDEX_BYTES)
     try:
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
     except ModuleNotFoundError as cause:
@@ -70,7 +71,7 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
             )
         else:
             tokenizer = AutoTokenizer.from_pretrained(
-                str(path if path.is_dir() else path.parent),
+                str(directory),
                 local_files_only=True,
                 trust_remote_code=False,
             )
@@ -110,19 +111,44 @@ def encode_prompt(
             why = "without a chat template" if chat else "when the chat template is not used"
             raise ValueError(f"a system message has no place {why}: put it into the prompt")
         return list(tokenizer(prompt).input_ids)
-    try:
-        from jinja2 import TemplateError
-    except ModuleNotFoundError as cause:
-        raise ValueError(_NEEDS_EXTRA.format(name=cause.name)) from cause
     messages = [] if system is None else [{"role": "system", "content": system}]
     messages.append({"role": "user", "content": prompt})
+    return list(tokenizer(render_chat(tokenizer, messages), add_special_tokens=False).input_ids)
+
+
+def render_chat(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> str:
+    """A conversation as the model was trained on it, up to where the answer begins.
+
+    The text is that of transformers' ``apply_chat_template``; the template is rendered in a process
+    of its own, which may take little time and memory.
+
+    Args:
+        messages: each with ``role`` and ``content``.
+
+    Raises:
+        ValueError: the template refuses the messages, makes no sense or takes too much.
+    """
+    template = tokenizer.get_chat_template()
+    if not isinstance(template, str):
+        raise ValueError(f"the model's chat template is no text: {shown(template)}")
+    variables = {
+        **{name: _plain(value) for name, value in tokenizer.special_tokens_map.items()},
+        "messages": messages,
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": True,
+    }
     try:
-        tokens = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False
-        )
-    except TemplateError as cause:
-        raise ValueError(f"the model's chat template refuses the messages: {cause}") from cause
-    return list(tokens)
+        return RENDERER.render(template, variables)
+    except ModuleNotFoundError as cause:
+        raise ValueError(_NEEDS_EXTRA.format(name=cause.name)) from cause
+
+
+def _plain(value: object) -> object:
+    """A special token, or several, as JSON has them."""
+    if isinstance(value, list | tuple):
+        return [str(each) for each in value]
+    return None if value is None else str(value)
 
 
 def end_tokens(path_or_id: str | Path, configured: tuple[int, ...]) -> tuple[int, ...]:
@@ -132,11 +158,13 @@ def end_tokens(path_or_id: str | Path, configured: tuple[int, ...]) -> tuple[int
     if path.suffix == ".gguf" or not file.is_file():
         return configured
     try:
-        found = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-    except (ValueError, AttributeError) as cause:
+        found = read_json(file).get("eos_token_id")
+    except AttributeError as cause:
         raise ValueError(f"{file} is not a generation configuration: {cause}") from cause
     more = found if isinstance(found, list) else [] if found is None else [found]
-    return tuple(dict.fromkeys([*configured, *map(int, more)]))
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in more):
+        raise ValueError(f"{file}: eos_token_id={shown(found)} should be a token or a list of them")
+    return tuple(dict.fromkeys([*configured, *more]))
 
 
 class TextStream:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from colrow.files import check_inside, read_json
 from colrow.layers.options import Activation, RopeConfig
 from colrow.models.config import ModelConfig
 from colrow.models.families import Family, family_named
@@ -84,17 +84,33 @@ def config_from_file(path: str | Path) -> ModelConfig:
         FileNotFoundError: when there is none.
         ValueError: when it is not such a file, or asks for something unsupported.
     """
+    file, values = read_config(path)
+    try:
+        return config_from_hf(values)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def read_config(path: str | Path) -> tuple[Path, dict[str, object]]:
+    """The ``config.json`` that is meant, or the one inside a directory, and its contents.
+
+    Raises:
+        FileNotFoundError: when there is none.
+        ValueError: when it is not a table in JSON, or a link that leaves the directory.
+    """
     path = Path(path)
     file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(f"no config.json at {path}, which a Hugging Face model has")
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+        if path.is_dir():
+            check_inside(file, path)
+        content = read_json(file)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"no config.json at {path}, which a Hugging Face model has"
+        ) from None
     if not isinstance(content, dict):
-        raise ValueError(f"{file} is not a model configuration")
-    return config_from_hf(content)
+        raise ValueError(f"{file} is not a model configuration: it should be a table")
+    return file, content
 
 
 def config_from_hf(values: Mapping[str, object]) -> ModelConfig:

@@ -33,12 +33,11 @@ differs from built-in hardware need be given.
 
 from __future__ import annotations
 
-import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from colrow.files import CONFIG_BYTES, SETTINGS_BYTES, parse_json, parse_toml, read_text
 from colrow.planner.hardware import (
     COLLECTIVE_START_SECONDS,
     Device,
@@ -81,13 +80,18 @@ def load_machine(path: str | Path) -> Hardware:
     """
     file = Path(path)
     try:
-        text = file.read_text(encoding="utf-8")
-        data = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
+        text = read_text(file, CONFIG_BYTES if file.suffix == ".json" else SETTINGS_BYTES)
     except OSError as error:
         raise ValueError(f"{file}: {error.strerror or error}") from error
-    except (json.JSONDecodeError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not text: {error}") from error
+    try:
+        data = parse_json(text) if file.suffix == ".json" else parse_toml(text)
+    except ValueError as error:
         kind = "JSON" if file.suffix == ".json" else "TOML"
         raise ValueError(f"{file} is not {kind}: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{file} should be a table")
     try:
         return machine_from_mapping(data, default_name=file.stem)
     except ValueError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -138,18 +137,17 @@ def model_from_config_json(path: str | Path) -> ModelShape:
         ValueError: when the file is missing or not such a configuration, or the architecture is
             not supported.
     """
-    file = Path(path)
-    file = file / "config.json" if file.is_dir() else file
+    from colrow.models.hf_config import read_config
+
     try:
-        mapping = json.loads(file.read_text(encoding="utf-8"))
+        file, mapping = read_config(path)
     except OSError as error:
-        raise ValueError(f"{file}: {error.strerror or error}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(mapping, dict):
-        raise ValueError(f"{file} is not a model configuration: it should be a JSON object")
+        raise ValueError(f"{path}: {error.strerror or error}") from error
     name = file.parent.name if file.name == "config.json" else file.stem
-    return model_from_mapping(mapping, name=name or "model")
+    try:
+        return model_from_mapping(mapping, name=name or "model")
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def model_from_mapping(mapping: Mapping[str, object], *, name: str) -> ModelShape:

@@ -13,6 +13,7 @@ import torch
 from colrow.checkpoint.export_config import config_to_hf
 from colrow.checkpoint.locate import resolve_model_path
 from colrow.checkpoint.pretrained import from_pretrained, pretrained_config
+from colrow.files import check_inside
 from colrow.layers.dropout import ParallelDropout
 from colrow.mesh import Mesh
 from colrow.models.build import from_config
@@ -162,6 +163,7 @@ def copy_model_files(model: str | Path, directory: Path) -> None:
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     else:
         source = path if path.is_dir() else path.parent
+        check_inside(source / "config.json", source)
         shutil.copyfile(source / "config.json", directory / "config.json")
     copy_tokenizer(path, directory)
 
@@ -177,6 +179,7 @@ def copy_tokenizer(model: str | Path, directory: Path) -> None:
     source = path if path.is_dir() else path.parent
     for name in _TOKENIZER_FILES:
         if (source / name).is_file():
+            check_inside(source / name, source)
             shutil.copyfile(source / name, directory / name)
 
 

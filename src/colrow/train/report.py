@@ -13,9 +13,11 @@ from typing import IO, Any
 
 import torch
 
+from colrow.files import read_text
 from colrow.mesh import Mesh
 
 LOG = "log.jsonl"
+_LOG_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def read_log(directory: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in read_text(path, _LOG_BYTES).splitlines():
         try:
             found.append(json.loads(line))
         except ValueError:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import tomllib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from colrow.files import SETTINGS_BYTES, parse_toml, read_text, shown
 from colrow.pipeline.schedules import SCHEDULES
 
 PRECISIONS = ("fp32", "bf16", "fp64")
 RECOMPUTE = ("none", "selective", "full")
+_MOST = {"tp": 1 << 16, "dp": 1 << 16, "pp": 1 << 16, "sequence": 1 << 28, "global_batch": 1 << 30}
 
 
 def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -116,6 +118,7 @@ class TrainSettings:
                 raise ValueError(f"--{name} is needed, on the command line or in the TOML file")
         if Path(self.output).is_file():
             raise ValueError(f"--output {self.output} is a file: name a directory")
+        self._check_size()
         self._resolve_microbatches()
         at_least = {1: ("tp", "pp", "global_batch", "steps", "keep", "log_every", "save_every",
                         "eval_sequences"),
@@ -137,6 +140,16 @@ class TrainSettings:
             raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1")
         if self.sequence_parallel and self.sequence < self.tp:
             raise ValueError(f"a sequence of {self.sequence} cannot be divided over tp={self.tp}")
+
+    def _check_size(self) -> None:
+        """Numbers that no run can have, before anything is computed from them."""
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{entry.name}={value}: must be a finite number")
+            most = _MOST.get(entry.name, 1 << 40)
+            if isinstance(value, int) and value > most:
+                raise ValueError(f"{entry.name}={shown(value)}: must be at most {most}")
 
     @property
     def ranks(self) -> int:
@@ -182,7 +195,7 @@ def load_settings(file: str | Path | None, overrides: Mapping[str, Any]) -> Trai
     values: dict[str, Any] = {}
     if file is not None:
         try:
-            values = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+            values = parse_toml(read_text(file, SETTINGS_BYTES))
         except ValueError as error:  # not TOML, or not even text
             raise ValueError(
                 f"{file} is not a TOML file of settings ({error}); a model is given as --model"
@@ -190,11 +203,13 @@ def load_settings(file: str | Path | None, overrides: Mapping[str, Any]) -> Trai
     types = get_type_hints(TrainSettings)
     for name, value in values.items():
         if name not in types:
-            raise ValueError(f"{file}: unknown setting {name!r}")
+            raise ValueError(f"{file}: unknown setting {shown(name)}")
         if isinstance(value, int) and not isinstance(value, bool) and types[name] is float:
             values[name] = float(value)
         elif type(value) is not types[name]:
-            raise ValueError(f"{file}: {name}={value!r} should be of type {types[name].__name__}")
+            raise ValueError(
+                f"{file}: {name}={shown(value)} should be of type {types[name].__name__}"
+            )
     return TrainSettings(**{**values, **overrides})
 
 

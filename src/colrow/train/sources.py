@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from colrow.files import check_regular
+
 _TEXT, _LINES, _PARQUET = {".txt", ".text", ".md"}, {".jsonl", ".ndjson"}, {".parquet"}
 _BLOCK = 1 << 20  # characters of a text that are tokenised at a time
 _NEEDS_EXTRA = "reading {path} needs the package {name}: pip install 'colrow[train]'"
@@ -56,6 +58,7 @@ def documents(
     if not files:
         raise ValueError(f"directory {path} has no {', '.join(sorted(known))} file")
     for file in files:
+        check_regular(file)
         if file.suffix in _LINES:
             yield from _lines(file, progress)
         elif file.suffix in _PARQUET:
@@ -94,7 +97,7 @@ def _lines(path: Path, progress: Callable[[int], None] | None) -> Iterator[Docum
             if line.strip():
                 try:
                     row = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
                 yield _row(row, f"{path}, line {number}")
             if progress:

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from colrow.files import check_inside, read_json
+
 _META, _IDS, _COUNTED = "tokens.json", "tokens.bin", "counted.bin"
 
 
@@ -58,7 +60,9 @@ class TokenFile:
         """
         path = Path(path)
         try:
-            meta = json.loads((path / _META).read_text(encoding="utf-8"))
+            meta = _checked(read_json(path / _META))
+            for name in (_IDS, _COUNTED) if meta["masked"] else (_IDS,):
+                check_inside(path / name, path)
             ids = np.memmap(path / _IDS, dtype=np.dtype(meta["dtype"]), mode="r")
             counted = None
             if meta["masked"]:
@@ -70,6 +74,15 @@ class TokenFile:
                 f"{path} is truncated: {len(ids)} of {meta['tokens']} tokens; remove it"
             )
         return cls(path, ids, counted, meta["sha256"])
+
+
+def _checked(meta: Any) -> dict[str, Any]:
+    """What a token file says of itself; numpy takes far more than two types."""
+    if not isinstance(meta, dict) or not isinstance(meta["sha256"], str):
+        raise ValueError(f"{_META} is not a description of tokens")
+    if meta["dtype"] not in ("uint16", "uint32") or not isinstance(meta["tokens"], int):
+        raise ValueError(f"{_META} says {meta['tokens']} tokens of type {meta['dtype']}")
+    return {**meta, "masked": bool(meta["masked"])}
 
 
 def write_tokens(path: str | Path, documents: Iterable[Encoded], *, vocab_size: int) -> TokenFile:

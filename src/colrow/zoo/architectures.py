@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from colrow.checkpoint.reader import open_reader
+from colrow.models.hf_config import read_config
 from colrow.reference import prepare_reference, quiet_transformers
 from colrow.zoo.overrides import OVERRIDES
 from colrow.zoo.shrink import tiny_config
@@ -121,11 +122,17 @@ def saved_architecture(path: str | Path) -> Architecture:
     Raises:
         ValueError: when the directory does not say, or says one whose task is not known here.
     """
-    file = Path(path) / "config.json"
-    if not file.is_file():
-        raise ValueError(f"no config.json in {path}: give a directory that transformers saved")
-    config = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        file, config = read_config(path)
+    except FileNotFoundError:
+        raise ValueError(
+            f"no config.json in {path}: give a directory that transformers saved"
+        ) from None
+    open_reader(path).close()  # transformers opens what the index names, whatever that is
     model_type, names = config.get("model_type"), config.get("architectures") or []
+    named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not isinstance(model_type, str) or not isinstance(names, list) or not named:
+        raise ValueError(f"{file} does not name its model_type and architectures")
     with quiet_transformers():
         import transformers
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from colrow.files import read_text
 from colrow.zoo.architectures import Architecture
 from colrow.zoo.compare import Outcome
 
@@ -24,7 +25,7 @@ class Store:
         self._known: dict[tuple[str, str, bool, int], Outcome] = {}
         if path is None or not path.exists():
             return
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(read_text(path).splitlines(), 1):
             try:
                 outcome = Outcome(**json.loads(line))
             except (ValueError, TypeError) as error:
