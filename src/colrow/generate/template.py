@@ -95,7 +95,7 @@ class TemplateRenderer:
         import jinja2
         import markupsafe
 
-        paths = [str(Path(module.__file__).parent.parent) for module in (jinja2, markupsafe)]
+        paths = [str(Path(str(module.__file__)).parent.parent) for module in (jinja2, markupsafe)]
         script = Path(__file__).with_name("template_child.py")
         self._child = subprocess.Popen(
             [sys.executable, "-I", "-S", str(script), str(SECONDS), str(_MEMORY_BYTES), *paths],

@@ -19,7 +19,7 @@ import os
 import resource
 import sys
 from datetime import datetime
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 _TEMPLATE_CHARACTERS = 1 << 20
 
@@ -94,7 +94,7 @@ def _environment() -> tuple[Any, type[Exception]]:
     class Generation(Extension):
         """``{% generation %}...{% endgeneration %}``, which marks an answer for training."""
 
-        tags: ClassVar[set[str]] = {"generation"}
+        tags = {"generation"}  # noqa: RUF012 (as the base class has it)
 
         def parse(self, parser: Any) -> Any:
             line = next(parser.stream).lineno
