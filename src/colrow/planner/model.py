@@ -141,6 +141,8 @@ def model_from_config_json(path: str | Path) -> ModelShape:
 
     try:
         file, mapping = read_config(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: No such file, or a directory without config.json") from None
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror or error}") from error
     name = file.parent.name if file.name == "config.json" else file.stem
