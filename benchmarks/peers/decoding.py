@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.peers.weights import prompt
 from benchmarks.peers.workloads import Decoding
-from colrow.reference import quiet_transformers
+from colrow.reference import cached_step, quiet_transformers
 
 
 class Decoder(ABC):
@@ -111,9 +111,8 @@ class Transformers(Decoder):
         ids, cache = self.ids, None
         started = time.perf_counter()
         for _ in range(self.workload.tokens):
-            out = self.model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = out.past_key_values
-            tokens.append(int(_whole(out.logits)[0, -1].argmax()))
+            logits, cache = cached_step(self.model, ids, cache, logits_to_keep=1)
+            tokens.append(int(_whole(logits)[0, -1].argmax()))
             times.append(time.perf_counter() - started)
             ids = torch.tensor([[tokens[-1]]])
         return tokens, times

@@ -10,7 +10,8 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
-from functools import cache
+from functools import cache as once
+from inspect import signature
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,7 @@ def _gguf_once() -> Iterator[None]:
     kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
     try:
         for name, value in kept.items():
-            setattr(gguf, name, cache(value))
+            setattr(gguf, name, once(value))
         yield
     finally:
         for name, value in kept.items():
@@ -141,3 +142,20 @@ def quiet_transformers() -> Iterator[None]:
             del os.environ["TRANSFORMERS_VERBOSITY"]
         else:
             os.environ["TRANSFORMERS_VERBOSITY"] = before
+
+
+def cached_step(model: Any, ids: Tensor, cache: Any, **options: Any) -> tuple[Tensor, Any]:
+    """Logits of ``ids``, which follow what ``cache`` holds, and the cache with them in it.
+
+    transformers 5.24 calls the cache ``cache`` where older releases, and models that are not in
+    transformers, say ``past_key_values``.
+
+    Args:
+        model: a causal language model of transformers.
+        ids: ``[batch, new tokens]``.
+        cache: None for the first call.
+        options: handed to the model.
+    """
+    name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+    result = model(input_ids=ids, use_cache=True, **{name: cache}, **options)
+    return result.logits, result[name]

@@ -34,7 +34,7 @@ from colrow.differences import (
 from colrow.generate.engine import generate
 from colrow.mesh import Mesh
 from colrow.models.decoder import Decoder
-from colrow.reference import load_reference, precision, reference_grads
+from colrow.reference import cached_step, load_reference, precision, reference_grads
 
 
 @dataclass(frozen=True)
@@ -267,8 +267,8 @@ def _reference_tokens(reference: nn.Module, prompt: Tensor, new_tokens: int) -> 
     tokens: list[int] = []
     past, step = None, prompt
     for _ in range(new_tokens):
-        result = reference(input_ids=step, past_key_values=past, use_cache=True)
-        past, step = result.past_key_values, result.logits[:, -1:].argmax(-1)
+        logits, past = cached_step(reference, step, past)
+        step = logits[:, -1:].argmax(-1)
         tokens.append(int(step))
     return tokens
 
