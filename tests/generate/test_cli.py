@@ -131,7 +131,7 @@ def test_answers_to_several_prompts_through_stages(
     chat_model: str, tmp_path: Path, engine: str
 ) -> None:
     prompts, file = tmp_path / "prompts.txt", tmp_path / "answers.json"
-    prompts.write_text("Hi\n\nHow are you?\nWhy\n")
+    prompts.write_text("Hi\nHow are you?\nWhy\n")
     options = [str(chat_model), "--prompts", str(prompts), "--max-new-tokens", "7"]
     alone = start(*options, "--quiet")
     out, err = alone.communicate(timeout=300)
@@ -146,6 +146,27 @@ def test_answers_to_several_prompts_through_stages(
     assert [answer["prompt_tokens"] for answer in found["answers"]] == [19, 29, 20]
     assert all(len(answer["token_ids"]) == 7 for answer in found["answers"])
     assert err.startswith(b"21 tokens, ")
+
+
+def test_a_line_of_a_file_is_a_prompt(
+    chat_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cut at newlines alone, so that the answers are those of the file's lines."""
+    file = tmp_path / "prompts.txt"
+    prompts = ["one\u2028\f\x85 and \r the same", "second", "last"]
+    file.write_bytes("\ufeff{}\r\n{}\n{}".format(*prompts).encode())
+    options = ["--prompts", str(file), "--max-new-tokens", "1", "--no-chat", "--json", "-"]
+    assert main(["generate", chat_model, *options, "--quiet"]) == 0
+    answers = json.loads(capsys.readouterr().out)["answers"]
+    assert [a["prompt_tokens"] for a in answers] == [len(prompt.encode()) for prompt in prompts]
+    for content, message in (
+        (b"a\n\nb\n", f"line 2 of {file} is empty"),
+        (b"a\n \r\n", f"line 2 of {file} is empty"),
+        (b"ab\nc\xe9\n", f"{file} is not UTF-8 text: at byte 4 (0xe9, in line 2)"),
+    ):
+        file.write_bytes(content)
+        assert main(["generate", chat_model, *options]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_json_alone_on_standard_output(

@@ -204,6 +204,16 @@ def test_keys_left_out_mean_what_transformers_assumes(name: str) -> None:
         ("Llama-3.1-8B", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
         ("Llama-3.1-8B", {"num_key_value_heads": None, "head_dim": None}),
         ("pythia-70m", {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}),
+        ("pythia-70m", {"rope_theta": 10000, "partial_rotary_factor": 0.25}),
+        ("Llama-3.1-8B", {"rotary_emb_base": 40.0, "rotary_pct": 0.5}),
+        ("Llama-3.1-8B", {"original_max_position_embeddings": 4096}),
+        (
+            "Qwen3-0.6B",
+            {
+                "rope_scaling": {"type": "linear", "factor": 2.0},
+                "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1000000},
+            },
+        ),
     ],
 )
 def test_settings_mean_what_transformers_reads(name: str, change: dict[str, Any]) -> None:
@@ -240,6 +250,11 @@ def test_sliding_windows(
         ({"rope_scaling": {"rope_type": "linear"}}, "'linear' needs factor"),
         ({"rope_scaling": {"type": "default", "mrope_section": [1]}}, "mrope_section"),
         ({"intermediate_size": None}, "no integer 'intermediate_size'"),
+        ({"is_causal": False}, "is_causal=False"),
+        ({"rope_parameters": {"rope_theta": 5.0}}, "mean different rotary positions"),
+        ({"layer_types": ["sliding_attention"] * 32}, "layer_types asks for sliding_attention"),
+        ({"layer_types": ["chunked_attention"] * 32}, r"layer_types \['chunked_attention'\]"),
+        ({"layer_types": ["full_attention"] * 2}, "names 2 layers, and there are 32"),
     ],
 )
 def test_llama_with_what_it_does_not_know(change: dict[str, Any], message: str) -> None:
@@ -258,6 +273,10 @@ def test_what_changes_numbers_and_is_not_understood_is_refused() -> None:
         config_from_hf({**gpt2, "quantization_config": {"quant_method": "gptq"}})
     with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx=True"):
         config_from_hf({**gpt2, "scale_attn_by_inverse_layer_idx": True})
+    pythia = PUBLISHED["pythia-70m"]
+    for change in ({"rope_theta": 5.0}, {"partial_rotary_factor": 0.5}):
+        with pytest.raises(ValueError, match="contradicts what transformers takes for a gpt_neox"):
+            config_from_hf({**pythia, **change})
     bloom = PUBLISHED["bloom-560m"]
     with pytest.raises(ValueError, match="apply_residual_connection_post_layernorm=True"):
         config_from_hf({**bloom, "apply_residual_connection_post_layernorm": True})

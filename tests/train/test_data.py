@@ -150,3 +150,20 @@ def test_each_epoch_is_all_sequences_in_another_order(tmp_path: Path) -> None:
     assert order.numbers(7, 6).tolist() == (first + second)[7:13]
     assert Order(Windows.of(tokens, 11), seed=5).numbers(13, 2).tolist() == second[3:5]
     assert Order(Windows.of(tokens, 11), seed=6).numbers(0, 10).tolist() != first
+
+
+def test_a_text_is_tokenised_as_it_is(tmp_path: Path) -> None:
+    text = "a\r\nb\rc\u2028d\fe\x85f\0\n".encode()
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbf" + text)
+    tokens = prepare_tokens(tmp_path / "marked.txt", "bytes", tmp_path / "cache", vocab_size=257)
+    assert tokens.ids.tolist() == [*text, 256]
+
+
+def test_the_byte_that_is_not_utf8_is_counted_from_the_beginning(tmp_path: Path) -> None:
+    line = b"x" * 99 + b"\n"
+    (tmp_path / "long.txt").write_bytes(line * 30_000 + b"ab\xff\n")
+    with pytest.raises(ValueError, match=r"byte 3000002 \(0xff, in line 30001\)"):
+        list(documents(tmp_path / "long.txt"))
+    (tmp_path / "rows.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"byte 24 \(0xff, in line 2\)"):
+        list(documents(tmp_path / "rows.jsonl"))

@@ -96,6 +96,7 @@ def write_hf_directory(
         config: dict[str, Any] = dict(read_config(part)[1])
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype).removeprefix("torch.")
+        config["tie_word_embeddings"] = model.config.tie_embeddings
         (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         whole: Mapping[str, Tensor] = full_state_dict(model)
         tensors = {name: value.to(dtype).contiguous() for name, value in whole.items()}

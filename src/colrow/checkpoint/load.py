@@ -9,6 +9,7 @@ from torch import Tensor
 
 from colrow.checkpoint.naming import Naming, Piece, pieces
 from colrow.checkpoint.reader import TensorReader, row_chunks
+from colrow.checkpoint.tied import missing_prefix
 from colrow.models.config import parameter_specs
 from colrow.models.decoder import Decoder
 
@@ -29,7 +30,7 @@ def load_(model: Decoder, reader: TensorReader, naming: Naming) -> None:
         name: pieces(naming, model.config, name, spec, model.tp.rank)
         for name, spec in parameter_specs(model.config, model.layout).items()
     }
-    prefix = _missing_prefix(reader, held)
+    prefix = missing_prefix(naming, reader.names())
     _check(reader, held, prefix, model, naming)
     for name, parameter in model.named_parameters():
         spec = model.specs[name]
@@ -55,16 +56,6 @@ def unpair(rows: Tensor, head_dim: int) -> Tensor:
     """Rows of whole heads from interleaved rotary pairs (2i, 2i + 1) to halves (i, i + dim / 2)."""
     heads = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
     return heads.transpose(1, 2).reshape(rows.shape)
-
-
-def _missing_prefix(reader: TensorReader, held: dict[str, list[Piece]]) -> str:
-    """Checkpoints of a bare model lack the leading ``model.`` or ``transformer.``; returns it."""
-    embedding = held["embedding.weight"][0].name
-    names = reader.names()
-    if embedding in names:
-        return ""
-    prefix, _, rest = embedding.partition(".")
-    return f"{prefix}." if rest in names else ""
 
 
 def _check(

@@ -11,8 +11,9 @@ import torch
 from colrow.checkpoint.gguf_model import config_from_gguf, gguf_naming
 from colrow.checkpoint.load import load_
 from colrow.checkpoint.locate import resolve_model_path
-from colrow.checkpoint.naming import hf_naming
-from colrow.checkpoint.reader import open_reader
+from colrow.checkpoint.naming import Naming, hf_naming
+from colrow.checkpoint.reader import TensorReader, open_reader
+from colrow.checkpoint.tied import as_in_file
 from colrow.mesh import Mesh, ParallelGroup
 from colrow.models.build import DecoderOptions, resolve_mesh, resolve_pipeline
 from colrow.models.config import ModelConfig
@@ -53,12 +54,7 @@ def from_pretrained(
     file = resolve_model_path(path)
     tp, place = resolve_mesh(mesh, device)
     with open_reader(file) as reader:
-        if file.suffix == ".gguf":
-            config = config_from_gguf(reader)
-            naming = gguf_naming(config)
-        else:
-            config = config_from_file(_directory(file))
-            naming = hf_naming(config)
+        config, naming = _config_and_naming(file, reader)
         chosen = dtype or stored_dtype(file)
         pipeline = resolve_pipeline(config, mesh, layer_split)
         model = Decoder(config, tp, pipeline=pipeline, device=place, dtype=chosen, **options)
@@ -68,25 +64,55 @@ def from_pretrained(
 
 
 def pretrained_config(path: str | Path) -> ModelConfig:
-    """The configuration of a checkpoint, without its weights. ``path`` may be a config.json."""
+    """The configuration of a checkpoint, without its weights. ``path`` may be a config.json.
+
+    Where it says that embedding and head are tied, and there are weights, it is what
+    :func:`from_pretrained` makes of them: untied if the file holds two different matrices.
+    """
     if str(path).endswith(".json"):
         return config_from_file(path)
     file = resolve_model_path(path)
     if file.suffix == ".gguf":
         with open_reader(file) as reader:
             return config_from_gguf(reader)
-    return config_from_file(_directory(file))
+    config = config_from_file(_directory(file))
+    if not config.tie_embeddings:
+        return config
+    try:
+        reader = open_reader(file)
+    except ValueError:  # no weights, or none that can be read: whoever loads them will hear of it
+        return config
+    with reader:
+        return _config_and_naming(file, reader)[0]
+
+
+def _config_and_naming(file: Path, reader: TensorReader) -> tuple[ModelConfig, Naming]:
+    """What the configuration says, and where the file differs about a tied head, the file."""
+    if file.suffix == ".gguf":
+        config = config_from_gguf(reader)
+        return config, gguf_naming(config)
+    config = config_from_file(_directory(file))
+    return as_in_file(config, hf_naming(config), reader)
 
 
 def stored_dtype(file: Path) -> torch.dtype:
-    """The dtype that a checkpoint's configuration names; fp32 when it names none."""
+    """The dtype that a checkpoint's configuration names; fp32 when it names none.
+
+    Raises:
+        ValueError: one that a model does not compute in.
+    """
     config = _directory(file) / "config.json"
     if file.suffix == ".gguf" or not config.exists():
         return torch.float32
     _, values = read_config(config.parent)
     name = str(values.get("dtype") or values.get("torch_dtype") or "float32")
-    dtype = getattr(torch, name.removeprefix("torch."), None)
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        if name.removeprefix("torch.") == str(dtype).removeprefix("torch."):
+            return dtype
+    raise ValueError(
+        f"{config} has dtype {name!r}, which the decoder does not compute in: give dtype, one of "
+        "float32, bfloat16, float16 and float64"
+    )
 
 
 def _directory(file: Path) -> Path:

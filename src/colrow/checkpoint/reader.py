@@ -188,9 +188,18 @@ def unsupported_type(
 
 
 def check_conversion(name: str, stored: str, stored_is_float: bool, dtype: torch.dtype) -> None:
-    """Refuse to round fractions away: a float tensor is only read into a float dtype."""
+    """Refuse to round fractions away, and to take whole numbers for weights.
+
+    A float tensor is read into a float dtype only, and an integer one into an integer dtype only:
+    weights that are stored as integers stand for other numbers, with scales that are elsewhere.
+    """
     if stored_is_float and not dtype.is_floating_point:
         raise ValueError(
             f"tensor {name!r} is stored as {stored} and was asked for as {dtype}, which would drop "
             "its fractions; ask for a floating-point dtype"
+        )
+    if dtype.is_floating_point and not stored_is_float:
+        raise ValueError(
+            f"tensor {name!r} is stored as {stored} where {dtype} is expected: quantised weights "
+            "are not read from such files; use the original checkpoint or a GGUF file"
         )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 from pathlib import Path
-from types import TracebackType
+from types import EllipsisType, TracebackType
 from typing import Protocol, Self, cast
 
 import torch
@@ -24,6 +25,8 @@ from colrow.files import INDEX_BYTES, check_regular, member, parse_json, read_by
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _SUPPORTED = (*_FLOATS, "I64", "I32", "I16", "I8", "U8", "BOOL")
+_CHUNK_ELEMENTS = 1 << 20
+"""Compared at a time."""
 
 
 class _StoredTensor(Protocol):
@@ -31,7 +34,7 @@ class _StoredTensor(Protocol):
 
     def get_shape(self) -> list[int]: ...
     def get_dtype(self) -> str: ...
-    def __getitem__(self, index: tuple[slice, ...]) -> torch.Tensor: ...
+    def __getitem__(self, index: tuple[slice, ...] | EllipsisType) -> torch.Tensor: ...
 
 
 class _OpenFile(Protocol):
@@ -44,11 +47,13 @@ class SafetensorsReader:
     """A ``TensorReader`` over one safetensors file or over the shards that an index lists.
 
     The files are memory-mapped: a slice is a strided view of the mapping, copied and converted
-    straight into the result. With an index, the tensors are those that it lists.
+    straight into the result. With an index, the tensors are those of all shards that it names, also
+    those that it does not list.
 
     Raises:
-        ValueError: a damaged file or index, a shard that the index names and that is missing, or
-            a tensor that the index places in a shard that lacks it. All are found on opening.
+        ValueError: a damaged file or index, a shard that the index names and that is missing, a
+            tensor that the index places in a shard that lacks it, or one that two shards hold with
+            different values. All are found on opening.
     """
 
     def __init__(self, path: Path) -> None:
@@ -160,6 +165,32 @@ class SafetensorsReader:
                     "the index and the shards are of different checkpoints"
                 )
             self._home[name] = shards[shard]
+        self._add_unlisted(shards)
+
+    def _add_unlisted(self, shards: dict[str, _OpenFile]) -> None:
+        """Tensors that the index does not list where they are, or not at all."""
+        shard_of = {id(file): shard for shard, file in shards.items()}
+        for shard, file in shards.items():
+            for name in list(file.keys()):
+                home = self._home.setdefault(name, file)
+                if home is not file and not _equal(home.get_slice(name), file.get_slice(name)):
+                    raise ValueError(
+                        f"tensor {name!r} is in {shard_of[id(home)]} and in {shard} of "
+                        f"{self._path.parent}, with different values; download the files again, or "
+                        "delete those that belong to another checkpoint"
+                    )
+
+
+def _equal(first: _StoredTensor, second: _StoredTensor) -> bool:
+    """Whether two stored tensors are the same, read a few rows at a time."""
+    shape = first.get_shape()
+    if (shape, first.get_dtype()) != (second.get_shape(), second.get_dtype()):
+        return False
+    if not shape:
+        return torch.equal(first[...], second[...])
+    rows = max(1, _CHUNK_ELEMENTS // max(1, math.prod(shape[1:])))
+    parts = ((slice(start, start + rows),) for start in range(0, shape[0], rows))
+    return all(torch.equal(first[part], second[part]) for part in parts)
 
 
 def _read_index(path: Path) -> dict[str, str]:

@@ -23,6 +23,7 @@ from colrow.cli.common import (
 from colrow.files import read_input
 from colrow.generate.options import Sampling
 from colrow.launch import RankFailure, rank_environment
+from colrow.text import decode, lines
 
 HELP = "stream a model's answer to a prompt"
 DESCRIPTION = """\
@@ -65,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         metavar="FILE",
         help="answer each line of the file, which is a prompt of its own, all of them together; "
-        "the answers come in the file's order",
+        "the answers come in the file's order, and an empty line is an error",
     )
     add_tp(parser)
     add_tensor_split(parser)
@@ -188,25 +189,31 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if [args.prompt, args.prompt_file, args.prompts].count(None) != 2:
         raise ValueError("give either PROMPT or --prompt-file or --prompts")
     if args.prompts is not None:
-        lines = read_input(args.prompts).decode("utf-8").splitlines()
-        prompts = [line for line in lines if line.strip()]
+        prompts = lines(decode(read_input(args.prompts), args.prompts))
         if not prompts:
             raise ValueError(f"{args.prompts} has no prompt: each line of it should be one")
+        for number, prompt in enumerate(prompts, 1):
+            if not prompt.strip():
+                raise ValueError(
+                    f"line {number} of {args.prompts} is empty: each line should be a prompt, and "
+                    "has an answer of its own; take the empty lines out"
+                )
         return prompts
     if args.prompt_file is not None:
-        prompt = read_input(args.prompt_file).decode("utf-8")
+        prompt = decode(read_input(args.prompt_file), args.prompt_file)
     elif args.prompt == "-":
         ranks = rank_environment()
         if ranks is not None and ranks.world_size > 1:
             raise ValueError(
                 f"the ranks of {ranks.launcher} share one standard input: use --prompt-file"
             )
-        prompt = sys.stdin.read()
+        stream = getattr(sys.stdin, "buffer", None)  # a text stream may stand in for it
+        prompt = decode(stream.read(), "standard input") if stream else sys.stdin.read()
     else:
         prompt = str(args.prompt)
     if not prompt.strip():
         raise ValueError("the prompt is empty")
-    return [prompt]
+    return [prompt.replace("\r\n", "\n")]
 
 
 def _statistics(result: dict[str, object]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from colrow.inplace.file_names import FileNames, file_names, whole_shape
 from colrow.inplace.record import record_of
 from colrow.inplace.sources import Source
 from colrow.partition import ShardSpec
+
+_ELEMENTS = 1 << 20
+"""Compared at a time."""
 
 
 def load_weights(
@@ -34,7 +38,8 @@ def load_weights(
 
     Raises:
         ValueError: nothing there, tensors that are missing, left over or mis-shaped, a form that
-            cannot be read part by part, or different values for parameters that are tied.
+            cannot be read part by part, or different values for parameters that are tied in a model
+            that is not transformers'.
 
     Sends nothing. Needs little more memory than the rank's part.
     """
@@ -62,10 +67,14 @@ def open_weights(path: str | Path) -> TensorReader:
 def checked_names(model: nn.Module, reader: TensorReader) -> FileNames:
     """Where every tensor of the model is.
 
+    A head that a model of transformers ties to its embedding, and of which the file has other
+    values, gets a parameter of its own while the model is on the meta device, as in transformers.
+
     Raises:
         ValueError: when one is missing, left over, or of another shape.
     """
     found = file_names(model, reader)
+    _untie(model, found, reader)
     missing = [
         names[0]
         for names, _ in tied_parameters(model)
@@ -87,6 +96,41 @@ def checked_names(model: nn.Module, reader: TensorReader) -> FileNames:
     return found
 
 
+def _untie(model: nn.Module, found: FileNames, reader: TensorReader) -> None:
+    """Takes apart what is tied in the model and has different values in the file."""
+    for names, parameter in tied_parameters(model):
+        first, *others = [n for n in names if n in found.sources] or [""]
+        differ = [n for n in others if not _same_values(found.sources[first], found.sources[n])]
+        config = getattr(model, "config", None)
+        empty = parameter.is_meta and record_of(model) is None
+        if differ and not (empty and getattr(config, "tie_word_embeddings", False)):
+            raise ValueError(
+                f"{' and '.join(names)} are one parameter in {type(model).__name__}, but "
+                f"{reader.description} has different values for them: build the model with a "
+                "parameter for each (tie_word_embeddings=False)"
+            )
+        for name in differ:
+            path, _, last = name.rpartition(".")
+            own = nn.Parameter(torch.empty_like(parameter), parameter.requires_grad)
+            model.get_submodule(path)._parameters[last] = own
+            config.tie_word_embeddings = False  # type: ignore[union-attr]
+            getattr(model, "all_tied_weights_keys", {}).pop(name, None)
+
+
+def _same_values(first: Source, second: Source) -> bool:
+    """Whether two sources are equal, read a few rows at a time, in fp64."""
+    if first.shape != second.shape:
+        return False
+    whole: list[Ranges] = [((0, length),) for length in first.shape]
+    rows = max(1, _ELEMENTS // max(1, math.prod(first.shape[1:])))
+    for start in range(0, first.shape[0] if first.shape else 1, rows):
+        part = [((start, min(start + rows, first.shape[0])),), *whole[1:]] if whole else []
+        left, right = (source.read(part, torch.float64) for source in (first, second))
+        if not torch.equal(left, right):
+            return False
+    return True
+
+
 def tied_parameters(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
     """Every parameter with all its names."""
     found: dict[int, tuple[list[str], nn.Parameter]] = {}
@@ -103,18 +147,10 @@ def fill(model: nn.Module, found: FileNames, reader: TensorReader, device: torch
     rank = record.tp.rank if record is not None else 0
     allocate(model, lambda _, like: torch.empty_like(like, device=device))
     for names, parameter in tied_parameters(model):
-        first, *others = [found.sources[n] for n in names if n in found.sources]
+        first = next(found.sources[n] for n in names if n in found.sources)
         spec = specs.get(names[0])
         for place, chunk in chunks(first, parameter, spec, rank):
             place.copy_(chunk)
-        for other in others:
-            for place, chunk in chunks(other, parameter, spec, rank):
-                if not torch.equal(place.cpu(), chunk):
-                    raise ValueError(
-                        f"{' and '.join(names)} are one parameter in {type(model).__name__}, but "
-                        f"{reader.description} has different values for them: set "
-                        "tie_word_embeddings=False in its configuration"
-                    )
 
 
 def chunks(

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from colrow.files import check_inside, read_json
-from colrow.layers.options import Activation, RopeConfig
+from colrow.layers.options import Activation
 from colrow.models.config import ModelConfig
 from colrow.models.families import Family, family_named
+from colrow.models.hf_rope import rope_config, windows
 
 ACTIVATION_NAMES: dict[str, Activation] = {
     "silu": "silu",
@@ -48,6 +49,7 @@ _FOREIGN_KEYS: dict[str, object] = {
     "dual_chunk_attention_config": None,
     "embedding_multiplier": 1,
     "final_logit_softcapping": None,
+    "is_causal": True,
     "logit_scale": 1,
     "logits_scaling": 1,
     "no_rope_layers": None,
@@ -60,20 +62,10 @@ _FOREIGN_KEYS: dict[str, object] = {
     "scale_emb": 1,
     "scale_embedding": False,
     "use_alibi": False,
+    "use_bidirectional_attention": False,
     "use_logn_attn": False,
     "use_parallel_residual": False,
     "use_mrope": False,
-}
-# Field of RopeConfig, key of rope_parameters.
-_SCALING_KEYS = (
-    ("factor", "factor"),
-    ("low_freq_factor", "low_freq_factor"),
-    ("high_freq_factor", "high_freq_factor"),
-    ("original_max_positions", "original_max_position_embeddings"),
-)
-_ROPE_KEYS = {
-    *("rope_type", "type", "rope_theta", "partial_rotary_factor"),
-    *(key for _, key in _SCALING_KEYS),
 }
 
 
@@ -147,8 +139,8 @@ def config_from_hf(values: Mapping[str, object]) -> ModelConfig:
         fields.setdefault("ffn_size", 4 * hidden)
     fields["activation"] = _activation(str(fields.get("activation", "silu")), family)
     if fields["position"] == "rope":
-        fields["rope"] = _rope(values, int(str(fields["head_dim"])), family)
-    fields["windows"] = _windows(values, _required(fields, "num_layers", family), family)
+        fields["rope"] = rope_config(values, int(str(fields["head_dim"])), family)
+    fields["windows"] = windows(values, _required(fields, "num_layers", family), family)
     fields["bos_token_id"] = values.get("bos_token_id")
     padding = values.get("pad_token_id")
     if isinstance(padding, int) and padding < 0:  # counted from the end, as nn.Embedding does
@@ -195,62 +187,3 @@ def _activation(name: str, family: Family) -> Activation:
         known = ", ".join(sorted(ACTIVATION_NAMES))
         raise ValueError(f"{family.name} with activation {name!r}: the decoder knows {known}")
     return ACTIVATION_NAMES[name]
-
-
-def _rope(values: Mapping[str, object], head_dim: int, family: Family) -> RopeConfig:
-    """Both spellings: ``rope_parameters``, and the older ``rope_theta`` with ``rope_scaling``."""
-    given = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    if not isinstance(given, Mapping):
-        raise ValueError(f"rope_parameters={given!r} is not a table")
-    given = {key: value for key, value in given.items() if value is not None}
-    kind = str(given.get("rope_type") or given.get("type") or "default")
-    if kind not in ("default", "linear", "llama3"):
-        raise ValueError(f"rope type {kind!r} is not supported: default, linear and llama3 are")
-    if unknown := sorted(given.keys() - _ROPE_KEYS):
-        raise ValueError(
-            f"rope_parameters has {unknown[0]}={given[unknown[0]]!r}, which is not supported"
-        )
-    theta = given.get("rope_theta") or values.get("rope_theta") or values.get("rotary_emb_base")
-    share = given.get("partial_rotary_factor") or values.get("partial_rotary_factor")
-    share = float(str(share or values.get("rotary_pct") or 1.0))
-    if share != 1.0 and "rotary_pct" not in family.defaults:
-        raise ValueError(f"{family.name} with partial_rotary_factor={share} is not supported")
-    needed = {"default": 0, "linear": 1, "llama3": 4}[kind]
-    if needed == 4:
-        given.setdefault("original_max_position_embeddings", values.get("max_position_embeddings"))
-    scaling = {}
-    for name, key in _SCALING_KEYS[:needed]:
-        if given.get(key) is None:
-            raise ValueError(f"rope type {kind!r} needs {key}, which rope_parameters lacks")
-        scaling[name] = given[key]
-    return RopeConfig(
-        theta=float(str(theta or 10000.0)),
-        dims=int(head_dim * share),
-        scaling=kind,  # type: ignore[arg-type]
-        **scaling,
-    )
-
-
-def _windows(
-    values: Mapping[str, object], num_layers: int, family: Family
-) -> tuple[int | None, ...]:
-    """Per layer, how far back it sees, as transformers' model of the family reads it."""
-    window, used = values.get("sliding_window"), values.get("use_sliding_window")
-    if not isinstance(window, int):
-        return ()
-    if family.windows == "never":
-        if used is False:
-            return ()
-        raise ValueError(f"{family.name} with sliding_window={window} is not supported")
-    if family.windows == "always":
-        return (window,) * num_layers
-    if not used:
-        return ()
-    kinds = values.get("layer_types")
-    if not isinstance(kinds, list):
-        first = int(str(values.get("max_window_layers", 28)))
-        kinds = ["full_attention"] * first + ["sliding_attention"] * max(0, num_layers - first)
-        kinds = kinds[:num_layers]
-    if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"{family.name} with layer_types {sorted(unknown)} is not supported")
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)

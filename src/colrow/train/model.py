@@ -19,6 +19,7 @@ from colrow.mesh import Mesh
 from colrow.models.build import from_config
 from colrow.models.config import Layout, ModelConfig
 from colrow.models.decoder import Decoder
+from colrow.models.hf_config import config_from_file, read_config
 from colrow.models.stages import LayerSplit
 from colrow.pipeline.balance import planned_costs
 from colrow.pipeline.settings import ZERO_BUBBLE, check_schedule, schedule_named, split_for
@@ -165,6 +166,10 @@ def copy_model_files(model: str | Path, directory: Path) -> None:
         source = path if path.is_dir() else path.parent
         check_inside(source / "config.json", source)
         shutil.copyfile(source / "config.json", directory / "config.json")
+        tied = pretrained_config(path).tie_embeddings
+        if tied != config_from_file(source).tie_embeddings:  # the weights say otherwise
+            config = {**read_config(source)[1], "tie_word_embeddings": tied}
+            (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     copy_tokenizer(path, directory)
 
 

@@ -15,6 +15,7 @@ import torch
 
 from colrow.files import read_text
 from colrow.mesh import Mesh
+from colrow.text import lines
 
 LOG = "log.jsonl"
 _LOG_BYTES = 256 << 20
@@ -132,7 +133,7 @@ def read_log(directory: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     found = []
-    for line in read_text(path, _LOG_BYTES).splitlines():
+    for line in lines(read_text(path, _LOG_BYTES)):
         try:
             found.append(json.loads(line))
         except ValueError:

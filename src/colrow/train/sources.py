@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from colrow.files import check_regular
+from colrow.text import decode
 
 _TEXT, _LINES, _PARQUET = {".txt", ".text", ".md"}, {".jsonl", ".ndjson"}, {".parquet"}
-_BLOCK = 1 << 20  # characters of a text that are tokenised at a time
+_BLOCK = 1 << 20  # bytes of a text that are tokenised at a time
 _NEEDS_EXTRA = "reading {path} needs the package {name}: pip install 'colrow[train]'"
 
 
@@ -35,8 +36,9 @@ def documents(
 ) -> Iterator[Document]:
     """The documents of a file, or of all files of a directory in the order of their names.
 
-    A text file is one document. A line of a JSON Lines file, and a row of a Parquet file or of a
-    dataset saved with ``Dataset.save_to_disk``, has a field "text", or "prompt" and "completion".
+    A text file is one document, as it is but for a byte order mark. A line of a JSON Lines file,
+    and a row of a Parquet file or of a dataset saved with ``Dataset.save_to_disk``, has a field
+    "text", or "prompt" and "completion".
 
     Args:
         progress: told the bytes of each file (or part of it) when they have been read.
@@ -78,28 +80,30 @@ def size_bytes(path: str | Path) -> int:
 
 
 def _text(path: Path, progress: Callable[[int], None] | None) -> Iterator[Document]:
-    with path.open(encoding="utf-8") as file:
-        try:
-            block = "".join(file.readlines(_BLOCK))
-            while block:
-                following = "".join(file.readlines(_BLOCK))
-                yield Document(block, ends=not following)
-                if progress:
-                    progress(len(block.encode()))
-                block = following
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    with path.open("rb") as file:
+        first, line = 0, 1
+        block = b"".join(file.readlines(_BLOCK))
+        while block:
+            following = b"".join(file.readlines(_BLOCK))
+            yield Document(decode(block, str(path), first=first, line=line), ends=not following)
+            if progress:
+                progress(len(block))
+            first, line = first + len(block), line + block.count(b"\n")
+            block = following
 
 
 def _lines(path: Path, progress: Callable[[int], None] | None) -> Iterator[Document]:
     with path.open("rb") as file:
+        first = 0
         for number, line in enumerate(file, 1):
             if line.strip():
+                text = decode(line, str(path), first=first, line=number)
                 try:
-                    row = json.loads(line)
+                    row = json.loads(text)
                 except (ValueError, RecursionError) as error:
                     raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
                 yield _row(row, f"{path}, line {number}")
+            first += len(line)
             if progress:
                 progress(len(line))
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from colrow.files import read_text
+from colrow.text import lines
 from colrow.zoo.architectures import Architecture
 from colrow.zoo.compare import Outcome
 
@@ -25,7 +26,7 @@ class Store:
         self._known: dict[tuple[str, str, bool, int], Outcome] = {}
         if path is None or not path.exists():
             return
-        for number, line in enumerate(read_text(path).splitlines(), 1):
+        for number, line in enumerate(lines(read_text(path)), 1):
             try:
                 outcome = Outcome(**json.loads(line))
             except (ValueError, TypeError) as error:

@@ -1,0 +1,150 @@
+"""Rotary positions and sliding windows, as a Hugging Face configuration says them. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from colrow.layers.options import RopeConfig
+from colrow.models.families import Family
+
+# Field of RopeConfig, key of rope_parameters.
+_SCALING_KEYS = (
+    ("factor", "factor"),
+    ("low_freq_factor", "low_freq_factor"),
+    ("high_freq_factor", "high_freq_factor"),
+    ("original_max_positions", "original_max_position_embeddings"),
+)
+_ROPE_KEYS = {
+    *("rope_type", "type", "rope_theta", "partial_rotary_factor"),
+    *(key for _, key in _SCALING_KEYS),
+}
+# What transformers' configuration of GPT-NeoX calls these, and it looks at no other spelling.
+_NEOX_KEYS = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+
+
+def rope_config(values: Mapping[str, object], head_dim: int, family: Family) -> RopeConfig:
+    """From ``rope_parameters``, or the older ``rope_scaling``, with the keys beside them.
+
+    A key inside the table comes before the one beside it, as in transformers.
+
+    Raises:
+        ValueError: a kind or key of rotary positions that the decoder lacks, or two spellings that
+            say different things.
+    """
+    tables: dict[str, Mapping[str, object]] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        given = values.get(name) or {}
+        if not isinstance(given, Mapping):
+            raise ValueError(f"{name}={given!r} is not a table")
+        if given:
+            tables[name] = given
+    found = [_rope(table, values, head_dim, family) for table in tables.values() or [{}]]
+    if found[0] != found[-1]:
+        raise ValueError(
+            f"rope_scaling={tables['rope_scaling']!r} and rope_parameters="
+            f"{tables['rope_parameters']!r} mean different rotary positions: leave one out"
+        )
+    return found[0]
+
+
+def _rope(
+    table: Mapping[str, object], values: Mapping[str, object], head_dim: int, family: Family
+) -> RopeConfig:
+    given = {key: value for key, value in table.items() if value is not None}
+    kind = str(given.get("rope_type") or given.get("type") or "default")
+    if kind not in ("default", "linear", "llama3"):
+        raise ValueError(f"rope type {kind!r} is not supported: default, linear and llama3 are")
+    if unknown := sorted(given.keys() - _ROPE_KEYS):
+        raise ValueError(
+            f"rope_parameters has {unknown[0]}={given[unknown[0]]!r}, which is not supported"
+        )
+    theta = float(str(_beside("rope_theta", given, values, family) or 10000.0))
+    share = float(str(_beside("partial_rotary_factor", given, values, family) or 1.0))
+    if share != 1.0 and "rotary_pct" not in family.defaults:
+        raise ValueError(f"{family.name} with partial_rotary_factor={share} is not supported")
+    needed = {"default": 0, "linear": 1, "llama3": 4}[kind]
+    if needed == 4:
+        original, trained = (
+            "original_max_position_embeddings",
+            values.get("max_position_embeddings"),
+        )
+        given[original] = values.get(original) or given.get(original) or trained
+    scaling = {}
+    for name, key in _SCALING_KEYS[:needed]:
+        if given.get(key) is None:
+            raise ValueError(f"rope type {kind!r} needs {key}, which rope_parameters lacks")
+        scaling[name] = given[key]
+    return RopeConfig(
+        theta=theta,
+        dims=int(head_dim * share),
+        scaling=kind,  # type: ignore[arg-type]
+        **scaling,  # type: ignore[arg-type]
+    )
+
+
+def _beside(
+    key: str, table: Mapping[str, object], values: Mapping[str, object], family: Family
+) -> object:
+    """A value of the table of rotary positions, or the one that stands beside the table.
+
+    Raises:
+        ValueError: a GPT-NeoX configuration that says it under another name as well, differently.
+    """
+    read = _NEOX_KEYS[key] if family.name == "gpt_neox" else key
+    value = table.get(key) or values.get(read)
+    if read != key and values.get(key) is not None:
+        used = value or 10000.0
+        if values[key] != used:
+            raise ValueError(
+                f"{key}={values[key]!r} contradicts what transformers takes for a {family.name} "
+                f"model, {read}={used!r}: make them equal or leave {key} out"
+            )
+    return value
+
+
+def windows(
+    values: Mapping[str, object], num_layers: int, family: Family
+) -> tuple[int | None, ...]:
+    """Per layer, how far back it sees, as transformers' model of the family reads it.
+
+    Raises:
+        ValueError: kinds of layers that the decoder lacks, or windows that the family has none of.
+    """
+    kinds = values.get("layer_types")
+    if isinstance(kinds, list):
+        if unknown := {str(kind) for kind in kinds} - {"full_attention", "sliding_attention"}:
+            raise ValueError(
+                f"{family.name} with layer_types {sorted(unknown)} is not supported: "
+                "full_attention and sliding_attention are"
+            )
+        if len(kinds) != num_layers:
+            raise ValueError(f"layer_types names {len(kinds)} layers, and there are {num_layers}")
+    found = _windows(values, num_layers, family)
+    if isinstance(kinds, list) and "sliding_attention" in kinds and not found:
+        raise ValueError(
+            f"layer_types asks for sliding_attention, and this {family.name} configuration has no "
+            "sliding_window for it: set it and use_sliding_window, or leave layer_types out"
+        )
+    return found
+
+
+def _windows(
+    values: Mapping[str, object], num_layers: int, family: Family
+) -> tuple[int | None, ...]:
+    window, used = values.get("sliding_window"), values.get("use_sliding_window")
+    if not isinstance(window, int):
+        return ()
+    if family.windows == "never":
+        if used is False:
+            return ()
+        raise ValueError(f"{family.name} with sliding_window={window} is not supported")
+    if family.windows == "always":
+        return (window,) * num_layers
+    if not used:
+        return ()
+    kinds = values.get("layer_types")
+    if not isinstance(kinds, list):
+        first = int(str(values.get("max_window_layers", 28)))
+        kinds = ["full_attention"] * first + ["sliding_attention"] * max(0, num_layers - first)
+        kinds = kinds[:num_layers]
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
