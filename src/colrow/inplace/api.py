@@ -17,6 +17,7 @@ from colrow.inplace.check import (
     check_equal_weights,
     observe,
 )
+from colrow.inplace.fused import without_fused_kernels
 from colrow.inplace.load import checked_names, fill, open_weights
 from colrow.inplace.look import Look, carry_out, look
 from colrow.inplace.meta import give_buffers, is_on_meta, model_of
@@ -74,7 +75,8 @@ def parallelize(
         RuntimeError: another rank failed, or this rank alone did while the others compute.
     """
     options = _Options(plan, example_inputs, sequence_parallel, check)
-    with torch.inference_mode(False), torch.enable_grad():  # the proof takes gradients
+    # The proof takes gradients, and looks at layers one by one.
+    with torch.inference_mode(False), torch.enable_grad(), without_fused_kernels():
         return _parallelize(model, mesh, options, weights, dtype)
 
 
@@ -205,7 +207,7 @@ def plan_for(
     if not isinstance(model, nn.Module):
         model = model_of(model, None)
     check_whole(model)
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), without_fused_kernels():
         if not is_on_meta(model):
             return look(model, tp or 2, "auto", example_inputs).plan
         give_buffers(model, None, torch.device("cpu"))

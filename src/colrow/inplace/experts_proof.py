@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from colrow.inplace.calls import Key
 from colrow.inplace.equal import close, near, placed, sum_of
 from colrow.inplace.locals import Setting, settings, watching
-from colrow.inplace.prove import NotProvenError, Proof
+from colrow.inplace.prove import NotProvenError, Proof, undecided
 from colrow.inplace.search import Group
 from colrow.inplace.simulate import Observed, Simulation, take
 from colrow.inplace.unit import Unit, UnitError
+from colrow.inplace.watch import Watch
 
 
 def prove_experts(unit: Unit, last: str, dim: int, group: Group, ranks: int) -> Proof:
@@ -42,6 +43,15 @@ def prove_experts(unit: Unit, last: str, dim: int, group: Group, ranks: int) -> 
         for rank in range(ranks)
     ]
     simulation = Simulation(unit, group)
+    answered = []
+    try:
+        for unit.training in (True, False):
+            survey = Watch()
+            with torch.no_grad():
+                simulation.whole(watch=survey)
+            answered = [style for style, _ in undecided(simulation, survey, ranks)]
+    finally:
+        unit.training = False
     found: list[Setting] = []
     try:
         nothing = _results(alone, weight, kept * 0)
@@ -50,8 +60,15 @@ def prove_experts(unit: Unit, last: str, dim: int, group: Group, ranks: int) -> 
             index = torch.tensor(rows[rank])
             masked.index_copy_(dim, index, take(kept, dim, rows[rank]))
             expected = _results(alone, weight, masked)
+            otherwise = [
+                (style, simulation.whole(watch=Watch(style)).results) for style in answered
+            ]
             weight.data.copy_(kept)
             found.append(_setting(simulation, rank, expected, settings(numbers, sizes[rank])))
+            for style, results in otherwise:
+                part = simulation.rank(rank, found[rank], Observed(), Watch(style))
+                if not all(close(a, b) for a, b in zip(part.results, results, strict=True)):
+                    raise NotProvenError("a rank's part differs where values are compared")
     finally:
         weight.data.copy_(kept)
     once, less = set[str](), ""

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from colrow.inplace.calls import ModuleCall
 from colrow.inplace.experts import find_experts, used_directly
+from colrow.inplace.kinds import kind_of
 from colrow.inplace.probe import Reach, probe
 from colrow.inplace.prove import NotProvenError, Proof, prove
 from colrow.inplace.search import Group, find_groups
@@ -19,8 +19,6 @@ from colrow.inplace.unit import Unit, UnitError, linear_kind
 
 # Wide layers are looked at coarsely first, and more finely where heads do not fit into that.
 _FEW_UNITS, _MANY_UNITS = 128, 1024
-# Numbers of a layer that say where it is and not what it does.
-_PLACES = frozenset({"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx", "idx"})
 
 
 @dataclass
@@ -166,6 +164,8 @@ def _look_at(
             found = find_groups(reaches, free, ranks)
     except UnitError as error:
         return proofs, dict.fromkeys(multiplying, f"could not be run alone: {error}")
+    except RuntimeError as error:  # of an operation that has no derivative
+        return proofs, dict.fromkeys(multiplying, f"could not be looked at: {error}")
     reasons |= found.reasons
     taken: set[str] = set()
     for group in found.groups:
@@ -266,23 +266,4 @@ def _is_stack(module: nn.Module) -> bool:
         and len(inner) > 1
         and any(linear_kind(m) for m in inner.modules())
         for inner in module.modules()
-    )
-
-
-def kind_of(module: nn.Module, call: ModuleCall | None) -> Any:
-    """Equal for modules that compute the same from arguments of the same shapes."""
-    inner = tuple((name, type(m), m.training, _plain(m)) for name, m in module.named_modules())
-    tensors = tuple((n, tuple(p.shape), p.dtype) for n, p in module.named_parameters())
-    if call is None:
-        return inner, tensors
-    leaves, spec = pytree.tree_flatten((call.args, call.kwargs))
-    shapes = tuple(tuple(x.shape) if isinstance(x, Tensor) else type(x) for x in leaves)
-    return inner, tensors, shapes, str(spec)
-
-
-def _plain(module: nn.Module) -> tuple[tuple[str, Any], ...]:
-    return tuple(
-        (name, value)
-        for name, value in vars(module).items()
-        if isinstance(value, int | float | str | bool) and name not in _PLACES
     )

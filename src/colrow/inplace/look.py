@@ -14,6 +14,7 @@ from colrow.inplace.attention_weights import refuse_attention_weights
 from colrow.inplace.calls import ModuleCall
 from colrow.inplace.capture import capture_calls
 from colrow.inplace.examples import example_batches
+from colrow.inplace.fused import avoid_fused_kernels
 from colrow.inplace.gathered import GatheredLayers, gathered_layers, split_gathered
 from colrow.inplace.infer import Inference, infer
 from colrow.inplace.plan import (
@@ -206,6 +207,7 @@ def carry_out(
     split_loss(applier, vocabulary)
     split_stacks(applier, found.stacks)
     refuse_what_needs_whole_weights(applier)
+    avoid_fused_kernels(applier)
     if any(proof.local_results for proofs in found.inference.proofs.values() for proof in proofs):
         applier.hook(model.register_forward_pre_hook(refuse_attention_weights, with_kwargs=True))
     return record

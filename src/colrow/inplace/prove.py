@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from colrow.inplace.calls import Key
+from colrow.inplace.decisions import DecisionError, check_decisions
 from colrow.inplace.equal import close, near, placed, sum_of
 from colrow.inplace.locals import Number, Setting, settings, watching
 from colrow.inplace.search import Group
 from colrow.inplace.simulate import Cuts, Observed, Simulation, take
 from colrow.inplace.unit import Unit, UnitError, output_features
+from colrow.inplace.watch import Style, Watch
 
 
 class NotProvenError(Exception):
@@ -56,9 +58,12 @@ def prove(unit: Unit, group: Group, ranks: int) -> Proof:
         NotProvenError: when there is none; nothing is known to be wrong then, or right.
     """
     simulation = Simulation(unit, group)
+    survey = Watch()
     with watching(unit.module, {*group.columns, *group.rows}) as numbers:
-        whole = simulation.whole()
+        whole = simulation.whole(watch=survey)
+    answered = undecided(simulation, survey, ranks)
     found = _settings(simulation, whole, numbers, ranks)
+    _compare_answered(simulation, answered, found)
     try:
         proof = _gradients(simulation, whole, found, ranks)
     except _MixedError as mixed:
@@ -72,13 +77,55 @@ def prove(unit: Unit, group: Group, ranks: int) -> Proof:
     return proof
 
 
+def undecided(simulation: Simulation, survey: Watch, ranks: int) -> list[tuple[Style, Observed]]:
+    """As :func:`check_decisions`, for a group of layers.
+
+    Raises:
+        NotProvenError: when it decides by what a rank has a part of.
+    """
+    group = simulation.group
+
+    def run(watch: Watch, base: Observed | None) -> Observed:
+        return simulation.whole(watch=watch, sums=base)
+
+    def differs(other: Observed, base: Observed, rank: int) -> str:
+        for name, rows in group.rows.items():
+            pairs = zip(other.inputs.get(name, []), base.inputs.get(name, []), strict=True)
+            for x, y in pairs:
+                dim = y.dim() - 1
+                if not close(take(x, dim, rows[rank]), take(y, dim, rows[rank])):
+                    return f"a rank's input of {name}"
+        if group.rows and base.results and not close(other.results[0], base.results[0]):
+            return "its result"
+        return ""
+
+    try:
+        return check_decisions(survey, ranks, run, differs)
+    except DecisionError as error:
+        raise NotProvenError(str(error)) from None
+
+
+def _compare_answered(
+    simulation: Simulation, answered: list[tuple[Style, Observed]], found: list[Setting]
+) -> None:
+    """Each rank's part when comparisons are answered otherwise."""
+    for style, whole in answered:
+        for rank, setting in enumerate(found):
+            with torch.no_grad():
+                part = simulation.rank(rank, setting, whole, Watch(style))
+            _compare_values(simulation.group, part, whole, rank)
+
+
 def _prove_training(simulation: Simulation, proof: Proof, ranks: int) -> None:
     """The same once more as in training, where a module's forward may take other ways."""
     simulation.unit.training = True
     try:
-        whole = simulation.whole()
+        survey = Watch()
+        whole = simulation.whole(watch=survey)
         if missing := [name for name in proof.group.rows if not whole.inputs.get(name)]:
             raise NotProvenError(f"in training {missing[0]} is not called")
+        answered = undecided(simulation, survey, ranks)
+        _compare_answered(simulation, answered, proof.settings)
         other = _gradients(simulation, whole, proof.settings, ranks)
     except UnitError as error:
         raise NotProvenError(f"does not run in training: {error}") from None

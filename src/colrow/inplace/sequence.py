@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from colrow.inplace.calls import Key, ModuleCall, argument_names, tensors_of
 from colrow.inplace.capture import run_example
 from colrow.inplace.gathered import GatheredLayers
-from colrow.inplace.infer import Inference, kind_of
+from colrow.inplace.infer import Inference
+from colrow.inplace.kinds import kind_of
 from colrow.inplace.prove import Proof
 from colrow.inplace.sequence_proof import Block, prove_block
 from colrow.inplace.sequence_run import SequenceError

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from colrow.inplace.calls import Key, ModuleCall
+from colrow.inplace.decisions import DecisionError, check_decisions
 from colrow.inplace.equal import close, near, sum_of
 from colrow.inplace.prove import Proof
 from colrow.inplace.sequence_boundary import Boundary, shorten
 from colrow.inplace.sequence_run import Run, SequenceError, run_block, tokens_of
 from colrow.inplace.unit import Unit, UnitError
+from colrow.inplace.watch import Watch
 from colrow.partition import Partition
 
 _TOKENS = 1
@@ -116,6 +118,7 @@ def _prove(
             f"the example has {length} tokens for {ranks} ranks: give example_inputs with more"
         )
     partition = Partition.even(length, ranks)
+    _check_decisions(unit, inside, columns, hidden, partition)
     parts = []
     gathered: dict[str, set[Key]] = {}
     for bounds in partition.bounds:
@@ -145,6 +148,35 @@ def _prove(
         row = "" if own.get(path) else None
         boundaries.append(Boundary(path, keys, row, path not in columns))
     return boundaries, bool(whole.dropped)
+
+
+def _check_decisions(
+    unit: Unit, inside: Sequence[str], columns: set[str], hidden: Key, partition: Partition
+) -> None:
+    """The block may decide nothing by tokens that a rank does not have."""
+
+    def run(watch: Watch, base: Run | None) -> Run:
+        trees = {} if base is None else base.trees
+        return run_block(unit, inside, columns, None, trees, hidden, watch, partition)
+
+    def differs(other: Run, base: Run, rank: int) -> str:
+        bounds = partition.bounds[rank]
+        if not close(tokens_of(other.results[0], bounds), tokens_of(base.results[0], bounds)):
+            return "its result for a token"
+        return ""
+
+    survey = Watch()
+    run(survey, None)
+    try:
+        answered = check_decisions(survey, len(partition.bounds), run, differs)
+    except DecisionError as error:
+        raise SequenceError(str(error)) from None
+    for style, whole in answered:
+        for bounds in partition.bounds:
+            watch = Watch(style)
+            part = run_block(unit, inside, columns, bounds, whole.trees, hidden, watch, partition)
+            if not close(part.results[0], tokens_of(whole.results[0], bounds)):
+                raise SequenceError("a rank's tokens differ where values are compared")
 
 
 def _compare_given(

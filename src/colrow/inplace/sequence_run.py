@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from colrow.inplace.calls import Key, ModuleCall, method_argument_names, tensors_of
 from colrow.inplace.sequence_boundary import DropoutSpy
 from colrow.inplace.unit import Unit
+from colrow.inplace.watch import Watch
+from colrow.partition import Partition
 
 
 class SequenceError(Exception):
@@ -24,6 +28,7 @@ class Run:
 
     inputs: dict[str, dict[Key, Tensor]] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)  # leaves
+    given: dict[str, Tensor] = field(default_factory=dict)  # the same for the block
     trees: dict[str, Any] = field(default_factory=dict)
     results: list[Tensor] = field(default_factory=list)
     arguments: dict[Key, Tensor] = field(default_factory=dict)
@@ -43,6 +48,8 @@ def run_block(
     bounds: tuple[int, int] | None,
     trees: Mapping[str, Any],
     hidden: Key,
+    watch: Watch | None = None,
+    partition: Partition | None = None,
 ) -> Run:
     """Runs the block; what it is given, and what the modules in it give, are leaves of the graph.
 
@@ -51,6 +58,8 @@ def run_block(
         columns: those of them whose results are whole sequences too.
         bounds: the tokens; None for all, where the modules are run and give ``Run.trees``.
         hidden: the argument that holds the tokens.
+        watch: follows what comes of the tokens, outside of the modules that see all.
+        partition: of the tokens; needed by ``watch``.
 
     Raises:
         SequenceError: when one of them is called twice or gives no ``[batch, sequence, hidden]``.
@@ -64,7 +73,23 @@ def run_block(
         if key == hidden and bounds is not None:
             value = tokens_of(value, bounds)
         value = seen.arguments[key] = value.clone().requires_grad_()
-        return value * 1
+        return followed(value) if key == hidden else value * 1
+
+    def followed(value: Tensor) -> Tensor:
+        """Tokens, of which a watch changes those that a rank does not hold."""
+        if watch is None or partition is None:
+            return value * 1
+        if bounds is not None:
+            watch.mark(value := value * 1)
+            return value
+        length = value.shape[1]
+
+        def held(rank: int) -> Tensor:
+            mask = torch.zeros(length, dtype=torch.bool)
+            mask[slice(*partition.bounds[rank])] = True
+            return mask
+
+        return watch.source(value * 1, 1, held, scaled=False)
 
     def replaced(path: str) -> Callable[..., Any]:
         module = unit.module.get_submodule(path)
@@ -73,6 +98,13 @@ def run_block(
         own = type(module).forward if factors is None else lambda _, x: factors(x)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
+            with nullcontext() if watch is None else watch.elsewhere():
+                given = cut(*args, **kwargs)
+            if watch is None or path in columns:
+                return given
+            return pytree.tree_map(lambda x: followed(x) if x is seen.given[path] else x, given)
+
+        def cut(*args: Any, **kwargs: Any) -> Any:
             if path in seen.inputs:
                 raise SequenceError(f"{path} is called more than once")
             given = seen.inputs[path] = {}
@@ -83,7 +115,7 @@ def run_block(
                 return value
 
             ModuleCall(args, kwargs).mapped(names, keep)
-            if bounds is None:
+            if bounds is None and path not in trees:
                 spy.elsewhere = True
                 seen.trees[path] = pytree.tree_map(_detached, own(module, *args, **kwargs))
             # Between layers of the block itself there are whole sequences, up to the last.
@@ -98,7 +130,10 @@ def run_block(
             return type(unit.module).forward(unit.module, *args, **kwargs)
 
     forwards = {path: replaced(path) for path in inside} | {"": root}
-    seen.results = tensors_of(unit.run(leaf, forwards))
+    result = unit.run(leaf, forwards, watch)
+    if watch is not None:
+        watch.end(pytree.tree_leaves(result))
+    seen.results = tensors_of(result)
     seen.dropped, seen.other_dropouts = spy.seen, spy.others
     return seen
 
@@ -116,6 +151,7 @@ def _as_leaf(tree: Any, path: str, seen: Run, bounds: tuple[int, int] | None) ->
                 raise SequenceError(f"{path} does not give [batch, sequence, hidden]")
             part = value if bounds is None else tokens_of(value, bounds)
             seen.outputs[path] = part.clone().requires_grad_()
-            leaves[number] = seen.outputs[path] * 1  # a block may write into what it is given
+            # A block may write into what it is given.
+            leaves[number] = seen.given[path] = seen.outputs[path] * 1
             break
     return pytree.tree_unflatten(leaves, spec)

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from colrow.inplace.calls import Key, tensors_of
 from colrow.inplace.locals import Setting, applied
-from colrow.inplace.search import Group
+from colrow.inplace.search import Group, Rows
 from colrow.inplace.unit import Unit
+from colrow.inplace.watch import Watch
 
 
 @dataclass
@@ -77,19 +79,33 @@ class Simulation:
         self.unit, self.group, self.cuts = unit, group, cuts or Cuts()
         self.cotangents: list[Tensor] = []
 
-    def whole(self, *, connected: bool = False) -> Observed:
-        """The unsplit module; ``connected`` leaves the graph uncut."""
+    def whole(
+        self,
+        *,
+        connected: bool = False,
+        watch: Watch | None = None,
+        sums: Observed | None = None,
+    ) -> Observed:
+        """The unsplit module.
+
+        Args:
+            connected: leaves the graph uncut.
+            watch: follows what the group divides.
+            sums: the run whose sums row-parallel layers give; their own by default.
+        """
         seen = Observed()
         forwards = {
             name: self._column(name, None, seen, cut=not connected and name not in self.cuts.uncut)
             for name in self.group.columns
         }
-        forwards |= {name: self._row(name, None, seen, None) for name in self.group.rows}
+        forwards |= {name: self._row(name, None, seen, sums) for name in self.group.rows}
         if not connected:
             forwards |= {name: self._output(name, seen) for name in self.cuts.outputs}
-        return self._run(seen, forwards, None, {})
+        return self._run(seen, forwards, None, {}, watch)
 
-    def rank(self, rank: int, setting: Setting, whole: Observed) -> Observed:
+    def rank(
+        self, rank: int, setting: Setting, whole: Observed, watch: Watch | None = None
+    ) -> Observed:
         """The part of one rank."""
         seen = Observed()
         forwards = {
@@ -98,10 +114,15 @@ class Simulation:
         }
         forwards |= {name: self._row(name, rank, seen, whole) for name in self.group.rows}
         forwards |= {name: self._output(name, seen) for name in self.cuts.outputs}
-        return self._run(seen, forwards, rank, setting)
+        return self._run(seen, forwards, rank, setting, watch)
 
     def _run(
-        self, seen: Observed, forwards: dict[str, Any], rank: int | None, setting: Setting
+        self,
+        seen: Observed,
+        forwards: dict[str, Any],
+        rank: int | None,
+        setting: Setting,
+        watch: Watch | None,
     ) -> Observed:
         def leaf(key: Key, value: Any) -> Any:
             if not isinstance(value, Tensor):
@@ -113,6 +134,8 @@ class Simulation:
             if rank is not None and key in self.group.arguments:
                 dim, period, rows = self.group.arguments[key]
                 value = take_periodic(value, dim, period, rows[rank])
+            if watch is not None and floating and key in self.group.arguments:
+                value = _followed(watch, value, self.group.arguments[key], rank, scaled=True)
             # A module may write into what it is given, but not into a leaf.
             return value.clone() if floating else value
 
@@ -130,12 +153,48 @@ class Simulation:
                 local = take(local, dim, rows[rank])
             seen.leaves["parameter", name] = local.clone().requires_grad_()
         local_parameters = {n: seen.leaves["parameter", n] for n in parameters}
+        if watch is not None:
+            forwards = self._watched(watch, forwards, rank)
+            for name, (dim, rows) in self.group.parameters.items():
+                if name not in parameters:
+                    continue
+                place = dim, parameters[name].shape[dim], rows
+                local = _followed(watch, local_parameters[name], place, rank, scaled=True)
+                local_parameters[name] = local
         direct = {n: x for (kind, n, *_), x in seen.leaves.items() if kind == "direct"}
         local_parameters |= direct
         manager = applied(self.unit.module, setting) if setting else nullcontext()
         with manager, _with_parameters(self.unit.module, local_parameters):
-            seen.results = tensors_of(self.unit.run(leaf, forwards))
+            result = self.unit.run(leaf, forwards, nullcontext() if watch is None else watch)
+        seen.results = tensors_of(result)
+        if watch is not None:
+            watch.end(pytree.tree_leaves(result), summed=not self.group.rows)
         return seen
+
+    def _watched(self, watch: Watch, forwards: dict[str, Any], rank: int | None) -> dict[str, Any]:
+        """The layers of the group, between which values are divided."""
+
+        def column(forward: Any, rows: Rows) -> Any:
+            def watched(x: Tensor, *_: Any) -> Tensor:
+                with watch.elsewhere():
+                    y: Tensor = forward(x)
+                return _followed(watch, y, (-1, y.shape[-1], rows), rank, scaled=False)
+
+            return watched
+
+        def row(forward: Any) -> Any:
+            def watched(x: Tensor, *_: Any) -> Any:
+                with watch.elsewhere():
+                    return forward(x)
+
+            return watched
+
+        found = dict(forwards)
+        for name, rows in self.group.columns.items():
+            found[name] = column(forwards[name], rows)
+        for name in self.group.rows:
+            found[name] = row(forwards[name])
+        return found
 
     def _column(self, name: str, rank: int | None, seen: Observed, *, cut: bool) -> Any:
         if name not in self.unit.factors:
@@ -190,7 +249,7 @@ class Simulation:
             y = F.linear(F.linear(x, down), factors.up, bias)
             if whole is not None:
                 total = whole.sums[name][len(calls)]
-                y = y + (total - y).detach()
+                y = y + (total - y).detach() if torch.is_grad_enabled() else total
             calls.append(y.detach())
             return y
 
@@ -208,6 +267,27 @@ class Simulation:
             return y
 
         return forward
+
+
+def _followed(
+    watch: Watch, x: Tensor, place: tuple[int, int, Rows], rank: int | None, *, scaled: bool
+) -> Tensor:
+    """``x`` marked as divided; whole, it is changed where a rank's part is to stay.
+
+    Args:
+        place: dimension, period and each rank's indices inside a period.
+    """
+    dim, period, rows = place
+    if rank is not None:
+        watch.mark(x)
+        return x
+
+    def held(of: int) -> Tensor:
+        mask = torch.zeros(period, dtype=torch.bool)
+        mask[rows[of]] = True
+        return mask.repeat(x.shape[dim] // period)
+
+    return watch.source(x, dim, held, scaled=scaled)
 
 
 def take(x: Tensor, dim: int, indices: list[int]) -> Tensor:

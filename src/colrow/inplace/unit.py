@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -198,8 +198,13 @@ class Unit:
         self,
         change: Callable[[Key, Any], Any] | None = None,
         replaced: Mapping[str, Forward] | None = None,
+        watch: AbstractContextManager[object] | None = None,
     ) -> Any:
-        """The module's result, with arguments changed and forwards of inner modules replaced."""
+        """The module's result, with arguments changed and forwards of inner modules replaced.
+
+        Args:
+            watch: what the forward is run in.
+        """
         names = argument_names(self.module)
         call = self.call.mapped(
             names, lambda key, leaf: private(change(key, leaf) if change else leaf)
@@ -217,7 +222,8 @@ class Unit:
         ):
             torch.default_generator.manual_seed(0)
             try:
-                return self.module(*call.args, **call.kwargs)
+                with watch or nullcontext():
+                    return self.module(*call.args, **call.kwargs)
             except (
                 Exception
             ) as error:  # whatever the model's code raises for sizes it did not expect

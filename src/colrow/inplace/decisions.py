@@ -1,0 +1,87 @@
+"""A module is split only if it decides nothing by values of which each rank has a part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from colrow.inplace.unit import UnitError
+from colrow.inplace.watch import Style, Watch
+
+Run = TypeVar("Run")
+
+
+class DecisionError(Exception):
+    """The forward decides by values that are others on each rank; the message says where."""
+
+
+def check_decisions(
+    survey: Watch,
+    ranks: int,
+    run: Callable[[Watch, Run | None], Run],
+    differs: Callable[[Run, Run, int], str],
+) -> list[tuple[Style, Run]]:
+    """Runs the whole with each rank's values kept and the others changed, and compares.
+
+    Args:
+        survey: a forward of the whole that was watched.
+        run: a watched forward of the whole; of a second one the sums over ranks are those of the
+            run that it is given.
+        differs: what of a rank's own part is not in the first run what it is in the second; "" for
+            nothing.
+
+    Returns:
+        The whole as it runs when comparisons are answered otherwise, by the way that they are;
+        nothing for a forward without any.
+
+    Raises:
+        DecisionError: when a number, a comparison or a choice depends on more than a rank holds.
+    """
+    if survey.problem:
+        raise DecisionError(survey.problem)
+    if not survey.decides:
+        return []
+    found = []
+    with torch.no_grad():
+        for style, watch, base in _answered(run):
+            mixed: list[Tensor] = []
+            wrong = ""
+            for rank in range(ranks):
+                moved = Watch(style, watch, rank)
+                try:
+                    other = run(moved, base)
+                except UnitError as error:
+                    raise DecisionError(f"it fails for other values: {error}") from None
+                changed = moved.changed()
+                if changed is None:
+                    raise DecisionError("it takes another way for other values")
+                wrong = wrong or differs(other, base, rank)
+                mixed = [a & b for a, b in zip(mixed, changed, strict=True)] if rank else changed
+            for record, some in zip(watch.records, mixed, strict=True):
+                if some.any():
+                    raise DecisionError(
+                        f"its forward decides by values of which a rank has a part: {record.place}"
+                    )
+            if wrong:
+                raise DecisionError(f"{wrong} depends on values of other ranks")
+            found.append((style, base))
+    return found
+
+
+def _answered(run: Callable[[Watch, Run | None], Run]) -> Iterator[tuple[Style, Watch, Run]]:
+    """The whole, run with comparisons answered in every way that may matter."""
+    styles = [Style(0)]
+    for style in styles:
+        watch = Watch(style)
+        try:
+            base = run(watch, None)
+        except UnitError:  # of answers that its code does not expect
+            continue
+        if len(styles) == 1 and watch.places:
+            styles += [Style(1), Style(2), Style(3)] if len(watch.places) > 1 else [Style(1)]
+            if watch.ragged:
+                styles.append(Style(1, flips=False))
+        yield style, watch, base

@@ -1,0 +1,215 @@
+"""A forward pass watched for what it decides by values of which each rank has a part.
+
+Such values are *divided*: a layer's output features, parameters, tokens. Whatever is computed from
+them is divided too, up to where the ranks' parts are put together again. A Python number read from
+them is another one on each rank. A maximum, a comparison or a sort across the parts may happen to
+give the same for one batch: so it is run again with the values that a rank does not hold changed.
+What changes for every rank depends on more than any of them holds.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from colrow.inplace.following import Functions, Operations, spoken_place
+
+_LIMIT = 1e-9
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a run answers comparisons of divided values, so that both answers are seen.
+
+    Attributes:
+        number: 0 for always false, 1 for always true, else by the place of the comparison.
+        flips: whether an element is answered otherwise when what is compared has changed.
+    """
+
+    number: int
+    flips: bool = True
+
+    def answer(self, place: str) -> bool:
+        """The answer of a comparison in this place."""
+        if self.number < 2:
+            return bool(self.number)
+        return bool(zlib.crc32(place.encode()) >> self.number & 1)
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What an operation got or gave, and where it is in the code.
+
+    Attributes:
+        exact: whether any difference counts, or only more than rounding.
+        compared: whether its elements are in the same places in every run.
+    """
+
+    tensor: Tensor
+    place: str
+    exact: bool
+    compared: bool
+
+
+class Watch:
+    """One forward pass in which divided values are followed.
+
+    Attributes:
+        style: how comparisons are answered; None for what they give.
+        base: the run with which this is compared; None for one that is compared with.
+        rank: whose values stay; those of other ranks are changed. None for no change.
+        problem: what the forward reads that differs between the ranks; "" for nothing.
+        decides: whether it does what may hide a difference.
+        ragged: whether it has tensors whose size depends on divided values.
+        places: where it compares.
+    """
+
+    def __init__(
+        self, style: Style | None = None, base: Watch | None = None, rank: int | None = None
+    ) -> None:
+        self.style, self.base, self.rank = style, base, rank
+        self.problem, self.decides, self.ragged = "", False, False
+        self.places: set[str] = set()
+        self.records: list[_Record] = []
+        self._compared: list[list[Tensor]] = []
+        self._divided: dict[int, Tensor] = {}  # by storage, which lives as long as the tensor
+        self._ragged: dict[int, Tensor] = {}
+        self._sources = 0
+        self._modes = ExitStack()
+        self._elsewhere = 0
+
+    def __enter__(self) -> Watch:
+        """The forward pass happens inside it."""
+        self._modes.enter_context(Operations(self))
+        self._modes.enter_context(Functions(self))
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        """Nothing is followed afterwards."""
+        self._modes.close()
+
+    def end(self, results: Sequence[Any], *, summed: bool = False) -> None:
+        """Looks at what the forward gave.
+
+        Args:
+            summed: whether the ranks' results are parts of a sum.
+        """
+        for number, x in enumerate(results):
+            if not self.is_divided(x):
+                continue
+            if not x.is_floating_point():
+                self.problem = self.problem or "it gives indices or truth values of divided values"
+            elif number and not summed:
+                self.note(x, f"result {number}", exact=False)
+
+    @contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """What is computed inside it is not divided."""
+        self._elsewhere += 1
+        try:
+            yield
+        finally:
+            self._elsewhere -= 1
+
+    @property
+    def follows(self) -> bool:
+        """Whether operations are to be looked at."""
+        return not self._elsewhere
+
+    def is_divided(self, x: Any) -> bool:
+        """Whether a rank has a part of this, or computes it from its part."""
+        return isinstance(x, Tensor) and _key(x) in self._divided
+
+    def is_ragged(self, x: Any) -> bool:
+        """Whether its size depends on divided values."""
+        return isinstance(x, Tensor) and _key(x) in self._ragged
+
+    def mark(self, x: Tensor, *, ragged: bool = False) -> None:
+        """From now on this is divided."""
+        self._divided[_key(x)] = x
+        if ragged:
+            self.ragged = True
+            self._ragged[_key(x)] = x
+
+    def source(self, x: Tensor, dim: int, held: Callable[[int], Tensor], *, scaled: bool) -> Tensor:
+        """Marks ``x``; other ranks' values are changed where one rank's are to stay.
+
+        Args:
+            held: for a rank, the indices along ``dim`` that it holds, as truth values.
+            scaled: whether the change keeps signs, as a logarithm of a parameter needs.
+        """
+        with self.elsewhere():
+            if self.rank is not None:
+                self._sources += 1
+                generator = torch.Generator().manual_seed(self._sources * 100 + self.rank)
+                noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)
+                if scaled:
+                    fresh = x * (1 + noise.abs())
+                else:
+                    spread = x.std() if x.numel() > 1 else x.abs().sum()
+                    fresh = noise * 3 * spread.clamp_min(0.1)
+                shape = [-1 if d == dim % x.dim() else 1 for d in range(x.dim())]
+                x = torch.where(held(self.rank).view(shape), x, fresh)
+        self.mark(x)
+        return x
+
+    def reads(self, what: str) -> None:
+        """Notes that a number leaves the tensors."""
+        self.problem = self.problem or f"its forward reads {what}{spoken_place()}"
+
+    def note(self, x: Tensor, place: str, *, exact: bool) -> None:
+        """Keeps a tensor to be compared in other runs."""
+        compared = not (self.is_ragged(x) and self.style is not None and self.style.flips)
+        self.records.append(_Record(x.detach().clone(), place, exact, compared))
+
+    def answers(self, given: Sequence[Tensor], result: Tensor, place: str) -> None:
+        """Answers a comparison of ``given`` by the style, into ``result``."""
+        if self.style is None:
+            return
+        number = len(self._compared)
+        self._compared.append([x.detach().clone() for x in given])
+        answer = torch.full_like(result, self.style.answer(place))
+        if self.base is not None and self.style.flips and number < len(self.base._compared):
+            for x, y in zip(given, self.base._compared[number], strict=False):
+                if x.shape == y.shape:
+                    answer ^= _differs(x, y, exact=True)
+        result.copy_(answer)
+
+    def changed(self) -> list[Tensor] | None:
+        """For each record the elements that are not those of the base; None for other records."""
+        assert self.base is not None
+        mine, others = self.records, self.base.records
+        if [r.place for r in mine] != [r.place for r in others]:
+            return None
+        return [
+            torch.zeros((), dtype=torch.bool)
+            if not (r.compared and other.compared)
+            else _differs(r.tensor, other.tensor, exact=r.exact)
+            if r.tensor.shape == other.tensor.shape
+            else torch.ones((), dtype=torch.bool)
+            for r, other in zip(mine, others, strict=True)
+        ]
+
+
+def _differs(a: Tensor, b: Tensor, *, exact: bool) -> Tensor:
+    other = a != b
+    if a.is_floating_point():
+        other &= ~(a.isnan() & b.isnan())
+        finite = b[torch.isfinite(b)]
+        if not exact and finite.numel():
+            limit = _LIMIT * max(float(finite.abs().max()), 1e-3)
+            other &= ~((a - b).abs() <= limit)
+    return other
+
+
+def _key(x: Tensor) -> int:
+    try:
+        return int(x.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):  # a tensor without memory of its own
+        return id(x)
