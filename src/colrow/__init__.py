@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from colrow.models.build import from_config
     from colrow.models.config import ModelConfig
     from colrow.models.decoder import Decoder
+    from colrow.optim.scaler import GradScaler
     from colrow.partition import HeadPartition, Partition, ShardSpec
     from colrow.train.clip import clip_grad_norm_
 
@@ -83,6 +84,7 @@ _EXPORTS = {
     "colrow.inplace.api": ["parallelize", "plan_for"],
     "colrow.inplace.load": ["load_weights"],
     "colrow.inplace.save": ["save_pretrained"],
+    "colrow.optim.scaler": ["GradScaler"],
     "colrow.partition": ["HeadPartition", "Partition", "ShardSpec"],
     "colrow.train.clip": ["clip_grad_norm_"],
 }
@@ -92,6 +94,7 @@ __all__ = [
     "Decoder",
     "FusedColumnParallelLinear",
     "GateUpParallelLinear",
+    "GradScaler",
     "HeadPartition",
     "LayerNorm",
     "Ledger",

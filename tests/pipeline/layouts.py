@@ -105,7 +105,12 @@ def _order(tokens: Path) -> Order:
 
 
 def make_stepper(
-    mesh: Mesh, pipe: Pipe, tokens: Path, *, dtype: torch.dtype = torch.float64
+    mesh: Mesh,
+    pipe: Pipe,
+    tokens: Path,
+    *,
+    dtype: torch.dtype = torch.float64,
+    compute_dtype: torch.dtype | None = None,
 ) -> Stepper:
     """A model, an optimiser and an order of the text, as tests.train.layouts makes them."""
     config = colrow.from_config(pipe.config, device="meta").config
@@ -128,6 +133,7 @@ def make_stepper(
         microbatch=pipe.microbatch,
         sequence=SEQUENCE,
         fsdp=pipe.fsdp,
+        compute_dtype=compute_dtype,
         recompute=pipe.recompute,  # type: ignore[arg-type]
         label_smoothing=pipe.label_smoothing,
         z_loss=pipe.z_loss,

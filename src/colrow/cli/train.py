@@ -47,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             common["metavar"] = {int: "N", float: "X"}.get(types[entry.name], "TEXT")
         if entry.metadata["choices"]:
             common["choices"], common["metavar"] = entry.metadata["choices"], None
-        parser.add_argument(option, help=text + default, **common)
+        names = [option, "--dtype"] if entry.name == "precision" else [option]
+        parser.add_argument(*names, help=text + default, **common)
     parser.add_argument(
         "--dry-run",
         action="store_true",

@@ -18,7 +18,7 @@ def planned_costs(
     """Seconds of one microbatch, forward and backward; in fp64, which no plan knows, operations.
 
     Args:
-        precision: "fp32", "bf16" or "fp64".
+        precision: "fp32", "bf16", "fp16" or "fp64".
     """
     if precision not in DTYPE:
         return layer_costs(config, sequence)

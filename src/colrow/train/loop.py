@@ -9,7 +9,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from colrow.checkpoint.training import TrainingCheckpoints
@@ -17,13 +16,14 @@ from colrow.comm.ledger import record
 from colrow.mesh import Mesh, init_mesh
 from colrow.models.config import num_parameters
 from colrow.models.decoder import Decoder
+from colrow.optim.scaler import GradScaler
 from colrow.pipeline.ranks import rank_map
 from colrow.pipeline.runner import PipelineRunner
 from colrow.pipeline.settings import schedule_named
 from colrow.train.batches import Order, Windows
 from colrow.train.data import global_rank, training_and_held_out
 from colrow.train.faults import StopRequest, check_agreement, stop_on_signals
-from colrow.train.model import build_model, save_model_files
+from colrow.train.model import COMPUTE_DTYPES, build_model, save_model_files
 from colrow.train.optimizer import adamw, learning_rate
 from colrow.train.parallel import parallelize
 from colrow.train.report import Record, Reporter, peak_flops, peak_memory_bytes
@@ -96,7 +96,7 @@ def _loss(settings: TrainSettings, model: Decoder, mesh: Mesh) -> nn.Module | Pi
     """What takes microbatches to gradients: the model, wrapped, or its pipeline."""
     options: dict[str, Any] = {
         "fsdp": settings.fsdp,
-        "compute_dtype": torch.bfloat16 if settings.precision == "bf16" else None,
+        "compute_dtype": COMPUTE_DTYPES.get(settings.precision),
         "recompute": settings.recompute,
         "label_smoothing": settings.label_smoothing,
         "z_loss": settings.z_loss,
@@ -139,6 +139,7 @@ class _Run:
             global_batch=settings.global_batch,
             clip=settings.clip,
             dropout_seed=settings.seed,
+            scaler=GradScaler(mesh) if settings.precision == "fp16" else None,
         )
         self.checkpoints = TrainingCheckpoints(
             Path(settings.output) / CHECKPOINTS, mesh, keep=settings.keep
@@ -164,6 +165,8 @@ class _Run:
                     f"{name}={saved['identity'].get(name)!r}, not {value!r}: continue with that, "
                     "or train in another --output"
                 )
+        if self.stepper.scaler is not None:
+            self.stepper.scaler.load_state_dict(saved["scaler"])
         return latest
 
     def until_done(self, start: int, reporter: Reporter, stop: StopRequest) -> Outcome:
@@ -219,7 +222,10 @@ class _Run:
         return result
 
     def _save(self, step: int) -> None:
-        self.checkpoints.save(step, self.model, self.optimizer, {"identity": self.identity()})
+        state: dict[str, Any] = {"identity": self.identity()}
+        if self.stepper.scaler is not None:
+            state["scaler"] = self.stepper.scaler.state_dict()
+        self.checkpoints.save(step, self.model, self.optimizer, state)
 
     def _evaluate(self) -> float:
         return evaluate(
@@ -257,7 +263,7 @@ class _Speed:
             step=step,
             loss=result.loss,
             learning_rate=rate,
-            grad_norm=result.grad_norm,
+            grad_norm=None if result.skipped else result.grad_norm,
             tokens_per_second=per_second,
             step_seconds=seconds / max(1, len(self._seconds)),
             communication_share=self._share,

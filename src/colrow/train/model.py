@@ -26,7 +26,13 @@ from colrow.pipeline.settings import ZERO_BUBBLE, check_schedule, schedule_named
 from colrow.train.settings import TrainSettings
 from colrow.train.tokenize import BYTES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.float32,
+    "fp16": torch.float32,
+    "fp64": torch.float64,
+}
+COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -25,9 +25,14 @@ from colrow.train.model import check_settings, model_config, pipeline_split, tok
 from colrow.train.settings import TrainSettings
 from colrow.train.tokenize import BYTES
 
-_STATE_BYTES = {"fp32": 4, "bf16": 4, "fp64": 8}  # of a parameter; its optimiser keeps two more
+_STATE_BYTES = {
+    "fp32": 4,
+    "bf16": 4,
+    "fp16": 4,
+    "fp64": 8,
+}  # of a parameter; its optimiser keeps two more
 _ANY_GPU = "h100"  # what activations take does not depend on which
-_COMPUTE_DTYPE = {"fp32": "float32", "bf16": "bfloat16", "fp64": "float64"}
+_COMPUTE_DTYPE = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ class Record:
     Attributes:
         step: steps taken so far.
         loss: of the last step, per token.
-        learning_rate, grad_norm: of the last step.
+        learning_rate, grad_norm: of the last step; there is no norm when its fp16 gradients
+            overflowed and it was skipped.
         tokens_per_second: that count in the loss, over all ranks.
         step_seconds: mean since the line before.
         communication_share: of the step's time, spent waiting for tensor-parallel collectives.
@@ -40,7 +41,7 @@ class Record:
     step: int
     loss: float
     learning_rate: float
-    grad_norm: float
+    grad_norm: float | None
     tokens_per_second: float
     step_seconds: float
     communication_share: float
@@ -59,7 +60,8 @@ class Record:
         ]
         if self.mfu is not None:
             parts.append(f"MFU {self.mfu:.1%}")
-        parts += [f"{self.memory_bytes / 1e9:.2f} GB", f"|grad| {self.grad_norm:.3g}"]
+        norm = "skipped: overflow" if self.grad_norm is None else f"|grad| {self.grad_norm:.3g}"
+        parts += [f"{self.memory_bytes / 1e9:.2f} GB", norm]
         if self.eval_loss is not None:
             parts.append(f"held-out loss {self.eval_loss:.4f}")
         return "  ".join(parts)

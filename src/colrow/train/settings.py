@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 from colrow.files import SETTINGS_BYTES, parse_toml, read_text, shown
 from colrow.pipeline.schedules import SCHEDULES
 
-PRECISIONS = ("fp32", "bf16", "fp64")
+PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
 RECOMPUTE = ("none", "selective", "full")
 _MOST = {"tp": 1 << 16, "dp": 1 << 16, "pp": 1 << 16, "sequence": 1 << 28, "global_batch": 1 << 30}
 
@@ -83,7 +83,10 @@ class TrainSettings:
     global_batch: int = _option(8, "sequences in one step, over all dp ranks")
     steps: int = _option(100, "optimiser steps of the whole run")
     precision: str = _option(
-        "fp32", "fp32, bf16 (compute; fp32 parameters and optimiser) or fp64", PRECISIONS
+        "fp32",
+        "fp32, bf16 or fp16 (of what is computed; parameters and optimiser are fp32, and fp16 scales "
+        "its loss) or fp64",
+        PRECISIONS,
     )
     seed: int = _option(0, "of initial weights, order of the data and dropout")
     learning_rate: float = _option(3e-4, "peak learning rate")

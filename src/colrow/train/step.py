@@ -14,10 +14,13 @@ from colrow import rng
 from colrow.comm import primitives
 from colrow.mesh import Mesh
 from colrow.models.decoder import Decoder
+from colrow.optim.scaler import GradScaler
 from colrow.pipeline.runner import PipelineRunner
 from colrow.train.batches import IGNORED, Order, Windows
 from colrow.train.clip import grad_norm, scale_grads_
 from colrow.train.faults import not_finite
+
+SMALLEST_SCALE = 2.0**-14  # of an fp16 loss: below it, overflow has another cause
 
 
 @dataclass(frozen=True)
@@ -27,14 +30,16 @@ class StepResult:
     Attributes:
         loss: mean over the tokens of the global batch that count.
         tokens: how many count.
-        grad_norm: before clipping.
+        grad_norm: before clipping; infinite or nan in a step that was skipped.
         stop: whether some rank was asked to stop.
+        skipped: nothing was updated, because a gradient of the scaled fp16 loss overflowed.
     """
 
     loss: float
     tokens: int
     grad_norm: float
     stop: bool
+    skipped: bool = False
 
 
 class Stepper:
@@ -49,6 +54,8 @@ class Stepper:
         clip: largest gradient norm; 0 does not clip.
         dropout_seed: of the dropout masks, which depend on it, the sequence's place in the run and
             the size of the microbatch alone.
+        scaler: of the loss, for fp16. A step whose gradients overflow is then skipped on all ranks,
+            and the next ones have a smaller scale.
     """
 
     def __init__(
@@ -63,10 +70,11 @@ class Stepper:
         global_batch: int,
         clip: float = 1.0,
         dropout_seed: int = 0,
+        scaler: GradScaler | None = None,
     ) -> None:
         self.model, self.loss, self.optimizer, self.mesh = model, loss, optimizer, mesh
         self.order, self.microbatch, self.global_batch = order, microbatch, global_batch
-        self.clip, self._dropout_seed = clip, dropout_seed
+        self.clip, self._dropout_seed, self.scaler = clip, dropout_seed, scaler
 
     def step(self, index: int, learning_rate: float, *, stop: bool = False) -> StepResult:
         """Step number ``index``, from 0.
@@ -75,11 +83,13 @@ class Stepper:
             stop: whether this rank was asked to stop, which all learn from the result.
 
         Raises:
-            RuntimeError: the loss or a gradient is not finite; nothing was updated then.
+            RuntimeError: the loss or a gradient is not finite; nothing was updated then. In fp16 a
+                gradient may be for as long as its scale can still become smaller.
             ValueError: no token of the batch counts.
 
         Communicates: beside the layers' and the data parallelism's collectives, the number of
-        tokens over dp, the loss over all ranks, and the norm (:func:`colrow.clip_grad_norm_`).
+        tokens over dp, the loss over all ranks, the norm (:func:`colrow.clip_grad_norm_`), and in
+            fp16 whether it overflowed (:class:`colrow.GradScaler`).
         """
         batches = self._microbatches(index)
         mine = torch.tensor(sum(counted(labels) for _, labels, _ in batches))
@@ -87,23 +97,33 @@ class Stepper:
         tokens = int(primitives.all_reduce(mine.to(device), self.mesh.dp, layer="tokens").item())
         if tokens == 0:
             raise ValueError(f"no token of the batch of step {index} counts in the loss")
-        losses = self._backward_all(batches, tokens)
+        scale = 1.0 if self.scaler is None else self.scaler.get_scale()
+        losses = self._backward_all(batches, scale / tokens)
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
         report = torch.tensor([0.0, float(stop)], dtype=torch.float64, device=device)
         if losses and self.mesh.tp.rank == 0:
             report[0] = torch.stack(losses).double().sum()
         report = primitives.all_reduce(report, self.mesh.world, layer="loss")
         mean, norm = report[0].item() / tokens, grad_norm(self.model)
-        if not (math.isfinite(mean) and math.isfinite(norm.item())):
+        finite = math.isfinite(mean) and math.isfinite(norm.item())
+        overflow = self.scaler is not None and self.scaler.found_inf(self.optimizer)
+        skipped = overflow and math.isfinite(mean) and scale > SMALLEST_SCALE
+        if not finite and not skipped:
             own = [value.item() for value in losses]
             raise RuntimeError(not_finite(index, mean, self.model, own, self.mesh))
-        if self.clip:
+        if self.clip and not skipped:
             factor = torch.clamp(self.clip / (norm + 1e-6), max=1.0)
             scale_grads_(self.model.parameters(), factor)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.optimizer.step()
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         self.optimizer.zero_grad()
-        return StepResult(mean, tokens, norm.item(), bool(report[1].item()))
+        return StepResult(mean, tokens, norm.item(), bool(report[1].item()), skipped)
 
     def _microbatches(self, index: int) -> list[tuple[Tensor, Tensor, int]]:
         """This dp rank's ids, labels and dropout keys; microbatch ``n`` of all is rank n % dp's."""
@@ -115,22 +135,24 @@ class Stepper:
             found.append((ids.to(self.mesh.device), labels.to(self.mesh.device), key))
         return found
 
-    def _backward_all(self, batches: list[tuple[Tensor, Tensor, int]], tokens: int) -> list[Tensor]:
+    def _backward_all(
+        self, batches: list[tuple[Tensor, Tensor, int]], scale: float
+    ) -> list[Tensor]:
         """Adds the gradients of all microbatches; their losses, on the ranks that know them."""
         if isinstance(self.loss, PipelineRunner):
-            return self.loss.backward(batches, 1.0 / tokens)
+            return self.loss.backward(batches, scale)
         loss = self.loss
-        return [self._backward(loss, batch, tokens, batch is batches[-1]) for batch in batches]
+        return [self._backward(loss, batch, scale, batch is batches[-1]) for batch in batches]
 
     def _backward(
-        self, loss: nn.Module, batch: tuple[Tensor, Tensor, int], tokens: int, last: bool
+        self, loss: nn.Module, batch: tuple[Tensor, Tensor, int], scale: float, last: bool
     ) -> Tensor:
         """Adds a microbatch's gradients; DDP reduces them once, FSDP2 after every microbatch."""
         later = isinstance(loss, DistributedDataParallel) and not last
         with loss.no_sync() if later else nullcontext():  # type: ignore[operator]
             summed: Tensor = loss(*batch)
             # Data parallelism averages over the dp ranks; the mean over all tokens is wanted.
-            (summed * (self.mesh.dp.size / tokens)).backward()
+            (summed * (self.mesh.dp.size * scale)).backward()
         return summed.detach()
 
 

@@ -1,0 +1,1 @@
+"""Optimisers and a gradient scaler that are right where parameters are divided over ranks."""
