@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from colrow.models.build import from_config
     from colrow.models.config import ModelConfig
     from colrow.models.decoder import Decoder
+    from colrow.optim.adafactor import Adafactor
+    from colrow.optim.check import check_optimizer
+    from colrow.optim.muon import Muon
     from colrow.optim.scaler import GradScaler
     from colrow.partition import HeadPartition, Partition, ShardSpec
     from colrow.train.clip import clip_grad_norm_
@@ -84,12 +87,16 @@ _EXPORTS = {
     "colrow.inplace.api": ["parallelize", "plan_for"],
     "colrow.inplace.load": ["load_weights"],
     "colrow.inplace.save": ["save_pretrained"],
+    "colrow.optim.adafactor": ["Adafactor"],
+    "colrow.optim.check": ["check_optimizer"],
+    "colrow.optim.muon": ["Muon"],
     "colrow.optim.scaler": ["GradScaler"],
     "colrow.partition": ["HeadPartition", "Partition", "ShardSpec"],
     "colrow.train.clip": ["clip_grad_norm_"],
 }
 
 __all__ = [
+    "Adafactor",
     "ColumnParallelLinear",
     "Decoder",
     "FusedColumnParallelLinear",
@@ -100,6 +107,7 @@ __all__ = [
     "Ledger",
     "Mesh",
     "ModelConfig",
+    "Muon",
     "ParallelAttention",
     "ParallelBlock",
     "ParallelDropout",
@@ -114,6 +122,7 @@ __all__ = [
     "TrainingCheckpoints",
     "VocabParallelEmbedding",
     "__version__",
+    "check_optimizer",
     "clip_grad_norm_",
     "copy_to_tp",
     "from_config",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import warnings
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from colrow.checkpoint.training_placement import Placement, local_tensor, placements
+from colrow.checkpoint.training_placement import Placement, local_tensor, placements, unwrap
 from colrow.checkpoint.training_plan import Shard, ShardLoadPlanner, ShardSavePlanner
 from colrow.checkpoint.training_storage import (
     PART,
@@ -26,6 +27,10 @@ from colrow.checkpoint.training_storage import (
     read_index,
 )
 from colrow.mesh import Mesh
+from colrow.optim.check import check_optimizer, whole_states
+from colrow.partition import ShardSpec
+
+Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -36,6 +41,8 @@ class TrainingCheckpoints:
     A checkpoint holds the parameters, every state of the optimiser, and what else the caller gives
     as JSON. It does not depend on how either was divided: it can be loaded at other tp, pp and dp
     sizes, with or without FSDP2. Nothing in it can run code.
+
+    Where a module has several optimisers, each for parameters of its own, they are given as a list.
 
     Args:
         directory: where they are; made when it is missing.
@@ -66,7 +73,7 @@ class TrainingCheckpoints:
         self._pending: tuple[int, Future[None]] | None = None
 
     def save(
-        self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+        self, step: int, module: nn.Module, optimizer: Optimizers, state: dict[str, Any]
     ) -> None:
         """Copies everything to the CPU and writes it in the background.
 
@@ -75,6 +82,8 @@ class TrainingCheckpoints:
 
         Raises:
             RuntimeError: when the previous checkpoint could not be written.
+            ValueError: an optimiser that is not right on shards, see
+                :func:`colrow.check_optimizer`, or a state that cannot be stored.
         """
         self.wait()
         shards, scalars = _collect(module, optimizer, copy=True)
@@ -122,9 +131,7 @@ class TrainingCheckpoints:
         found: torch.dtype = getattr(torch, min(names))
         return found
 
-    def load(
-        self, step: int, module: nn.Module, optimizer: torch.optim.Optimizer | None
-    ) -> dict[str, Any]:
+    def load(self, step: int, module: nn.Module, optimizer: Optimizers | None) -> dict[str, Any]:
         """Fills the parameters, and the optimiser when there is one; returns the caller's state.
 
         Every file's checksum is verified first, each by one rank.
@@ -134,8 +141,8 @@ class TrainingCheckpoints:
         """
         path = self.path(step)
         index = self._verified(path)
-        if optimizer is not None:
-            _make_states(index, module, optimizer)
+        for one in listed(optimizer):
+            _make_states(index, module, one)
         shards, _ = _collect(module, optimizer, copy=False)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that one process loads alone
@@ -151,6 +158,15 @@ class TrainingCheckpoints:
                 raise ValueError(_cause(error, f"{path} cannot be loaded")) from error
         state: dict[str, Any] = index["state"]["user"]
         return state
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What the caller saved with the checkpoint of this step.
+
+        Raises:
+            ValueError: an index that is damaged.
+        """
+        found: dict[str, Any] = read_index(self.path(step))["state"]["user"]
+        return found
 
     def _write(self, step: int, shards: dict[str, Shard], content: dict[str, Any]) -> None:
         content = {**content, "optimizer": self._everyones(content["optimizer"])}
@@ -202,8 +218,15 @@ class TrainingCheckpoints:
         return index
 
 
+def listed(optimizers: Optimizers | None) -> list[torch.optim.Optimizer]:
+    """One optimiser, several or none, as a list."""
+    if optimizers is None:
+        return []
+    return [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
+
+
 def _collect(
-    module: nn.Module, optimizer: torch.optim.Optimizer | None, *, copy: bool
+    module: nn.Module, optimizers: Optimizers | None, *, copy: bool
 ) -> tuple[dict[str, Shard], dict[str, dict[str, float]]]:
     """What is divided, by name, and the optimiser's numbers.
 
@@ -211,16 +234,40 @@ def _collect(
     """
     shards: dict[str, Shard] = {}
     scalars: dict[str, dict[str, float]] = {}
-    places = placements(unwrap(module))
+    places, several = placements(unwrap(module)), listed(optimizers)
+    for optimizer in several:
+        check_optimizer(optimizer, module)
     for name, parameter in unwrap(module).named_parameters():
         shards[f"model.{name}"] = _shard(parameter, places[name], copy)
-        state = {} if optimizer is None else optimizer.state.get(parameter, {})
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim():
-                shards[f"optimizer.{name}.{key}"] = _shard(value, places[name], copy)
-            else:
-                scalars.setdefault(name, {})[key] = float(value)
+        for optimizer in several:
+            whole = whole_states(optimizer)
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensor = isinstance(value, Tensor) and value.dim() > 0
+                if key in whole:
+                    place = Placement(ShardSpec.replicated(*value.shape), places[name].tp_rank)
+                    shards[f"optimizer.{name}.{key}"] = _shard(value, place, copy)
+                elif tensor and value.shape == parameter.shape:
+                    shards[f"optimizer.{name}.{key}"] = _shard(value, places[name], copy)
+                else:
+                    scalars.setdefault(name, {})[key] = _number(value, name, key, optimizer)
     return shards, scalars
+
+
+def _number(value: Any, name: str, key: str, optimizer: torch.optim.Optimizer) -> float:
+    """A state that is one number.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1):
+        return float(value)
+    what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    raise ValueError(
+        f"the state {key!r} that {type(optimizer).__name__} keeps for {name} is {what:.80}: a "
+        "checkpoint stores numbers and tensors of the parameter's shape, which can be divided "
+        "anew. Use torch.optim.AdamW or another elementwise optimiser, colrow.Muon or "
+        "colrow.Adafactor, or store this one's state yourself"
+    )
 
 
 def _shard(tensor: Tensor, place: Placement, copy: bool) -> Shard:
@@ -250,17 +297,13 @@ def _make_states(
             key = full.removeprefix(prefix)
             if key != full and "." not in key:
                 dtype = getattr(torch, found["dtype"])
-                state[key] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
+                if key in whole_states(optimizer):
+                    local = local_tensor(parameter.detach())
+                    state[key] = local.new_zeros(found["shape"], dtype=dtype)
+                else:
+                    state[key] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
         if state:
             optimizer.state[parameter] = state
-
-
-def unwrap(module: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel."""
-    if isinstance(module, nn.parallel.DistributedDataParallel):
-        inner: nn.Module = module.module
-        return inner
-    return module
 
 
 def _cause(error: CheckpointException, what: str) -> str:

@@ -122,12 +122,13 @@ def placements(module: nn.Module) -> dict[str, Placement]:
     tp_rank = tensor_parallel_group(module).rank
     found: dict[str, Placement] = {}
     wanted = dict(module.named_parameters())
+    known = {name for name, _ in module.named_parameters(remove_duplicate=False)}  # tied ones too
     in_place: dict[str, ShardSpec] = {}
     for prefix, child in module.named_modules():
         record = record_of(child)
         for name, divided in record.specs.items() if record is not None else ():
             full = f"{prefix}.{name}" if prefix else name
-            if full not in wanted:
+            if full not in known:
                 raise ValueError(
                     f"{full} was split by colrow.parallelize and is not there any more: modules "
                     "that wrap others, such as LoRA adapters, are to be added before the split"
@@ -142,6 +143,14 @@ def placements(module: nn.Module) -> dict[str, Placement]:
                     spec = ShardSpec.replicated(*parameter.shape)
                 found[full] = _placement(full, parameter, spec, tp_rank)
     return found
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel."""
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        inner: nn.Module = module.module
+        return inner
+    return module
 
 
 def tensor_parallel_group(module: nn.Module) -> ParallelGroup:

@@ -19,12 +19,12 @@ class Call:
     """One collective, without its time: what a prediction and a recording have in common.
 
     Attributes:
-        op: "all_reduce", "all_gather", "reduce_scatter", "send" or "recv".
+        op: "all_reduce", "all_gather", "reduce_scatter", "all_to_all", "send" or "recv".
         phase: "forward" or "backward".
         layer: name of the layer that asked for it, such as ``blocks.0.attention.output``.
         bytes: size of the whole buffer that the collective works on, on each rank: the tensor that
-            is reduced, the result of a gather, the input of a scatter, the message itself. Padding
-            of uneven shards is sent, so it counts.
+            is reduced, the result of a gather, the input of a scatter or exchange, the message
+            itself. Padding of uneven shards is sent, so it counts.
         dtype: element type, such as "float32".
         group: the mesh dimension, "tp", "dp" or "pp".
     """

@@ -204,6 +204,40 @@ def reduce_scatter_async(
     return Pending(lambda: trim(buffer), work, clock)
 
 
+def all_to_all(
+    pieces: list[Tensor],
+    sizes: list[int],
+    tp: ParallelGroup,
+    *,
+    layer: str = "",
+    phase: Phase = "forward",
+) -> list[Tensor]:
+    """A message from each rank to each; of any sizes, also none.
+
+    Args:
+        pieces: one-dimensional, of one dtype: what goes to rank 0, 1, and so on.
+        sizes: how many elements come from each.
+
+    Returns:
+        What came from each rank.
+    """
+    if tp.size == 1:
+        return pieces
+    sent = torch.cat(pieces)
+    clock = Clock.start("all_to_all", sent, tp, layer, phase)
+    width, device = sent.element_size(), sent.device
+    raw = sent.view(torch.uint8)  # not every engine knows every dtype, and here they are only bytes
+    raw = raw.cpu() if _through_host(sent, tp) else raw
+    got = raw.new_empty(sum(sizes) * width)
+    counts = [[n * width for n in given] for given in (sizes, [p.numel() for p in pieces])]
+    dist.all_to_all_single(got, raw, *counts, group=tp.group)
+    if clock is not None:
+        clock.issued()
+        clock.blocked()
+        clock.done()
+    return list(got.to(device).view(sent.dtype).split(sizes))
+
+
 def send(
     x: Tensor, tp: ParallelGroup, to: int, *, layer: str = "", phase: Phase = "forward"
 ) -> None:

@@ -8,12 +8,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from colrow.checkpoint.training import unwrap
 from colrow.checkpoint.training_placement import (
     data_parallel_group,
     local_tensor,
     placements,
     tensor_parallel_group,
+    unwrap,
 )
 from colrow.comm import primitives
 from colrow.mesh import ParallelGroup
@@ -43,9 +43,12 @@ def grad_norm(module: nn.Module) -> Tensor:
     device = next(module.parameters()).device
     norms: list[Tensor] = []
     copies, pp = _copies_of_others(module)
+    dp = data_parallel_group(module)
     for name, parameter in module.named_parameters():
         if parameter.grad is None or id(parameter) in copies:
             continue
+        if places[name].rows is None and dp.rank > 0:
+            continue  # one of several dp ranks counts what FSDP2 left whole
         grad = local_tensor(parameter.grad)
         wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
         for box in places[name].owned:
@@ -53,7 +56,7 @@ def grad_norm(module: nn.Module) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=device)
     if norms:
         total = torch.stack(norms).square().sum()
-    for group in (tensor_parallel_group(module), data_parallel_group(module), pp):
+    for group in (tensor_parallel_group(module), dp, pp):
         total = primitives.all_reduce(total, group, layer="grad_norm", phase="backward")
     return total.sqrt()
 

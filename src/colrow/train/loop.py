@@ -24,7 +24,7 @@ from colrow.train.batches import Order, Windows
 from colrow.train.data import global_rank, training_and_held_out
 from colrow.train.faults import StopRequest, check_agreement, stop_on_signals
 from colrow.train.model import COMPUTE_DTYPES, build_model, save_model_files
-from colrow.train.optimizer import adamw, learning_rate
+from colrow.train.optimizer import learning_rate, make_optimizers
 from colrow.train.parallel import parallelize
 from colrow.train.report import Record, Reporter, peak_flops, peak_memory_bytes
 from colrow.train.settings import TrainSettings, to_toml
@@ -123,12 +123,7 @@ class _Run:
         self.settings, self.mesh, self.order, self.held_out = settings, mesh, order, held_out
         self.model = build_model(settings, mesh)
         self.loss = _loss(settings, self.model, mesh)
-        self.optimizer = adamw(
-            self.model,
-            betas=(settings.beta1, settings.beta2),
-            eps=settings.epsilon,
-            weight_decay=settings.weight_decay,
-        )
+        self.optimizer = make_optimizers(self.model, settings)
         self.stepper = Stepper(
             self.model,
             self.loss,
@@ -148,7 +143,7 @@ class _Run:
 
     def identity(self) -> dict[str, Any]:
         """What must not change between the parts of a run, or the data would not continue."""
-        names = ("sequence", "global_batch", "seed", "precision", "eval_share")
+        names = ("sequence", "global_batch", "seed", "precision", "eval_share", "optimizer")
         values = {name: getattr(self.settings, name) for name in names}
         return {**values, "data": self.order.windows.tokens.sha256}
 
@@ -157,14 +152,16 @@ class _Run:
         latest = self.checkpoints.latest()
         if latest is None:
             return 0
-        saved = self.checkpoints.load(latest, self.model, self.optimizer)
+        saved = self.checkpoints.state(latest)
+        before = {"optimizer": "adamw", **saved["identity"]}
         for name, value in self.identity().items():
-            if saved["identity"].get(name) != value:
+            if before.get(name) != value:
                 raise ValueError(
                     f"the checkpoint {self.checkpoints.path(latest)} was made with "
-                    f"{name}={saved['identity'].get(name)!r}, not {value!r}: continue with that, "
+                    f"{name}={before.get(name)!r}, not {value!r}: continue with that, "
                     "or train in another --output"
                 )
+        self.checkpoints.load(latest, self.model, self.optimizer)
         if self.stepper.scaler is not None:
             self.stepper.scaler.load_state_dict(saved["scaler"])
         return latest

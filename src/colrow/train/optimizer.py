@@ -1,11 +1,17 @@
-"""AdamW and its learning rate, as pure functions of the settings and the step."""
+"""The optimisers of a run and their learning rate, from the settings and the step."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from colrow.models.decoder import Decoder
+from colrow.optim.adafactor import Adafactor
+from colrow.optim.muon import Muon
+from colrow.train.settings import TrainSettings
 
 
 def adamw(
@@ -19,13 +25,52 @@ def adamw(
 
     Matrices decay; norm weights and biases do not. Make it after FSDP2 divided the parameters.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    groups = _decayed(list(model.parameters()), weight_decay)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
+
+
+def make_optimizers(model: Decoder, settings: TrainSettings) -> list[torch.optim.Optimizer]:
+    """Those of ``settings.optimizer``; the learning rate is set before each step.
+
+    Matrices decay; norm weights and biases do not. Muon takes the matrices of blocks and has
+    AdamW's learning rate (Liu et al. 2025, section 2.2); AdamW takes what is left.
+    """
+    parameters, decay = [p for p in model.parameters() if p.requires_grad], settings.weight_decay
+    betas = settings.beta1, settings.beta2
+    if settings.optimizer == "sgd":
+        groups = _decayed(parameters, decay)
+        return [torch.optim.SGD(groups, lr=0.0, momentum=settings.momentum)]
+    if settings.optimizer == "adafactor":
+        return [Adafactor(_decayed(parameters, decay), model, lr=0.0)]
+    found: list[torch.optim.Optimizer] = []
+    if settings.optimizer == "muon":
+        inside = {id(p) for p in model.blocks.parameters() if p.dim() == 2}
+        matrices = [p for p in parameters if id(p) in inside]
+        parameters = [p for p in parameters if id(p) not in inside]
+        found.append(
+            Muon(
+                matrices,
+                model,
+                lr=0.0,
+                momentum=settings.momentum,
+                weight_decay=decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    groups = _decayed(parameters, decay)
+    eps = settings.epsilon
+    return [*found, torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)]
+
+
+def _decayed(parameters: Sequence[Tensor], weight_decay: float) -> list[dict[str, object]]:
+    """Groups of the trained ones: matrices with weight decay, vectors without."""
+    trained = [p for p in parameters if p.requires_grad]
+    matrices, vectors = ([p for p in trained if (p.dim() >= 2) == flag] for flag in (True, False))
+    groups: list[dict[str, object]] = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
-    filled = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(filled, lr=0.0, betas=betas, eps=eps, fused=True)
+    return [group for group in groups if group["params"]]
 
 
 def learning_rate(

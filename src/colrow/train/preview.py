@@ -25,12 +25,7 @@ from colrow.train.model import check_settings, model_config, pipeline_split, tok
 from colrow.train.settings import TrainSettings
 from colrow.train.tokenize import BYTES
 
-_STATE_BYTES = {
-    "fp32": 4,
-    "bf16": 4,
-    "fp16": 4,
-    "fp64": 8,
-}  # of a parameter; its optimiser keeps two more
+_STATE_BYTES = {"fp32": 4, "bf16": 4, "fp16": 4, "fp64": 8}  # of parameters and optimiser
 _ANY_GPU = "h100"  # what activations take does not depend on which
 _COMPUTE_DTYPE = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp64": "float64"}
 
@@ -176,12 +171,14 @@ def _share(
     rank: int,
     activations: int | None,
 ) -> RankShare:
-    elements = 0
+    elements = state = 0
     specs = parameter_specs(config, layout)
-    for spec in split.held(specs, pp_rank, tied=config.tie_embeddings).values():
+    for name, spec in split.held(specs, pp_rank, tied=config.tie_embeddings).items():
         shape = spec.local_shape(rank)
         rows = -(-shape[0] // settings.dp) if settings.fsdp else shape[0]
-        elements += math.prod((rows, *shape[1:]))
+        held = math.prod((rows, *shape[1:]))
+        elements += held
+        state += _state_elements(settings.optimizer, name, held, spec.shape)
     size = elements * _STATE_BYTES[settings.precision]
     return RankShare(
         pp_rank=pp_rank,
@@ -194,9 +191,21 @@ def _share(
         parameters=elements,
         parameter_bytes=size,
         gradient_bytes=size,
-        optimizer_bytes=2 * size,
+        optimizer_bytes=state * _STATE_BYTES[settings.precision],
         activation_bytes=activations,
     )
+
+
+def _state_elements(optimizer: str, name: str, held: int, shape: tuple[int, ...]) -> int:
+    """What an optimiser keeps for a parameter of which a rank holds so many elements."""
+    matrix = len(shape) > 1
+    if optimizer == "adafactor" and matrix:  # the whole factors; a fused matrix's are a few more
+        return sum(shape)
+    if optimizer in ("sgd", "adafactor") or (
+        optimizer == "muon" and matrix and name.startswith("blocks.")
+    ):
+        return held
+    return 2 * held
 
 
 def _activation_bytes(

@@ -13,6 +13,8 @@ from colrow.files import SETTINGS_BYTES, parse_toml, read_text, shown
 from colrow.pipeline.schedules import SCHEDULES
 
 PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
+# Optimisers and their peak learning rates.
+OPTIMIZERS = {"adamw": 3e-4, "sgd": 0.1, "muon": 3e-4, "adafactor": 1e-3}
 RECOMPUTE = ("none", "selective", "full")
 _MOST = {"tp": 1 << 16, "dp": 1 << 16, "pp": 1 << 16, "sequence": 1 << 28, "global_batch": 1 << 30}
 
@@ -84,15 +86,26 @@ class TrainSettings:
     steps: int = _option(100, "optimiser steps of the whole run")
     precision: str = _option(
         "fp32",
-        "fp32, bf16 or fp16 (of what is computed; parameters and optimiser are fp32, and fp16 scales "
-        "its loss) or fp64",
+        "fp32, bf16 or fp16 (both of what is computed, with fp32 parameters and optimiser; fp16 "
+        "scales its loss) or fp64",
         PRECISIONS,
     )
     seed: int = _option(0, "of initial weights, order of the data and dropout")
-    learning_rate: float = _option(3e-4, "peak learning rate")
+    optimizer: str = _option(
+        "adamw",
+        "adamw, sgd (with momentum), muon (the blocks' matrices; AdamW for the rest) or adafactor",
+        tuple(OPTIMIZERS),
+    )
+    learning_rate: float = _option(
+        -1.0,
+        "peak learning rate (by default "
+        + ", ".join(f"{rate:g} for {name}" for name, rate in OPTIMIZERS.items())
+        + ")",
+    )
     final_learning_rate_share: float = _option(0.1, "share of the peak at the end of the cosine")
     warmup_steps: int = _option(10, "steps of linear warm-up")
     weight_decay: float = _option(0.1, "of matrices")
+    momentum: float = _option(0.95, "of muon and sgd")
     beta1: float = _option(0.9, "AdamW's first decay rate")
     beta2: float = _option(0.95, "AdamW's second decay rate")
     epsilon: float = _option(1e-8, "AdamW's epsilon")
@@ -123,10 +136,12 @@ class TrainSettings:
             raise ValueError(f"--output {self.output} is a file: name a directory")
         self._check_size()
         self._resolve_microbatches()
+        if self.learning_rate == -1.0:
+            object.__setattr__(self, "learning_rate", OPTIMIZERS.get(self.optimizer, 0.0))
         at_least = {1: ("tp", "pp", "global_batch", "steps", "keep", "log_every", "save_every",
                         "eval_sequences"),
                     0: ("stages_per_rank", "eval_every", "warmup_steps", "max_restarts", "clip",
-                        "weight_decay", "learning_rate", "label_smoothing", "z_loss"),
+                        "weight_decay", "learning_rate", "momentum", "label_smoothing", "z_loss"),
                     2: ("sequence",)}  # fmt: skip
         for least, names in at_least.items():
             for name in names:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from colrow import rng
+from colrow.checkpoint.training import Optimizers, listed
 from colrow.comm import primitives
 from colrow.mesh import Mesh
 from colrow.models.decoder import Decoder
@@ -49,6 +50,7 @@ class Stepper:
         model: the decoder, in training mode.
         loss: what :func:`colrow.train.parallel.parallelize` made of it, or in a pipeline the
             :class:`colrow.pipeline.runner.PipelineRunner` of its stages.
+        optimizer: of its parameters, or several that share them.
         order: which sequences come when.
         global_batch: sequences of a step; a multiple of ``dp x microbatch``.
         clip: largest gradient norm; 0 does not clip.
@@ -62,7 +64,7 @@ class Stepper:
         self,
         model: Decoder,
         loss: nn.Module | PipelineRunner,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizers,
         mesh: Mesh,
         order: Order,
         *,
@@ -73,6 +75,7 @@ class Stepper:
         scaler: GradScaler | None = None,
     ) -> None:
         self.model, self.loss, self.optimizer, self.mesh = model, loss, optimizer, mesh
+        self.optimizers = listed(optimizer)
         self.order, self.microbatch, self.global_batch = order, microbatch, global_batch
         self.clip, self._dropout_seed, self.scaler = clip, dropout_seed, scaler
 
@@ -100,14 +103,16 @@ class Stepper:
         scale = 1.0 if self.scaler is None else self.scaler.get_scale()
         losses = self._backward_all(batches, scale / tokens)
         if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
+            for optimizer in self.optimizers:
+                self.scaler.unscale_(optimizer)
         report = torch.tensor([0.0, float(stop)], dtype=torch.float64, device=device)
         if losses and self.mesh.tp.rank == 0:
             report[0] = torch.stack(losses).double().sum()
         report = primitives.all_reduce(report, self.mesh.world, layer="loss")
         mean, norm = report[0].item() / tokens, grad_norm(self.model)
         finite = math.isfinite(mean) and math.isfinite(norm.item())
-        overflow = self.scaler is not None and self.scaler.found_inf(self.optimizer)
+        scaler = self.scaler
+        overflow = scaler is not None and any(map(scaler.found_inf, self.optimizers))
         skipped = overflow and math.isfinite(mean) and scale > SMALLEST_SCALE
         if not finite and not skipped:
             own = [value.item() for value in losses]
@@ -115,14 +120,16 @@ class Stepper:
         if self.clip and not skipped:
             factor = torch.clamp(self.clip / (norm + 1e-6), max=1.0)
             scale_grads_(self.model.parameters(), factor)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        if self.scaler is None:
-            self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            if scaler is None:
+                optimizer.step()
+            elif not overflow:
+                scaler.step(optimizer)
+            optimizer.zero_grad()
+        if scaler is not None:
+            scaler.update()
         return StepResult(mean, tokens, norm.item(), bool(report[1].item()), skipped)
 
     def _microbatches(self, index: int) -> list[tuple[Tensor, Tensor, int]]:
