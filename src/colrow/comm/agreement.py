@@ -11,10 +11,17 @@ from colrow.mesh import ParallelGroup
 
 # Bytes that CUDA's _assert_async takes, which has room for 256 (TensorCompare.cu).
 _LONGEST_MESSAGE = 254
+NEAR = 2e-3
 
 
 def require_same(
-    value: int | Tensor, tp: ParallelGroup, message: str, *, layer: str, device: torch.device
+    value: int | Tensor,
+    tp: ParallelGroup,
+    message: str,
+    *,
+    layer: str,
+    device: torch.device,
+    near: Tensor | None = None,
 ) -> None:
     """Raises on every rank when the ranks hold different values.
 
@@ -27,6 +34,9 @@ def require_same(
         layer: name for the ledger.
         device: where the hashes are compared. On CUDA the device asserts the result, since
             reading it here would stall.
+        near: a 0-d number in fp64, not negative, that may differ by :data:`NEAR` of its size, since
+            unlike machines round differently. Its bits and their negative are sent too, as 16 bytes
+            more: they are in the order of the numbers.
 
     Raises:
         ValueError: with ``message``.
@@ -35,12 +45,17 @@ def require_same(
         return
     index = torch.zeros((), dtype=torch.int64, device=device)
     digest = rng.bits(value, index) >> 1  # the negative of the smallest int64 does not exist
-    extremes = primitives.all_reduce(
-        torch.stack([digest, -digest]), tp, op="max", layer=layer, in_place=True
-    )
+    numbers = [digest, -digest]
+    if near is not None:
+        bits = near.detach().abs().view(torch.int64)
+        numbers += [bits, -bits]
+    extremes = primitives.all_reduce(torch.stack(numbers), tp, op="max", layer=layer, in_place=True)
     if extremes.is_meta:
         return
     same = extremes[0] == -extremes[1]
+    if near is not None:
+        most, least = extremes[2:3].view(torch.float64), (-extremes[3:4]).view(torch.float64)
+        same = same & ((extremes[2] == -extremes[3]) | (most - least <= NEAR * most)[0])
     if extremes.is_cuda:
         assert_on_device(same, message)
     elif not same:

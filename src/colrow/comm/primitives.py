@@ -229,8 +229,9 @@ def all_to_all(
     raw = sent.view(torch.uint8)  # not every engine knows every dtype, and here they are only bytes
     raw = raw.cpu() if _through_host(sent, tp) else raw
     got = raw.new_empty(sum(sizes) * width)
-    counts = [[n * width for n in given] for given in (sizes, [p.numel() for p in pieces])]
-    dist.all_to_all_single(got, raw, *counts, group=tp.group)
+    arriving = [n * width for n in sizes]
+    leaving = [piece.numel() * width for piece in pieces]
+    dist.all_to_all_single(got, raw, arriving, leaving, group=tp.group)
     if clock is not None:
         clock.issued()
         clock.blocked()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from colrow.comm.steps import watch
 from colrow.inplace.attempt import split_checked
 from colrow.inplace.capture import evaluating
 from colrow.inplace.check import (
@@ -22,7 +23,7 @@ from colrow.inplace.load import checked_names, fill, open_weights
 from colrow.inplace.look import Look, carry_out, look
 from colrow.inplace.meta import give_buffers, is_on_meta, model_of
 from colrow.inplace.plan import Plan
-from colrow.inplace.record import Record, check_whole
+from colrow.inplace.record import Record, check_whole, record_of
 from colrow.inplace.stand_in import StandIn
 from colrow.inplace.together import look_together
 from colrow.inplace.vocabulary import knows_loss
@@ -77,7 +78,10 @@ def parallelize(
     options = _Options(plan, example_inputs, sequence_parallel, check)
     # The proof takes gradients, and looks at layers one by one.
     with torch.inference_mode(False), torch.enable_grad(), without_fused_kernels():
-        return _parallelize(model, mesh, options, weights, dtype)
+        split = _parallelize(model, mesh, options, weights, dtype)
+    if (record := record_of(split)) is not None:
+        watch(split, record.tp)
+    return split
 
 
 def _parallelize(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from colrow.comm import collectives, primitives
+from colrow.comm.steps import watch
 from colrow.layers.chunks import check_chunk_bytes
 from colrow.layers.decoding import Kernel
 from colrow.layers.fused import check_overlap, column_linear
@@ -113,6 +114,7 @@ class FusedColumnParallelLinear(nn.Module):
         self.in_features = in_features
         self.out_features = sum(block.length for block in blocks)
         self.tp, self.layer = tp, layer
+        watch(self, tp)
         self.sequence_parallel = sequence_parallel
         self.keep_gathered_input = keep_gathered_input
         self.overlap, self.chunk_bytes = overlap, chunk_bytes

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from colrow import rng
 from colrow.comm import collectives, primitives
 from colrow.comm.agreement import common_seed
+from colrow.comm.steps import watch
 from colrow.layers.linear import divides_sequence
 from colrow.layers.shared import SharedParameter, SharedRows, SharedWeights
 from colrow.mesh import ParallelGroup
@@ -76,6 +77,7 @@ class VocabParallelEmbedding(nn.Module):
             )
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.partition, self.tp, self.layer = partition, tp, layer
+        watch(self, tp)
         self.sequence_parallel = sequence_parallel
         start, stop = partition.bounds[tp.rank]
         held = padding_idx is not None and start <= padding_idx < stop
@@ -165,6 +167,7 @@ class PositionEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         self.max_positions, self.tp, self.layer = max_positions, tp, layer
+        watch(self, tp)
         self.sequence_parallel = sequence_parallel
         self.weight_spec = ShardSpec.replicated(max_positions, embedding_dim)
         self.weight = nn.Parameter(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from colrow.comm.autograd import apply
+from colrow.comm.steps import watch
 from colrow.layers.shared import SharedParameter, SharedRows, SharedWeights
 from colrow.mesh import ParallelGroup
 from colrow.partition import ShardSpec
@@ -45,6 +46,7 @@ class _Norm(nn.Module):
     ) -> None:
         super().__init__()
         self.size, self.tp, self.eps, self.layer = size, tp, eps, layer
+        watch(self, tp)
         self.applied_to = applied_to
         self.weight_spec = self.bias_spec = ShardSpec.replicated(size)
         self.weight = nn.Parameter(torch.ones(size, device=device, dtype=dtype))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from colrow.comm import collectives, primitives
+from colrow.comm.steps import watch
 from colrow.layers.chunks import check_chunk_bytes
 from colrow.layers.decoding import Kernel
 from colrow.layers.fused import row_linear
@@ -87,6 +88,7 @@ class RowParallelLinear(nn.Module):
         check_chunk_bytes(chunk_bytes, overlap)
         self.in_features, self.out_features = in_features, out_features
         self.tp, self.layer = tp, layer
+        watch(self, tp)
         self.partition = partition
         self.input_is_parallel = input_is_parallel
         self.sequence_parallel = sequence_parallel

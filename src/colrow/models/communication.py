@@ -12,7 +12,9 @@ from colrow.models.stages import Stage
 from colrow.partition import Partition, ShardSpec
 
 ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-INPUT_CHECK_ELEMENTS = 2  # a hash of the batch and its negative: equal maxima mean equal batches
+# A hash of the batch and a number of the optimiser's steps, with their negatives: equal and
+# opposite maxima mean that all ranks have the same.
+INPUT_CHECK_ELEMENTS = 4
 LOSS_STATISTICS = 3  # per token: the largest logit, the sum of exponentials, the label's logit
 
 

@@ -42,8 +42,8 @@ class Decoder(StagedLayers):
         chunk_bytes: multiply and send in chunks of at least so many bytes, so that collectives of
             forward hide behind matmuls too, see :class:`colrow.layers.RowParallelLinear`.
         check_inputs: compare the batch, and the dropout key if there is one, over the ranks in
-            every forward pass that is not decoding (one all-reduce of 16 bytes), since different
-            ones give wrong numbers silently.
+            every forward pass that is not decoding, and what optimisers did since the last one (one
+            all-reduce of 32 bytes), since different ones give wrong numbers silently.
         device, dtype: of the parameters, which hold arbitrary values until they are initialised
             or loaded; "meta" allocates nothing.
 
@@ -90,7 +90,9 @@ class Decoder(StagedLayers):
         stage, key = self.one_stage(stage), self._dropout_key(dropout_key)
         if self.check_inputs and cache is None and stage.is_first:
             given = (input_ids, attention_mask, positions)
-            check_same_on_all_ranks(self.tp, *given, dropout_key=key, layout=self.layout)
+            check_same_on_all_ranks(
+                self.tp, *given, dropout_key=key, layout=self.layout, trained=True
+            )
         hidden = self._hidden(stage, input_ids, length, attention_mask, positions, cache, key)
         return self.logits(*hidden) if stage.is_last else hidden[0]
 
@@ -131,7 +133,9 @@ class Decoder(StagedLayers):
         if self.check_inputs:
             compared = (input_ids, attention_mask, positions) if stage.is_first else ()
             compared = (*compared, labels)
-            check_same_on_all_ranks(self.tp, *compared, dropout_key=key, layout=self.layout)
+            check_same_on_all_ranks(
+                self.tp, *compared, dropout_key=key, layout=self.layout, trained=True
+            )
         check_next_token(labels)
         hidden = self._hidden(
             stage, input_ids, labels.shape[1], attention_mask, positions, None, key

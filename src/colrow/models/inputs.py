@@ -7,6 +7,7 @@ from torch import Tensor
 
 from colrow import rng
 from colrow.comm.agreement import different_seeds, require_same
+from colrow.comm.steps import PARTED, steps_of
 from colrow.layers.options import Position
 from colrow.mesh import ParallelGroup
 from colrow.models.config import ModelConfig
@@ -113,12 +114,15 @@ def check_same_on_all_ranks(
     *tensors: Tensor | None,
     dropout_key: int | Tensor | None = None,
     layout: object = None,
+    trained: bool = False,
 ) -> None:
     """Raises ValueError on every rank when the ranks have different tensors or dropout keys.
 
-    ``layout``, how the model is divided, is compared too, by what it prints.
+    ``layout``, how the model is divided, is compared too, by what it prints, and with ``trained``
+    what optimisers did to the group's parameters since the last time.
 
-    Sends one all-reduce of 16 bytes, see :func:`colrow.comm.agreement.require_same`.
+    Sends one all-reduce of 16 bytes, with ``trained`` of 32, see
+    :func:`colrow.comm.agreement.require_same`.
     """
     if tp.size == 1 or torch.compiler.is_compiling():
         return
@@ -140,8 +144,12 @@ def check_same_on_all_ranks(
     else:
         message += "; or they drew different dropout keys"
     digest = digest + rng.bits(dropout_key, torch.ones_like(digest))
+    steps, norm = steps_of(tp), None
+    if trained:
+        norm = steps.take(device)
+        digest = digest + rng.bits(steps.digest, torch.ones_like(digest))
     try:
-        require_same(digest, tp, message, layer="inputs", device=device)
+        require_same(digest, tp, message, layer="inputs", device=device, near=norm)
     except ValueError:  # on all ranks: was it the layout, or the key?
         divided = (
             f"the ranks of this {tp.name} group divide the model differently: give all of them the "
@@ -150,4 +158,6 @@ def check_same_on_all_ranks(
         require_same(rng.stream_key(0, str(layout)), tp, divided, layer="inputs", device=device)
         seeds = f"{different_seeds('dropout masks', tp)}, or pass all of them the same dropout_key"
         require_same(dropout_key, tp, seeds, layer="inputs", device=device)
+        if trained:
+            require_same(steps.digest, tp, PARTED, layer="inputs", device=device, near=norm)
         raise
