@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from colrow import rng
 from colrow.mesh import ParallelGroup
+from colrow.partition import ShardSpec
 
 _FEW = 4  # parameters whose gradients are compared: what parts ranks shows in each
 _FRAMES = 16  # between a scaler's step and this hook
@@ -84,7 +86,7 @@ class _Holding:
     replicated: dict[ParallelGroup, list[Tensor]] = field(default_factory=dict)
 
 
-_modules: weakref.WeakKeyDictionary[nn.Module, ParallelGroup] = weakref.WeakKeyDictionary()
+_modules: dict[int, tuple[weakref.ref[nn.Module], ParallelGroup]] = {}  # by id; any can be watched
 _steps: weakref.WeakKeyDictionary[ParallelGroup, Steps] = weakref.WeakKeyDictionary()
 _holdings: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Holding] = weakref.WeakKeyDictionary()
 _hooked: list[Any] = []
@@ -98,7 +100,8 @@ def watch(module: nn.Module, tp: ParallelGroup) -> None:
     """
     if tp.size == 1:
         return
-    _modules[module] = tp
+    key = id(module)
+    _modules[key] = weakref.ref(module, lambda _: _modules.pop(key, None)), tp
     if not _hooked:
         _hooked.append(register_optimizer_step_pre_hook(_before_step))
 
@@ -129,34 +132,52 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
 
 
 def _found(optimizer: torch.optim.Optimizer, count: int) -> _Holding:
-    from colrow.checkpoint.training_placement import placements
-    from colrow.optim.check import check_optimizer
+    from colrow.optim.check import refuse_on_shards
 
     ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
     holding = _Holding(count)
-    for module, tp in list(_modules.items()):
-        mine = {name: p for name, p in module.named_parameters() if id(p) in ids}
-        if not mine:
+    for reference, tp in list(_modules.values()):
+        module = reference()
+        if module is None:
             continue
-        few, places = holding.replicated.setdefault(tp, []), placements(module)
-        whole = [p for name, p in mine.items() if places[name].spec.dim is None]
-        if len(whole) < len(mine):
-            check_optimizer(optimizer, module)
-        few.extend(whole[: _FEW - len(few)])
+        for parameter, divided in _known(module):
+            if id(parameter) in ids:
+                few = holding.replicated.setdefault(tp, [])
+                if divided:
+                    refuse_on_shards(optimizer)
+                elif len(few) < _FEW:
+                    few.append(parameter)
     return holding
+
+
+def _known(module: nn.Module) -> Iterator[tuple[Tensor, bool]]:
+    """A watched module's parameters and whether each is divided; one that it cannot say is not."""
+    from colrow.inplace.record import record_of
+
+    record = record_of(module)
+    if record is not None:
+        for name, parameter in module.named_parameters():
+            yield parameter, name in record.specs
+        return
+    for name, parameter in module.named_parameters(recurse=False):
+        spec = getattr(module, f"{name}_spec", None)
+        if isinstance(spec, ShardSpec):
+            yield parameter, spec.dim is not None
 
 
 def _refuse_foreign_scaler() -> None:
     """Raises RuntimeError when a scaler that is not colrow's is what calls for this step."""
-    from colrow.optim.scaler import GradScaler
-
     frame = sys._getframe(2)
     for _ in range(_FRAMES):
         if frame is None:
             return
         if frame.f_code is torch.amp.GradScaler.step.__code__:
             scaler = frame.f_locals.get("self")
-            if scaler is not None and not isinstance(scaler, GradScaler):
+            # A class that looks at gradients in its own way, as FSDP's, may ask other ranks.
+            methods = ("unscale_", "_unscale_grads_")
+            plain = torch.amp.GradScaler
+            own = any(getattr(type(scaler), m) is not getattr(plain, m) for m in methods)
+            if isinstance(scaler, plain) and scaler.is_enabled() and not own:
                 raise RuntimeError(
                     f"{type(scaler).__name__} of torch looks for infinities in this rank's shards "
                     "alone, so that ranks would skip different steps: use "

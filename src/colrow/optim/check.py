@@ -73,9 +73,15 @@ def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     Warns:
         UserWarning: once for each optimiser whose class is not known, with what to look at.
     """
+    if _has_shards(optimizer, model):
+        refuse_on_shards(optimizer)
+
+
+def refuse_on_shards(optimizer: torch.optim.Optimizer) -> None:
+    """As :func:`check_optimizer`, for an optimiser that is known to hold a shard."""
     inner = _unwrapped(optimizer)
     kind = type(inner)
-    if isinstance(inner, _OWN) or _is_elementwise(kind) or not _has_shards(inner, model):
+    if isinstance(inner, _OWN) or _is_elementwise(kind):
         return
     names = [base.__name__ for base in kind.__mro__]
     for pattern, does, instead in _WHOLE:
