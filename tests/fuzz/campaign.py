@@ -74,7 +74,13 @@ class Result:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self)
+        counters = ("counts", "refusals", "not_run")
+        counted = {
+            name: {kind: dict(count.most_common()) for kind, count in getattr(self, name).items()}
+            for name in counters
+        }
+        findings = [asdict(finding) for finding in self.findings]
+        return {**vars(self), **counted, "findings": findings}
 
 
 def command(ranks: int, seed: int, only: str) -> str:

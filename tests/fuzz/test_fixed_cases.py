@@ -27,8 +27,8 @@ _ONCE_WRONG = json.loads(Path(__file__).with_name("once_wrong.json").read_text(e
 
 @pytest.fixture(scope="module")
 def pools() -> Iterator[dict[int, Ranks]]:
-    with Ranks(2) as two, Ranks(3) as three:
-        yield {2: two, 3: three}
+    with Ranks(2) as two, Ranks(3) as three, Ranks(4) as four:
+        yield {2: two, 3: three, 4: four}
 
 
 def test_every_kind_is_covered() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from colrow.inplace.calls import ModuleCall, private, tensors_of
 from colrow.reference import FullPrecision
@@ -102,6 +103,8 @@ def capture_calls(
 ) -> tuple[dict[str, ModuleCall], list[Tensor]]:
     """The first call of every module inside ``model`` during forward passes, by name.
 
+    Calls with nested tensors are left out.
+
     Batches after the first may be ones that the model does not take.
 
     Returns:
@@ -112,7 +115,7 @@ def capture_calls(
 
     def hook(name: str) -> Any:
         def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if name not in calls:
+            if name not in calls and not any(map(_is_nested, pytree.tree_leaves((args, kwargs)))):
                 calls[name] = ModuleCall(args, kwargs).mapped((), lambda _, leaf: _copied(leaf))
 
         return keep
@@ -137,6 +140,11 @@ def capture_calls(
         for handle in handles:
             handle.remove()
     return calls, results
+
+
+def _is_nested(leaf: Any) -> bool:
+    """Whether it is a tensor of rows of different lengths, with which nothing is tried."""
+    return isinstance(leaf, Tensor) and leaf.is_nested
 
 
 def _copied(leaf: Any) -> Any:

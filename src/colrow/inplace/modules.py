@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from colrow.comm import collectives
 from colrow.inplace.calls import Key, ModuleCall
 from colrow.inplace.gradients import sum_rows
+from colrow.inplace.nested import by_features
 from colrow.inplace.simulate import take_periodic
 from colrow.inplace.streams import Stream
 from colrow.layers.fused import column_linear, row_linear
@@ -119,9 +120,11 @@ class ColumnMixin(nn.Module):
     weight: Tensor
     bias: Tensor | None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``[..., in]``, the same on every rank, to ``[..., out_local]``. Backward: all-reduce."""
-        how = self.colrow
+        if input.is_nested:
+            return by_features(self.forward, input)
+        how, x = self.colrow, input
         weight, bias = self.weight, self.bias
         if how.stream is not None and self.training:
             how.stream.part(x)
@@ -166,12 +169,14 @@ class RowMixin(nn.Module):
     weight: Tensor
     bias: Tensor | None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``[..., in_local]`` to ``[..., out]`` on every rank. Forward: all-reduce.
 
         To this rank's tokens where they are divided. Forward: reduce-scatter; backward: all-gather.
         """
-        how = self.colrow
+        if input.is_nested:
+            return by_features(self.forward, input)
+        how, x = self.colrow, input
         if how.stream is not None:
             how.stream.join(x)
         weight = self.weight.t() if how.transposed else self.weight

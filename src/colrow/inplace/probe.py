@@ -66,6 +66,8 @@ def probe(unit: Unit, wanted: set[str], most_units: int = 512) -> dict[str, Reac
         assert kind is not None
 
         def forward(x: Tensor, *_: Any) -> Tensor:
+            if x.is_nested:
+                raise UnitError(f"{name} is given a nested tensor")
             factors = unit.factors.get(name)
             y = multiply(kind, module, x) if factors is None else factors(x.detach())
             y = y.detach().requires_grad_()

@@ -164,12 +164,30 @@ def _settings(
             except (UnitError, NotProvenError) as error:
                 last = str(error)
                 continue
-            known[sizes] = setting
-            found.append(setting)
+            known[sizes] = _needed(simulation, whole, rank, setting)
+            found.append(known[sizes])
             break
         else:
             raise NotProvenError(f"no local sizes found with which it computes its part: {last}")
     return found
+
+
+def _needed(simulation: Simulation, whole: Observed, rank: int, setting: Setting) -> Setting:
+    """Without the numbers that make no difference.
+
+    Such a number need not be one of those that a split makes smaller: it may be how far a window
+    reaches, which only longer sequences than this one show.
+    """
+    for number in list(setting):
+        fewer = {other: value for other, value in setting.items() if other is not number}
+        try:
+            with torch.no_grad():
+                part = simulation.rank(rank, fewer, whole)
+            _compare_values(simulation.group, part, whole, rank)
+        except (UnitError, NotProvenError):
+            continue
+        setting = fewer
+    return setting
 
 
 def _sizes(simulation: Simulation, rank: int) -> frozenset[tuple[int, int]]:

@@ -214,6 +214,7 @@ class Unit:
             n: lambda x, *_, factors=factors: factors(x) for n, factors in self.factors.items()
         }
         forwards |= replaced or {}
+        forwards = {n: _as_layer(f) if n in self.linears else f for n, f in forwards.items()}
         with (
             exact_arithmetic(),
             NoDropout(),
@@ -229,6 +230,11 @@ class Unit:
             ) as error:  # whatever the model's code raises for sizes it did not expect
                 lines = str(error).strip().splitlines()
                 raise UnitError(lines[0][:160] if lines else type(error).__name__) from error
+
+
+def _as_layer(forward: Forward) -> Forward:
+    """The forward of a layer of one input, given by position or by name."""
+    return lambda *args, **named: forward(*args, *named.values())
 
 
 def _randomise(module: nn.Module) -> None:

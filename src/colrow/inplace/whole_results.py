@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from colrow.comm import collectives
+from colrow.inplace.nested import by_features
 from colrow.layers.embedding import check_range
 from colrow.layers.fused import column_linear
 from colrow.mesh import ParallelGroup
@@ -58,6 +59,8 @@ class HeadMixin(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Logits, gathered, or this rank's where the loss takes those."""
+        if input.is_nested:
+            return by_features(self.forward, input)
         how = self.colrow
         y = column_linear(input, self.weight, self.bias, how.tp, layer=how.layer)
         if how.local:
@@ -82,9 +85,11 @@ class GatheredMixin(nn.Module):
     weight: Tensor
     bias: Tensor | None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``[..., in]`` to ``[..., out]``, both whole. Sends an all-gather, then an all-reduce."""
+        if input.is_nested:
+            return by_features(self.forward, input)
         how = self.colrow
         weight = self.weight.t() if how.transposed else self.weight
-        y = column_linear(x, weight, self.bias, how.tp, layer=how.layer)
+        y = column_linear(input, weight, self.bias, how.tp, layer=how.layer)
         return collectives.gather_from_tp(y, how.tp, partition=how.partition, layer=how.layer)

@@ -25,12 +25,12 @@ def linear_all_reduce(
 
     Sends an all-reduce of the result, or one for each chunk of its rows.
     """
-    rows = x.numel() // x.shape[-1]
+    rows = x.shape[:-1].numel()
     size = rows * weight.shape[0] * x.element_size()
     chunks = chunk_count(size, rows, chunk_bytes)
     if chunks == 1:
         return primitives.all_reduce(F.linear(x, weight), tp, layer=layer, in_place=True)
-    flat = x.reshape(rows, -1)
+    flat = x.reshape(rows, x.shape[-1])
     result = x.new_empty(rows, weight.shape[0])
     pending = []
     for start, stop in row_chunks(rows, chunks):
@@ -39,7 +39,7 @@ def linear_all_reduce(
         pending.append(primitives.all_reduce_async(part, tp, layer=layer, in_place=True))
     for one in pending:
         one.wait()
-    return result.view(*x.shape[:-1], -1)
+    return result.view(*x.shape[:-1], weight.shape[0])
 
 
 def linear_reduce_scatter(

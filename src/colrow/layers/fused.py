@@ -167,10 +167,10 @@ class _ColumnLinear(torch.autograd.Function):
                 )
         if gathering is not None:
             x = gathering.wait()
-        rows = grad.reshape(-1, grad.shape[-1])
+        rows = _rows(grad)
         dweight = dbias = None
         if need_weight:
-            dweight = (rows.t() @ x.reshape(-1, x.shape[-1])).to(weight_dtype)
+            dweight = (rows.t() @ _rows(x)).to(weight_dtype)
         if need_bias:
             dbias = rows.sum(0).to(bias_dtype)
         dx = None if pending is None else pending.wait().to(x_dtype)
@@ -217,9 +217,14 @@ class _RowLinear(torch.autograd.Function):
             grad = primitives.all_gather(grad, ctx.tp, -2, partition=ctx.sequence, **names)
         dx = None if dx is None else dx.to(x_dtype)
         if ctx.needs_input_grad[1]:
-            rows = grad.reshape(-1, grad.shape[-1])
-            dweight = (rows.t() @ x.reshape(-1, x.shape[-1])).to(weight_dtype)
+            rows = _rows(grad)
+            dweight = (rows.t() @ _rows(x)).to(weight_dtype)
         return dx, dweight, None, None, None, None, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``[..., features]`` to ``[rows, features]``, also where a rank holds no feature."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def _autocast(x: Tensor) -> torch.dtype | None:

@@ -101,7 +101,7 @@ class _Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads = spec["heads"]
         self.size, self.style = spec["head_dim"], spec["style"]
-        self.steps = spec["steps"]
+        self.window = 6
         self.output = nn.Linear(self.heads * self.size, width)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -124,6 +124,9 @@ class _Attention(nn.Module):
                 scores = 2 * torch.tanh(scores / 2)
             elif self.style == 4:  # normalised over the heads, not the keys
                 return (scores.softmax(1) @ v).transpose(1, 2).flatten(2)
+            elif self.style == 5:  # a window, of a size that may be a number of heads
+                seen = (distance >= 0) & (distance < self.window)
+                scores = scores.masked_fill(~seen, -1e30)
             y = scores.softmax(-1) @ v
         return y.transpose(1, 2).flatten(2)
 
@@ -413,7 +416,7 @@ class Nested(nn.Module):
         super().__init__()
         ffn = spec["ffn"]
         self.up, self.down = nn.Linear(width, ffn), nn.Linear(ffn, width)
-        self.style = spec["style"] % 3
+        self.style, self.jagged = spec["style"] % 3, spec["inline"]
 
     def forward(self, x: Tensor) -> Tensor:
         rows = [row[: max(1, x.shape[1] - i)] for i, row in enumerate(x)]
@@ -425,7 +428,8 @@ class Nested(nn.Module):
             parts = flat.split([len(row) for row in rows])
             y = nn.utils.rnn.pad_sequence(list(parts), batch_first=True)
         else:
-            nested = torch.nested.as_nested_tensor(rows)
+            layout = torch.jagged if self.jagged else torch.strided
+            nested = torch.nested.as_nested_tensor(rows, layout=layout)
             y = self.down(self.up(nested).relu()).to_padded_tensor(0.0)
         return F.pad(y, (0, 0, 0, x.shape[1] - y.shape[1]))
 

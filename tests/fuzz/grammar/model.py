@@ -23,7 +23,7 @@ BLOCK = Fields(
         "inline": OneOf([False, True]),
         "heads": OneOf(HEADS),
         "head_dim": OneOf([4, 3, 6]),
-        "style": OneOf([0, 1, 2, 3, 4]),
+        "style": OneOf([0, 1, 2, 3, 4, 5]),
     }
 )
 MODEL = {

@@ -22,17 +22,22 @@ FRESH = [
     (2, 7, -4.0, False),
 ]
 _OPTIMISERS = {
-    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
-    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.9),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
 }
 _LIMIT = 1e-8
 
 
 @dataclass
 class Seen:
-    """What a model gave for a batch, and its gradients."""
+    """What a model gave for a batch, and its gradients.
+
+    Attributes:
+        alone: the result without gradients being recorded, in eval mode.
+    """
 
     result: Any
+    alone: Any
     loss: Tensor
     grads: dict[str, Tensor]
 
@@ -109,6 +114,10 @@ def _own_grads(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _run(model: nn.Module, case: Case, inputs: dict[str, Tensor]) -> Seen:
+    alone = None
+    if not model.training:
+        with torch.no_grad():
+            alone = model(**inputs)
     result = model(**inputs)
     loss = torch.zeros((), dtype=torch.float64)
     source = torch.Generator().manual_seed(3)
@@ -118,7 +127,7 @@ def _run(model: nn.Module, case: Case, inputs: dict[str, Tensor]) -> Seen:
         if case["loss"] == "square":
             loss = loss + y.square().mean()
     loss.backward()
-    return Seen(result, loss.detach(), {})
+    return Seen(result, alone, loss.detach(), {})
 
 
 def _compared(
@@ -136,6 +145,7 @@ def _compared(
     model.zero_grad()
     seen = _run(model, case, batch(case, number, rows, length, scale))
     wrong = compare.results(f"{what}: result", seen.result, whole.result, limit)
+    wrong += compare.results(f"{what}: result in no_grad", seen.alone, whole.alone, limit)
     wrong += compare.difference(f"{what}: loss", seen.loss, whole.loss, limit, 1.0)
     grads = colrow.full_grads(model)
     model.zero_grad()
