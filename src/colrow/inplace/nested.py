@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,11 @@ def by_features(multiply: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return multiply(x)
     if x.layout == torch.jagged:
         # With its own offsets, since torch adds jagged tensors of the same offsets alone.
-        values = multiply(x.values())
-        result: Tensor = torch.nested.nested_tensor_from_jagged(values, x.offsets(), x.lengths())
+        jagged: Any = x
+        values = multiply(jagged.values())
+        result: Tensor = torch.nested.nested_tensor_from_jagged(
+            values, jagged.offsets(), jagged.lengths()
+        )
         return result
     rows = x.unbind()
     flat = multiply(torch.cat([row.flatten(0, -2) for row in rows]))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from colrow.inplace.calls import Key
-from colrow.inplace.unit import Unit, linear_kind, multiply
+from colrow.inplace.unit import Unit, UnitError, linear_kind, multiply
 
 _CHUNK_ELEMENTS = 1 << 18
 
