@@ -13,6 +13,7 @@ from benchmarks.planner.published import Case, flops_with_recompute, gpt, read_t
 from colrow.planner.catalog import decoder, find_model
 from colrow.planner.hardware import find_hardware
 from colrow.planner.layout import Layout
+from colrow.planner.model import ModelShape
 
 GIB = float(1 << 30)
 
@@ -129,14 +130,29 @@ def _bloom() -> Iterator[Case]:
         )
 
 
+def _deepseek_v2(layers: int) -> ModelShape:
+    """DeepSeek-V2 with so many layers, the first of them without experts."""
+    whole = find_model("deepseek-v2")
+    return replace(whole, config=replace(whole.config, num_layers=layers))
+
+
 def _simumax() -> Iterator[Case]:
-    """Llama-3-70B's shape with 12 layers on 8 B200, Megatron-Core (MooreThreads/SimuMax)."""
+    """Models' shapes with few layers on 8 B200, Megatron-Core (MooreThreads/SimuMax).
+
+    Llama-3-70B's with 12, also over parts of long sequences, and DeepSeek-V2's with 4.
+    """
+    titles = {"llama3_70b": "SimuMax B200, dense", "deepseekv2": "SimuMax B200, experts"}
     for row in read_table("simumax_b200"):
-        if row["model"] != "llama3_70b" or row["cp"] != "1":
-            continue
-        whole = find_model("llama-3-70b")
+        layers, cp = int(row["layers"]), int(row["cp"])
+        if row["model"] == "llama3_70b":
+            whole = find_model("llama-3-70b")
+            model = replace(whole, config=replace(whole.config, num_layers=layers))
+        else:
+            model = _deepseek_v2(layers)
         layout = Layout(
             **_sizes(row),
+            cp=cp,
+            ep=int(row["ep"]),
             microbatch=1,
             global_batch=int(row["dp"]) * int(row["num_microbatches"]),
             sequence=int(row["seq"]),
@@ -145,9 +161,9 @@ def _simumax() -> Iterator[Case]:
             software="megatron-core-default",
         )
         yield Case(
-            "SimuMax B200, dense",
+            "SimuMax B200, long sequences" if cp > 1 else titles[row["model"]],
             f"{row['num_microbatches']} microbatches",
-            replace(whole, config=replace(whole.config, num_layers=int(row["layers"]))),
+            model,
             find_hardware("b200-180gb"),
             (layout,),
             float(row["real_ms"]) / 1e3,

@@ -23,8 +23,8 @@ from colrow.cli import main
 from colrow.generate.tokenizer import end_tokens, load_tokenizer
 from colrow.mesh import Mesh, ParallelGroup
 from colrow.models.hf_config import config_from_file
+from colrow.planner import model_from_config_json
 from colrow.planner.machine_file import load_machine
-from colrow.planner.model import model_from_config_json
 from colrow.train.sources import documents
 from colrow.train.tokens import Encoded, TokenFile, write_tokens
 from tests.generate import models

@@ -66,6 +66,8 @@ def test_the_layout_that_is_chosen_is_nearly_the_best(swept: list[Result]) -> No
         ("Narayanan 2021 Figure 13, free", 10, 0.08),
         ("BLOOM, Jean Zay, 150 per head, fitted", 20, 0.08),
         ("SimuMax B200, dense, free", 12, 0.08),
+        ("SimuMax B200, experts, free", 6, 0.12),
+        ("SimuMax B200, long sequences, free", 4, 0.08),
         ("torchtitan, FSDP2, free", 4, 0.12),
     ],
 )
@@ -75,7 +77,7 @@ def test_sweeps_are_predicted(
     found = sweeps[table]
     assert found.rows == rows and found.mean < bound
     if found.memory is not None:
-        assert found.memory < 0.08
+        assert found.memory < 0.10
 
 
 def test_measured_seconds_are_the_published_ones(results: list[Result]) -> None:

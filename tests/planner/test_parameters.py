@@ -41,7 +41,15 @@ def hf_parameters(model: ModelShape, layers: int) -> int:
     return sum(p.numel() for p in found.parameters())
 
 
-@pytest.mark.parametrize("name", sorted(catalog()))
+# Models put together from parts are compared, in tiny, in test_experts.
+SIMPLE = [
+    name
+    for name, model in sorted(catalog().items())
+    if not model.latent and not model.shared_ffn and not name.startswith("gpt-oss")
+]
+
+
+@pytest.mark.parametrize("name", SIMPLE)
 def test_counts_are_those_of_transformers(name: str) -> None:
     """Layers are alike, so one and two of them tell the count of all."""
     model = find_model(name)
@@ -118,3 +126,27 @@ def test_names_are_forgiving_and_suggest_near_matches() -> None:
         find_model("lama-3-70b")
     with pytest.raises(ValueError, match=r"describe others"):
         find_model("zzzz")
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "active"),
+    [
+        ("deepseek-v2", 236, 21),
+        ("deepseek-v3", 671, 37),
+        ("kimi-k2", 1026, 32.4),
+        ("qwen3-235b-a22b", 235, 22),
+        ("qwen3-coder-480b-a35b", 480, 35),
+        ("gpt-oss-20b", 20.9, 3.6),
+        ("gpt-oss-120b", 116.8, 5.1),
+        ("glm-4.5", 355, 32),
+        ("glm-4.5-air", 106, 12),
+    ],
+)
+def test_mixtures_have_the_parameters_that_their_reports_print(
+    name: str, billions: float, active: float
+) -> None:
+    model = find_model(name)
+    assert model.parameters / 1e9 == pytest.approx(billions, rel=0.012)
+    # Reports differ in whether they count the embedding among a token's parameters.
+    embedding = model.config.vocab_size * model.config.hidden_size / 1e9
+    assert active - embedding - 1 < model.active_parameters / 1e9 < active + 2 * embedding + 1

@@ -99,6 +99,12 @@ def _add_layout(group: argparse._ArgumentGroup) -> None:
         ("tp", "tensor-parallel size: devices that share each layer"),
         ("pp", "pipeline-parallel size: stages of consecutive layers"),
         ("dp", "data-parallel size: replicas, each with a part of the batch"),
+        (
+            "cp",
+            "context-parallel size: devices that each have a part of every sequence; a search "
+            "keeps it (default 1)",
+        ),
+        ("ep", "expert-parallel size: over how many of the dp × cp replicas experts are divided"),
         ("microbatch", "sequences in one forward pass of a replica"),
         (
             "global-batch",

@@ -5,12 +5,13 @@ searches. See docs/planner.md for every formula and its source.
 """
 
 from colrow.planner.catalog import catalog, find_model
+from colrow.planner.config_json import model_from_config_json
 from colrow.planner.hardware import Device, Hardware, find_hardware, hardware_names
 from colrow.planner.inference import ServingPrediction, predict_serving
 from colrow.planner.layout import Layout
 from colrow.planner.links import Link
 from colrow.planner.machine_file import load_machine
-from colrow.planner.model import ModelShape, model_from_config_json
+from colrow.planner.model import LatentAttention, ModelShape
 from colrow.planner.predict import Prediction, predict
 from colrow.planner.recommend import Recommendation, recommend
 from colrow.planner.serving import Serving
@@ -18,6 +19,7 @@ from colrow.planner.serving import Serving
 __all__ = [
     "Device",
     "Hardware",
+    "LatentAttention",
     "Layout",
     "Link",
     "ModelShape",

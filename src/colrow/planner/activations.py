@@ -39,21 +39,29 @@ class Sizes:
     def of(cls, model: ModelShape, layout: Layout, division: Division, rank: int) -> Sizes:
         """The sizes on tensor-parallel rank ``rank``."""
         config, item = model.config, layout.itemsize
-        tokens = layout.microbatch * layout.sequence
+        tokens = layout.tokens
         full = float(tokens * config.hidden_size * item)
         parts = layout.tp if layout.sequence_parallel else 1
-        rows = layout.microbatch * -(-layout.sequence // parts)
+        rows = layout.microbatch * -(-layout.local_sequence // parts)
         heads = division.heads.query.size(rank)
         keys = min(config.window(0) or layout.sequence, layout.sequence)
         return cls(
             full=full,
             residual=float(rows * config.hidden_size * item),
-            query=float(tokens * heads * config.head_dim * item),
-            key_value=float(tokens * division.heads.key_value.size(rank) * config.head_dim * item),
+            query=float(tokens * heads * model.key_size * item),
+            key_value=float(tokens * _key_value_numbers(model, division, rank) * item),
             ffn=float(tokens * model.active_experts * division.ffn.size(rank) * item),
-            scores=float(layout.microbatch * heads * layout.sequence * keys),
+            scores=float(layout.microbatch * heads * layout.local_sequence * keys),
             item=item,
         )
+
+
+def _key_value_numbers(model: ModelShape, division: Division, rank: int) -> float:
+    """Of keys or of values per token; with latent attention the mean of the two."""
+    if model.latent:
+        heads = division.heads.query.size(rank)
+        return heads * (model.key_size + model.value_size) / 2
+    return division.heads.key_value.size(rank) * model.config.head_dim
 
 
 def block_bytes(
@@ -62,8 +70,22 @@ def block_bytes(
     """What one block keeps without recomputing the block, by part."""
     config = model.config
     sizes = Sizes.of(model, layout, division, rank)
+    latent = shared = dispatched = 0.0
+    tokens = layout.tokens
+    if model.latent:  # the compressed queries, keys and values, before and after their norms
+        compressed = model.latent.query_rank + model.latent.kv_rank
+        latent = float(tokens * (2 * compressed + model.latent.rope) * sizes.item)
+    if model.shared_ffn:
+        widths = 3 if config.gated else 2
+        shared = float(tokens * widths * -(-model.shared_ffn // layout.tp) * sizes.item)
+    if model.experts > 1:
+        # The experts' inputs, sorted, and their results, which the router's weights multiply.
+        dispatched = 2 * sizes.residual * model.active_experts
     return {
         "norms": _norms(model, layout, sizes),
+        "latent attention": latent,
+        "shared expert": shared,
+        "tokens sent to experts": dispatched,
         "linear inputs": 2 * _column_input(layout, sizes),
         "attention": _attention(
             model,
@@ -110,7 +132,8 @@ def _attention(
         # of the fused tensor; softmax is kept in fp32, beside the mask and the product of both.
         scores = 0.0 if layout.recompute == "selective" else sizes.scores
         return 4 * sizes.query + normed + scores * (4 + 1 + sizes.item)
-    kept = sizes.query + 2 * sizes.key_value + sizes.query + normed
+    output = sizes.query * model.value_size / model.key_size
+    kept = sizes.query + 2 * sizes.key_value + output + normed
     if config.position == "rope":
         kept += sizes.query + sizes.key_value
     if split_heads:
@@ -161,5 +184,5 @@ def head_bytes(
     """The final norm with the head's input, and the fp32 probabilities that the loss keeps."""
     sizes = Sizes.of(model, layout, division, rank)
     norm = _norms(model, layout, sizes) / (1 if model.config.parallel_residual else 2)
-    logits = layout.microbatch * layout.sequence * division.vocab.size(rank)
+    logits = layout.tokens * division.vocab.size(rank)
     return norm + _column_input(layout, sizes), 4.0 * logits

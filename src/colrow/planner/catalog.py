@@ -8,7 +8,7 @@ from functools import cache
 from colrow.layers.options import RopeConfig
 from colrow.models.config import ModelConfig
 from colrow.planner.data import read_table
-from colrow.planner.model import ModelShape
+from colrow.planner.model import LatentAttention, ModelShape
 
 # What a family's models have in common, beyond their sizes.
 _GPT = {"norm": "layernorm", "gated": False, "qkv_bias": True, "output_bias": True}
@@ -36,6 +36,9 @@ ALIASES = {
     "gpt-neox": "gpt-neox-20b",
     "mixtral": "mixtral-8x7b",
     "mistral": "mistral-7b",
+    "deepseek-r1": "deepseek-v3",
+    "kimi": "kimi-k2",
+    "gpt-oss": "gpt-oss-120b",
 }
 
 
@@ -56,6 +59,10 @@ def decoder(
     active_experts: int = 1,
     dropout: float | None = None,
     source: str = "",
+    shared_ffn: int = 0,
+    dense_layers: int = 0,
+    dense_ffn: int = 0,
+    latent: LatentAttention | None = None,
 ) -> ModelShape:
     """A model of one of the families from its sizes; what is left out is the family's habit.
 
@@ -91,7 +98,22 @@ def decoder(
         residual_dropout=probability,
         **style,  # type: ignore[arg-type]
     )
-    return ModelShape(name, config, experts, active_experts, source)
+    return ModelShape(
+        name,
+        config,
+        experts,
+        active_experts,
+        source,
+        shared_ffn=shared_ffn,
+        dense_layers=dense_layers,
+        dense_ffn=dense_ffn,
+        latent=latent,
+    )
+
+
+def _latent(text: str) -> LatentAttention | None:
+    """Latent attention from "query rank/kv rank/nope/rope/value"; None from an empty text."""
+    return LatentAttention(*(int(part) for part in text.split("/"))) if text else None
 
 
 @cache
@@ -113,6 +135,10 @@ def catalog() -> dict[str, ModelShape]:
             experts=int(row["experts"]),
             active_experts=int(row["active"]),
             source=row["source"],
+            shared_ffn=int(row["shared_ffn"]),
+            dense_layers=int(row["dense_layers"]),
+            dense_ffn=int(row["dense_ffn"]),
+            latent=_latent(row["latent"]),
         )
         for row in read_table("models")
     }

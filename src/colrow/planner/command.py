@@ -11,13 +11,14 @@ from typing import Any
 from rich.console import Console
 
 from colrow.planner.catalog import decoder, find_model
+from colrow.planner.config_json import model_from_config_json
 from colrow.planner.cost import cost
 from colrow.planner.explain import explain, explain_serving
 from colrow.planner.hardware import Hardware, find_hardware
 from colrow.planner.inference import predict_serving
 from colrow.planner.layout import Layout
 from colrow.planner.machine_file import load_machine
-from colrow.planner.model import ModelShape, model_from_config_json
+from colrow.planner.model import ModelShape
 from colrow.planner.predict import Prediction, predict
 from colrow.planner.reasons import what_loses, why_first
 from colrow.planner.recommend import recommend, scaling, smallest_change
@@ -46,6 +47,7 @@ OF_ONE_LAYOUT = (
     "schedule",
     "zero",
     "stage_layers",
+    "ep",
 )
 
 
@@ -96,22 +98,29 @@ def _given(args: Namespace) -> dict[str, int]:
 def _sizes(args: Namespace) -> dict[str, int]:
     """The parallel sizes of a given layout; ``--gpus`` decides dp where that is not given."""
     sizes = {"tp": 1, "pp": 1, "dp": 1} | _given(args)
-    tp, pp = sizes["tp"], sizes["pp"]
+    tp, pp = sizes["tp"] * (args.cp or 1), sizes["pp"]
     if not args.gpus or min(sizes.values()) < 1:
         return sizes
     if args.dp is None:
         sizes["dp"], rest = divmod(args.gpus, tp * pp)
         if rest or not sizes["dp"]:
             raise ValueError(
-                f"{args.gpus} devices do not divide by tp × pp = {tp} × {pp}: give a multiple of "
+                f"{args.gpus} devices do not divide by {_product(args, sizes)}: give a multiple of "
                 f"{tp * pp} as --gpus, or leave it out"
             )
     dp = sizes["dp"]
     if args.gpus != tp * pp * dp:
         raise ValueError(
-            f"tp × pp × dp = {tp} × {pp} × {dp} = {tp * pp * dp}, but --gpus says {args.gpus}"
+            f"{_product(args, sizes, dp)} = {tp * pp * dp}, but --gpus says {args.gpus}"
         )
     return sizes
+
+
+def _product(args: Namespace, sizes: dict[str, int], dp: int | None = None) -> str:
+    """ "tp × cp × pp × dp = 2 × 4 × 1 × 8", without what was not given."""
+    factors = {"tp": sizes["tp"], "cp": args.cp, "pp": sizes["pp"], "dp": dp}
+    shown = {name: size for name, size in factors.items() if size is not None}
+    return f"{' × '.join(shown)} = {' × '.join(str(size) for size in shown.values())}"
 
 
 def model_of(args: Namespace) -> ModelShape:
@@ -157,6 +166,7 @@ def _layout(args: Namespace, model: ModelShape, **sizes: Any) -> Layout:
         master_weights=args.master_weights,
         software=args.software,
         attention=args.attention,
+        cp=args.cp or 1,
         **sizes,
     )
 
@@ -178,6 +188,7 @@ def _evaluate(
         schedule=schedule,
         virtual_stages=1 if args.virtual_stages is None else args.virtual_stages,
         zero=args.zero or 0,
+        ep=args.ep or 1,
         stage_layers=tuple(int(n) for n in _numbers("--stage-layers", args.stage_layers)),
     )
     prediction = predict(model, layout, hardware)

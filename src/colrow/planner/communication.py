@@ -15,7 +15,12 @@ from colrow.planner.compute import Pass
 from colrow.planner.hardware import Hardware
 from colrow.planner.layout import DTYPE, Layout
 from colrow.planner.model import ModelShape
-from colrow.planner.placement import collective_seconds, place, send_seconds
+from colrow.planner.placement import (
+    all_to_all_seconds,
+    collective_seconds,
+    place,
+    send_seconds,
+)
 
 # While NCCL moves data it occupies a share of the multiprocessors, by which a matmul beside it is
 # slower: 15 % on A100 and H100 (calculon caa4b11, systems/, "processor_usage").
@@ -35,7 +40,7 @@ def tp_calls(model: ModelShape, layout: Layout) -> list[Call]:
         model.config,
         model.division(layout.tp, layout.tp_weights),
         batch=layout.microbatch,
-        sequence=layout.sequence,
+        sequence=layout.local_sequence,
         sequence_parallel=layout.sequence_parallel,
         keep_gathered_input=layout.program.keep_gathered_input,
         dtype=DTYPE[layout.precision],
@@ -87,6 +92,9 @@ class CommunicationSeconds:
         return CommunicationSeconds(self.total + other.total, self.exposed + other.exposed)
 
 
+NO_COMMUNICATION = CommunicationSeconds()
+
+
 def tp_seconds(
     calls: tuple[Call, ...], phase: str, layout: Layout, hardware: Hardware, beside: Pass
 ) -> CommunicationSeconds:
@@ -119,9 +127,48 @@ def tp_seconds(
     return CommunicationSeconds(total, exposed)
 
 
+def cp_seconds(
+    model: ModelShape, layout: Layout, hardware: Hardware, phase: str, attention: float
+) -> CommunicationSeconds:
+    """Keys and values that pass round the context-parallel ranks of one block.
+
+    Each rank's keys and values go once round forward; in backward they go again, and their
+    gradients with them (Liu et al. 2023, arXiv 2310.01889, section 3). It runs beside attention.
+    """
+    if layout.cp == 1:
+        return NO_COMMUNICATION
+    division = model.division(layout.tp, layout.tp_weights)
+    numbers = division.heads.key_value.largest * (model.key_size + model.value_size)
+    if model.latent:
+        numbers = division.heads.query.largest * (model.key_size + model.value_size)
+    whole = layout.microbatch * layout.sequence * numbers * layout.itemsize
+    seconds = collective_seconds("all_gather", whole, place("cp", layout, hardware), hardware)
+    if phase == "backward":
+        seconds *= 2
+    exposed = max(0.0, seconds - attention) + PROCESSOR_SHARE * min(seconds, attention)
+    return CommunicationSeconds(seconds, exposed)
+
+
+def ep_seconds(
+    model: ModelShape, layout: Layout, hardware: Hardware, phase: str
+) -> CommunicationSeconds:
+    """Tokens that travel to their experts and back in one block, once each way and phase.
+
+    With full recomputation backward repeats forward's. Nothing runs beside it.
+    """
+    if layout.ep == 1 or model.experts == 1:
+        return NO_COMMUNICATION
+    rows = layout.tokens / (layout.tp if layout.sequence_parallel else 1)
+    size = rows * model.active_experts * model.config.hidden_size * layout.itemsize
+    where = place("ep", layout, hardware)
+    times = 4 if phase == "backward" and layout.recompute == "full" else 2
+    seconds = times * all_to_all_seconds(size, where, hardware)
+    return CommunicationSeconds(seconds, seconds)
+
+
 def stage_message_bytes(model: ModelShape, layout: Layout) -> float:
     """Bytes that one rank sends to the next stage for one microbatch."""
-    tensor = layout.microbatch * layout.sequence * model.config.hidden_size * layout.itemsize
+    tensor = layout.tokens * model.config.hidden_size * layout.itemsize
     divided = layout.sequence_parallel or layout.program.scatter_gather
     return tensor / layout.tp if divided else float(tensor)
 
@@ -138,9 +185,16 @@ def stage_seconds(model: ModelShape, layout: Layout, hardware: Hardware) -> floa
     return seconds
 
 
-def dp_collective_seconds(op: str, size: float, layout: Layout, hardware: Hardware) -> float:
-    """Time of one data-parallel collective over a whole buffer of ``size`` bytes."""
-    where, share = place("dp", layout, hardware), layout.program.zero3_adapter_share
+def dp_collective_seconds(
+    op: str, size: float, layout: Layout, hardware: Hardware, *, experts: bool = False
+) -> float:
+    """Time of one data-parallel collective over a whole buffer of ``size`` bytes.
+
+    Args:
+        experts: among the ranks that hold the same experts, and not among all replicas.
+    """
+    where = place("expert dp" if experts else "dp", layout, hardware)
+    share = layout.program.zero3_adapter_share
     if layout.zero == 3 and share is not None and where.nodes > 1:
         where = replace(where, members=1)
         slower = replace(hardware.network, bandwidth=hardware.network.bandwidth * share)

@@ -81,10 +81,25 @@ def linears(model: ModelShape, division: Division, rank: int) -> tuple[Linear, .
     key_value = division.heads.key_value.size(rank) * config.head_dim
     ffn = division.ffn.size(rank)
     hidden = config.hidden_size
-    return (
+    width = 2 if config.gated else 1
+    attention: tuple[Linear, ...] = (
         Linear("attention.qkv", hidden, query + 2 * key_value),
         Linear("attention.output", query, hidden),
-        Linear("mlp.up", hidden, (2 if config.gated else 1) * ffn, model.experts),
+    )
+    if model.latent:
+        local = model.latent.linears(hidden, division.heads.query.size(rank))
+        attention = tuple(Linear(*layer) for layer in local)
+    shared: tuple[Linear, ...] = ()
+    if model.shared_ffn:
+        part = -(-model.shared_ffn // division.vocab.parts)
+        shared = (
+            Linear("shared.up", hidden, width * part),
+            Linear("shared.down", part, hidden),
+        )
+    return (
+        *attention,
+        *shared,
+        Linear("mlp.up", hidden, width * ffn, model.experts),
         Linear("mlp.down", ffn, hidden, model.experts),
     )
 
@@ -103,7 +118,7 @@ def block_pass(model: ModelShape, layout: Layout, device: Device) -> Pass:
     """
     division = model.division(layout.tp, layout.tp_weights)
     rank = fullest_rank(division)
-    tokens = layout.microbatch * layout.sequence
+    tokens = layout.tokens
     forward = backward = Seconds()
     for linear in linears(model, division, rank):
         f, dgrad, wgrad = _linear_seconds(model, layout, device, linear, tokens)
@@ -124,18 +139,20 @@ def _linear_seconds(
     model: ModelShape, layout: Layout, device: Device, linear: Linear, tokens: int
 ) -> tuple[float, float, float]:
     """Forward, gradient of the input, gradient of the weight."""
-    rows = tokens if linear.experts == 1 else tokens * model.active_experts / linear.experts
+    experts = linear.experts > 1
+    rows = tokens * layout.ep * model.active_experts / linear.experts if experts else tokens
 
     def seconds(m: float, n: float, k: float) -> float:
-        return matmul_seconds(
+        took = matmul_seconds(
             device,
             m,
             n,
             k,
             precision=layout.precision,
             itemsize=1 if layout.precision == "fp8" else layout.itemsize,
-            count=linear.experts,
+            count=linear.experts / layout.ep if experts else 1,
         )
+        return took / device.grouped_share if experts else took
 
     return (
         seconds(rows, linear.outputs, linear.inputs),
@@ -153,7 +170,8 @@ def _attention(model: ModelShape, layout: Layout, device: Device, heads: int) ->
     precision = "bf16" if layout.precision == "fp8" else layout.precision
     if layout.is_flash(model, device.flash_attention):
         # Causal: half the scores (Dao 2023, section 4.1); backward has five matmuls for two.
-        flops = 4.0 * count * layout.sequence * keys * config.head_dim * 0.5
+        sizes = model.key_size + model.value_size
+        flops = 2.0 * count * layout.local_sequence * keys * sizes * 0.5
         rate = device.flops(precision) * device.sustained_fraction
         if device.matmul_curve:
             rate = device.matmul_curve[-1][1]
@@ -165,17 +183,17 @@ def _attention(model: ModelShape, layout: Layout, device: Device, heads: int) ->
     def product(n: int, k: int) -> float:
         return matmul_seconds(
             device,
-            layout.sequence,
+            layout.local_sequence,
             n,
             k,
             precision=precision,
             itemsize=size,
             count=count,
-            aligned=config.head_dim * size % ROW_BYTES == 0,
+            aligned=model.key_size * size % ROW_BYTES == 0,
         )
 
-    products = product(keys, config.head_dim) + product(config.head_dim, keys)
-    scores = count * layout.sequence * keys
+    products = product(keys, model.key_size) + product(model.value_size, keys)
+    scores = count * layout.local_sequence * keys
     # Softmax reads and writes; dropout reads, writes and stores a byte of mask. Backward of
     # dropout reads the gradient and the mask and writes; of softmax reads two tensors, writes one.
     dropout = config.attention_dropout > 0
@@ -216,6 +234,7 @@ def _elementwise(
         forward += residual * 2 * 2
     # The activation: read and write; backward reads input and gradient. Gated: two inputs.
     ffn = tokens * model.active_experts * division.ffn.size(rank) * size
+    ffn += tokens * -(-model.shared_ffn // layout.tp) * size
     if config.gated:
         forward += ffn * (3 if fused else 5)
         backward += ffn * (5 if fused else 12)
@@ -226,9 +245,17 @@ def _elementwise(
     query = division.heads.query.size(rank) * config.head_dim
     key_value = division.heads.key_value.size(rank) * config.head_dim
     moved = tokens * (query + 2 * key_value) * size
+    if model.latent:  # queries, keys put together from two parts, values
+        heads = division.heads.query.size(rank)
+        moved = tokens * heads * (2 * model.key_size + model.value_size) * size
     passes = 2 + ((2 if fused else 10) if config.position == "rope" else 0)
     forward += moved * passes
     backward += moved * passes
+    if model.experts > 1:
+        # Tokens are copied in the order of the experts and put back, weighted and added.
+        sorted_rows = rows * model.active_experts * config.hidden_size * size
+        forward += 4 * sorted_rows
+        backward += 5 * sorted_rows
     kernels = 8 if fused else 16
     overhead = kernels * device.kernel_seconds
     backward_seconds = stream_seconds(device, backward) + 1.5 * overhead
@@ -248,7 +275,8 @@ def _accumulation_bytes(model: ModelShape, layout: Layout, rank: int) -> float:
     wide = layout.gradient_bytes
     if layout.num_microbatches == 1 and wide == layout.itemsize:
         return 0.0
-    weights = model.shards(layout.tp, layout.tp_weights)[rank].block
+    part = model.shards(layout.tp, layout.tp_weights)[rank]
+    weights = part.block + part.experts // layout.ep
     return weights * (2 * wide + (0 if layout.program.fused_accumulation else layout.itemsize))
 
 
@@ -257,7 +285,7 @@ def ends_pass(model: ModelShape, layout: Layout, device: Device) -> tuple[Pass, 
     """The embedding, and the final norm, head and loss, for one microbatch on the fullest rank."""
     config, size = model.config, layout.itemsize
     division = model.division(layout.tp, layout.tp_weights)
-    tokens = layout.microbatch * layout.sequence
+    tokens = layout.tokens
     vocab = division.vocab.largest
     lookup = tokens * config.hidden_size * size
     embedding = Pass(

@@ -32,7 +32,7 @@ def _memory(p: Prediction) -> list[str]:
     layout, model, rank = p.layout, p.model, p.memory.fullest
     stage, place = p.memory.fullest_place
     layers = layout.layers_of_stage(model)[stage]
-    elements, _ = stage_elements(model, layout, stage, layers, place)
+    elements = stage_elements(model, layout, stage, layers, place).total
     division = model.division(layout.tp, layout.tp_weights)
     flash = layout.is_flash(model, p.hardware.device.flash_attention)
     flight = layers_in_flight(layout, stage, layers)
@@ -70,7 +70,7 @@ def _time(p: Prediction) -> list[str]:
     device, key = hardware.device, layout.per_microbatch
     block = block_time(model, layout, hardware)
     rate = device.flops(layout.precision) * device.sustained_fraction
-    tokens = layout.microbatch * layout.sequence
+    tokens = layout.tokens
     lines = [
         "Time of one step",
         f"  {layout.batch} sequences / ({layout.dp} replicas × microbatch {layout.microbatch}) = "

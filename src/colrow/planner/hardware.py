@@ -19,6 +19,9 @@ Precision = str  # "fp32", "fp16", "bf16" or "fp8"
 # figures 5 and 6).
 FLASH_FORWARD = 0.70
 FLASH_BACKWARD = 0.60
+# Experts' matmuls in one kernel: median of 12 shapes 64.7 % of A100's peak, where single large ones
+# reach 71.8 % (MooreThreads/SimuMax 4dcaae5, configs/system/a100_pcie.json).
+GROUPED_SHARE = 0.90
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Device:
             for seconds, when power and not the data sheet's clock is the limit. Measured.
         processors: multiprocessors (SMs) over which the tiles of a matmul are spread; 0 where they
             are not known, which switches the tile model off.
+        grouped_share: rate of experts' matmuls in one kernel, as a share of a single large one's.
         on_host: a rank of a CPU host: nothing is launched to it and no context takes its memory.
         stream_fraction: share of ``memory_bandwidth`` that an elementwise kernel reaches.
         kernel_seconds: a kernel's launch and ramp, during which it does no work.
@@ -59,6 +63,7 @@ class Device:
     flash_forward: float = FLASH_FORWARD
     flash_backward: float = FLASH_BACKWARD
     matmul_curve: tuple[tuple[float, float], ...] = ()
+    grouped_share: float = GROUPED_SHARE
     on_host: bool = False
     watts: float = 0.0
     source: str = ""

@@ -128,7 +128,7 @@ def serving_memory(
     for stage, layers in enumerate(layers_of):
         ranks = []
         for rank in range(serving.tp):
-            weights = layers * shards[rank].block * narrow
+            weights = layers * (shards[rank].block + shards[rank].experts) * narrow
             if stage == 0:
                 weights += shards[rank].embedding * ends
             if stage == serving.pp - 1:

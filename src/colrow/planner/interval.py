@@ -83,6 +83,7 @@ def _deviations(time: StepTime, layout: Layout, hardware: Hardware) -> dict[str,
     """Standard deviations of the logarithm by part, each with its share of the step."""
     inside = time.tp_exposed if place("tp", layout, hardware).nodes == 1 else 0.0
     between = time.tp_exposed - inside + time.dp_exposed + time.pp_transfer
+    between += time.cp_exposed + time.ep_exposed
     if layout.devices <= hardware.devices_per_node:
         inside, between = inside + between, 0.0
     return {

@@ -22,10 +22,14 @@ STATES = {"adamw": 2, "adamw-8bit": 2, "sgd": 0, "sgd-momentum": 1, "none": 0}
 
 @dataclass(frozen=True)
 class Layout:
-    """How one training step is laid out over ``tp * pp * dp`` devices.
+    """How one training step is laid out over ``tp * cp * dp * pp`` devices.
 
     Attributes:
         tp, pp, dp: tensor-, pipeline- and data-parallel sizes.
+        cp: context-parallel size: ranks that each have a part of every sequence, and pass keys and
+            values round (Liu et al. 2023, ring attention; causal parts balanced).
+        ep: expert-parallel size: over how many of the dp x cp ranks a layer's experts are divided,
+            to which tokens travel and from which they return (Lepikhin et al. 2020, GShard).
         microbatch: sequences in one forward pass of one replica.
         global_batch: sequences in one optimiser step of all replicas; by default one microbatch per
             pipeline stage and replica.
@@ -52,6 +56,8 @@ class Layout:
     tp: int = 1
     pp: int = 1
     dp: int = 1
+    cp: int = 1
+    ep: int = 1
     microbatch: int = 1
     global_batch: int | None = None
     sequence: int = 2048
@@ -69,7 +75,7 @@ class Layout:
     tp_weights: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "dp", "microbatch", "sequence", "virtual_stages"):
+        for name in ("tp", "pp", "dp", "cp", "ep", "microbatch", "sequence", "virtual_stages"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.global_batch is not None and self.global_batch < 1:
@@ -103,7 +109,9 @@ class Layout:
             )
         if self.virtual_stages > 1 and self.pp == 1:
             raise ValueError("virtual_stages needs a pipeline: pp of at least 2")
-        if self.sequence_parallel and self.sequence < self.tp:
+        if self.sequence < self.cp:
+            raise ValueError(f"a sequence of {self.sequence} cannot be divided over cp={self.cp}")
+        if self.sequence_parallel and self.local_sequence < self.tp:
             raise ValueError(f"a sequence of {self.sequence} cannot be divided over tp={self.tp}")
         if self.stage_layers and len(self.stage_layers) != self.pp:
             raise ValueError(f"{len(self.stage_layers)} stage_layers for pp={self.pp}")
@@ -113,8 +121,28 @@ class Layout:
 
     @property
     def devices(self) -> int:
-        """tp * pp * dp."""
-        return self.tp * self.pp * self.dp
+        """tp * cp * dp * pp."""
+        return self.tp * self.cp * self.dp * self.pp
+
+    @property
+    def local_sequence(self) -> int:
+        """Tokens of a sequence on a context-parallel rank."""
+        return -(-self.sequence // self.cp)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one microbatch on a context-parallel rank."""
+        return self.microbatch * self.local_sequence
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same dense parameters: those of dp and of cp."""
+        return self.dp * self.cp
+
+    @property
+    def expert_replicas(self) -> int:
+        """Ranks that hold the same experts."""
+        return self.replicas // self.ep
 
     @property
     def batch(self) -> int:
@@ -220,6 +248,10 @@ class Layout:
     def describe(self) -> str:
         """One line, such as "TP 8 x PP 2 x DP 4 + SP, microbatch 2"."""
         text = f"TP {self.tp} × PP {self.pp} × DP {self.dp}"
+        if self.cp > 1:
+            text += f" × CP {self.cp}"
+        if self.ep > 1:
+            text += f" + EP {self.ep}"
         if self.sequence_parallel:
             text += " + SP"
         if self.zero:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from colrow.planner.activations import (
@@ -89,10 +89,14 @@ def training_memory(model: ModelShape, layout: Layout, hardware: Hardware) -> Me
     counts = {kind: microbatch_bytes(model, key, kind, flash_device) for kind in set(kinds)}
     result = []
     for stage, layers in enumerate(layout.layers_of_stage(model)):
-        found = {
-            kind: _rank(model, layout, hardware, count, stage, layers, kind)
-            for kind, count in counts.items()
-        }
+        dense = dense_layers_of_stage(model, stage, layers)
+        found = {}
+        for kind, count in counts.items():
+            if dense:
+                other = microbatch_bytes(model.dense_part, key, kind, flash_device)
+                block = ((layers - dense) * count.block + dense * other.block) / layers
+                count = replace(count, block=block)
+            found[kind] = _rank(model, layout, hardware, count, stage, layers, kind)
         result.append(tuple(found[kind] for kind in kinds))
     return Memory(tuple(result))
 
@@ -120,6 +124,7 @@ class MicrobatchBytes:
         end_pipelined: the same when the tied head is on another stage.
         full: of a ``[tokens, hidden]`` tensor.
         residual: the same where it is divided under sequence parallelism.
+        key_value: of a block's keys and values.
     """
 
     block: float
@@ -132,6 +137,7 @@ class MicrobatchBytes:
     end_pipelined: float
     full: float
     residual: float
+    key_value: float
 
 
 @lru_cache(maxsize=4096)
@@ -166,18 +172,49 @@ def microbatch_bytes(
         end_pipelined=single,
         full=sizes.full,
         residual=sizes.residual,
+        key_value=2 * sizes.key_value,
     )
+
+
+@dataclass(frozen=True)
+class StageElements:
+    """Parameters of one rank of a stage.
+
+    Attributes:
+        dense: what all replicas hold alike.
+        experts: of this rank's experts.
+        tensors: in how many tensors they are.
+    """
+
+    dense: int
+    experts: int
+    tensors: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.dense + self.experts
+
+
+def dense_layers_of_stage(model: ModelShape, stage: int, layers: int) -> int:
+    """How many of a stage's layers have no experts: they are the model's first."""
+    return min(layers, model.dense_layers) if stage == 0 else 0
 
 
 def stage_elements(
     model: ModelShape, layout: Layout, stage: int, layers: int, rank: int
-) -> tuple[int, int]:
-    """Parameters of one rank of a stage, and in how many tensors.
+) -> StageElements:
+    """Parameters of one rank of a stage.
 
     A tied head on another stage than the embedding is a copy of it.
     """
     part = model.shards(layout.tp, layout.tp_weights)[rank]
-    elements, tensors = layers * part.block, layers * model.tensors_per_block
+    dense = dense_layers_of_stage(model, stage, layers)
+    elements = (layers - dense) * part.block
+    if dense:
+        elements += dense * model.dense_part.shards(layout.tp, layout.tp_weights)[rank].block
+    experts = (layers - dense) * part.experts // layout.ep
+    tensors = layers * model.tensors_per_block
     norm = 2 if model.config.has_norm_bias else 1
     if stage == 0:
         elements += part.embedding
@@ -189,7 +226,7 @@ def stage_elements(
         if layout.pp > 1 and part.tied:
             elements += part.tied
             tensors += 1
-    return elements, tensors
+    return StageElements(elements, experts, tensors)
 
 
 def _rank(
@@ -201,25 +238,33 @@ def _rank(
     layers: int,
     rank: int,
 ) -> RankMemory:
-    elements, tensors = stage_elements(model, layout, stage, layers, rank)
-    share = [layout.dp if layout.zero > level else 1 for level in range(3)]
-    optimizer = elements * layout.state_bytes / share[0]
+    elements = stage_elements(model, layout, stage, layers, rank)
+
+    def share(level: int) -> float:
+        """Elements of which this rank keeps what ZeRO of this level divides."""
+        if layout.zero < level:
+            return float(elements.total)
+        return elements.dense / layout.replicas + elements.experts / layout.expert_replicas
+
+    optimizer = share(1) * layout.state_bytes
     if layout.optimizer.startswith("adamw"):
-        optimizer += tensors * STEP_COUNTER_BYTES
+        optimizer += elements.tensors * STEP_COUNTER_BYTES
     kept, transient = _activations(layout, count, stage, layers)
     communication = count.full if layout.tp > 1 and layout.sequence_parallel else 0.0
-    if layout.zero == 3 and layout.dp > 1:
+    if layout.zero == 3 and layout.replicas > 1:
         # The block that computes and the one gathered ahead of it.
-        block = model.shards(layout.tp, layout.tp_weights)[rank].block
-        communication += 2 * block * layout.itemsize
+        part = model.shards(layout.tp, layout.tp_weights)[rank]
+        communication += 2 * (part.block + part.experts // layout.ep) * layout.itemsize
+    if layout.cp > 1:
+        communication += 2 * count.key_value  # the keys and values that arrive meanwhile
     if layout.pp > 1:
         communication += 2 * count.residual
     reserve = 0.0
     if not hardware.device.on_host:
         reserve = RUNTIME_BYTES + ALLOCATOR_MARGIN * (kept + transient + communication)
     return RankMemory(
-        weights=elements * layout.itemsize / share[2],
-        gradients=elements * layout.gradient_bytes / share[1],
+        weights=share(3) * layout.itemsize,
+        gradients=share(2) * layout.gradient_bytes,
         optimizer=optimizer,
         activations=kept,
         transient=transient,

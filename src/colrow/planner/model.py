@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from pathlib import Path
 
 from colrow.models.config import Layout as Division
-from colrow.models.config import ModelConfig, num_parameters, parameter_specs
+from colrow.models.config import ModelConfig, parameter_specs
 
 
 @dataclass(frozen=True)
@@ -18,15 +16,60 @@ class Shard:
 
     Attributes:
         embedding: with positions and the norm after it.
-        block: of one of ``num_layers`` equal blocks, all experts included.
+        block: of one block, without its experts.
+        experts: of all experts of a block, each divided like an MLP.
         head: final norm and, unless tied, the head.
         tied: of the embedding, when the head uses it too; 0 otherwise.
     """
 
     embedding: int
     block: int
+    experts: int
     head: int
     tied: int
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434, section 2.1).
+
+    Attributes:
+        query_rank: numbers into which the hidden state is compressed for queries; 0 where queries
+            are projected directly.
+        kv_rank: the same for keys and values, which is what a cache keeps of a token, with
+            ``rope`` rotated numbers that all heads share.
+        nope, rope: numbers of a query and key per head without and with rotation.
+        value: numbers of a value per head.
+    """
+
+    query_rank: int
+    kv_rank: int
+    nope: int
+    rope: int
+    value: int
+
+    def linears(self, hidden: int, heads: int) -> tuple[tuple[str, int, int], ...]:
+        """``(name, inputs, outputs)`` of its linear layers with so many heads on a rank."""
+        key = self.nope + self.rope
+        queries = (
+            (
+                ("attention.q_down", hidden, self.query_rank),
+                ("attention.q_up", self.query_rank, heads * key),
+            )
+            if self.query_rank
+            else (("attention.q", hidden, heads * key),)
+        )
+        return (
+            *queries,
+            ("attention.kv_down", hidden, self.kv_rank + self.rope),
+            ("attention.kv_up", self.kv_rank, heads * (self.nope + self.value)),
+            ("attention.output", heads * self.value, hidden),
+        )
+
+    def parameters(self, hidden: int, heads: int) -> int:
+        """Of its linear layers with so many heads, and of the two norms between them."""
+        matrices = sum(inputs * outputs for _, inputs, outputs in self.linears(hidden, heads))
+        return matrices + self.query_rank + self.kv_rank
 
 
 @dataclass(frozen=True)
@@ -38,6 +81,11 @@ class ModelShape:
         config: the decoder. With experts, ``config.ffn_size`` is the width of one expert.
         experts: experts per layer; 1 is a dense model.
         active_experts: experts that each token passes through.
+        shared_ffn: width of an MLP beside the experts through which every token passes; 0: none.
+        dense_layers: how many of the first layers have one MLP, of width ``dense_ffn``, in place of
+            experts.
+        dense_ffn: its width.
+        latent: latent attention in place of the configuration's.
         source: where the shape was published.
     """
 
@@ -46,6 +94,10 @@ class ModelShape:
     experts: int = 1
     active_experts: int = 1
     source: str = ""
+    shared_ffn: int = 0
+    dense_layers: int = 0
+    dense_ffn: int = 0
+    latent: LatentAttention | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.active_experts <= self.experts:
@@ -56,28 +108,37 @@ class ModelShape:
     @cached_property
     def parameters(self) -> int:
         """All parameters; a tied head counts once."""
-        return num_parameters(self.config) + self._expert_parameters(self.experts)
+        return self._parameters(self.experts)
 
     @cached_property
     def active_parameters(self) -> int:
         """Parameters that one token meets: as ``parameters`` with only the active experts."""
-        return num_parameters(self.config) + self._expert_parameters(self.active_experts)
+        return self._parameters(self.active_experts)
 
-    def _expert_parameters(self, count: int) -> int:
-        """What experts add to the dense decoder with one expert per layer: the others, a router."""
-        if self.experts == 1:
-            return 0
-        config = self.config
-        router = config.hidden_size * self.experts
-        return config.num_layers * ((count - 1) * self.mlp_parameters + router)
+    def _parameters(self, experts: int) -> int:
+        (whole,) = self.shards(1)
+        layers, dense = self.config.num_layers, self.dense_layers
+        total = whole.embedding + whole.head
+        total += (layers - dense) * (whole.block + whole.experts // self.experts * experts)
+        if dense:
+            total += dense * self.dense_part.shards(1)[0].block
+        return total
 
     @cached_property
-    def mlp_parameters(self) -> int:
-        """Parameters of one expert, or of a dense block's MLP."""
-        config = self.config
-        width = 2 if config.gated else 1
-        biases = width * config.ffn_size + config.hidden_size if config.mlp_bias else 0
-        return (width + 1) * config.hidden_size * config.ffn_size + biases
+    def dense_part(self) -> ModelShape:
+        """The model as its layers without experts are."""
+        config = replace(self.config, ffn_size=self.dense_ffn or self.config.ffn_size)
+        return ModelShape(f"{self.name}, dense layers", config, latent=self.latent)
+
+    @property
+    def key_size(self) -> int:
+        """Numbers of a query and a key per head."""
+        return self.latent.nope + self.latent.rope if self.latent else self.config.head_dim
+
+    @property
+    def value_size(self) -> int:
+        """Numbers of a value per head."""
+        return self.latent.value if self.latent else self.config.head_dim
 
     def division(self, tp: int, weights: tuple[float, ...] = ()) -> Division:
         """How a tensor-parallel group divides it, see :class:`colrow.models.config.Layout`."""
@@ -105,72 +166,30 @@ def _division(model: ModelShape, tp: int, weights: tuple[float, ...]) -> Divisio
 @lru_cache(maxsize=256)
 def _shards(model: ModelShape, tp: int, weights: tuple[float, ...]) -> tuple[Shard, ...]:
     division = _division(model, tp, weights)
-    one_layer = replace(model.config, num_layers=1, windows=())
-    parts = [{"embedding": 0, "block": 0, "head": 0} for _ in range(tp)]
+    config = model.config
+    one_layer = replace(config, num_layers=1, windows=())
+    parts = [{"embedding": 0, "block": 0, "experts": 0, "head": 0} for _ in range(tp)]
     for name, spec in parameter_specs(one_layer, division).items():
+        if model.latent and ".attention." in name:
+            continue
         head = name.startswith(("norm", "head"))
-        part = "block" if name.startswith("blocks.") else "head" if head else "embedding"
-        copies = model.experts if ".mlp." in name else 1
+        place = "block" if name.startswith("blocks.") else "head" if head else "embedding"
+        if model.experts > 1 and ".mlp." in name:
+            place = "experts"
         for rank in range(tp):
-            parts[rank][part] += copies * math.prod(spec.local_shape(rank))
-    router = model.config.hidden_size * model.experts if model.experts > 1 else 0
-    hidden = model.config.hidden_size if model.config.tie_embeddings else 0
-    return tuple(
-        Shard(
-            part["embedding"],
-            part["block"] + router,
-            part["head"],
-            division.vocab.size(rank) * hidden,
+            parts[rank][place] += math.prod(spec.local_shape(rank))
+    matrices = 3 if config.gated else 2
+    found = []
+    for rank, part in enumerate(parts):
+        block = part["block"]
+        if model.latent:
+            block += model.latent.parameters(config.hidden_size, division.heads.query.size(rank))
+        if model.experts > 1:
+            block += config.hidden_size * model.experts  # the router
+        if model.shared_ffn:
+            block += matrices * config.hidden_size * -(-model.shared_ffn // tp)
+        tied = division.vocab.size(rank) * config.hidden_size if config.tie_embeddings else 0
+        found.append(
+            Shard(part["embedding"], block, part["experts"] * model.experts, part["head"], tied)
         )
-        for rank, part in enumerate(parts)
-    )
-
-
-# Mixtures of experts are dense decoders of another family, with experts in place of the MLP.
-_MOE_FAMILIES = {"mixtral": "mistral", "qwen3_moe": "qwen3"}
-
-
-def model_from_config_json(path: str | Path) -> ModelShape:
-    """The model of a Hugging Face ``config.json``, or of a directory that contains one.
-
-    Raises:
-        ValueError: when the file is missing or not such a configuration, or the architecture is
-            not supported.
-    """
-    from colrow.models.hf_config import read_config
-
-    try:
-        file, mapping = read_config(path)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: No such file, or a directory without config.json") from None
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from error
-    name = file.parent.name if file.name == "config.json" else file.stem
-    try:
-        return model_from_mapping(mapping, name=name or "model")
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}") from error
-
-
-def model_from_mapping(mapping: Mapping[str, object], *, name: str) -> ModelShape:
-    """The model of a Hugging Face configuration's keys."""
-    from colrow.models.hf_config import config_from_hf
-
-    family = mapping.get("model_type")
-    if family not in _MOE_FAMILIES:
-        return ModelShape(name, config_from_hf(dict(mapping)), source="config.json")
-    dense = {**mapping, "model_type": _MOE_FAMILIES[str(family)]}
-    experts = mapping.get("num_local_experts", mapping.get("num_experts"))
-    active = mapping.get("num_experts_per_tok")
-    if not isinstance(experts, int) or not isinstance(active, int):
-        raise ValueError(
-            f"{name}: a {family} configuration needs its number of experts, and of "
-            "experts per token (num_experts_per_tok)"
-        )
-    if "moe_intermediate_size" in mapping:
-        dense["intermediate_size"] = mapping["moe_intermediate_size"]
-    if mapping.get("mlp_only_layers") or mapping.get("decoder_sparse_step", 1) != 1:
-        raise ValueError(
-            f"{name}: layers without experts among layers with experts are not counted"
-        )
-    return ModelShape(name, config_from_hf(dense), experts, active, source="config.json")
+    return tuple(found)

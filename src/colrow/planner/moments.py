@@ -57,7 +57,7 @@ def moments(
         alive += max(0.0, _drawing_bytes(sizes.scores) - sizes.scores * item)
         found["attention dropout mask"] = alive - later_bytes - after_blocks
     if last_stage:
-        logits = layout.microbatch * layout.sequence * vocab
+        logits = layout.tokens * vocab
         widened = 4 if item < 4 else 0
         found["loss"] = logits * (item + widened) + probabilities
         found["head backward"] = logits * item + vocab * hidden * item + sizes.full

@@ -1,7 +1,8 @@
 """Which ranks share a node, for every kind of group. No torch.
 
 Ranks are numbered as :func:`colrow.init_mesh` and Megatron-LM number them: tensor parallelism
-innermost, then data parallelism, then pipeline stages. A group is then an arithmetic sequence of
+innermost, then context and data parallelism (of whose ranks consecutive ones share experts), then
+pipeline stages. A group is then an arithmetic sequence of
 ranks, and a node holds ``devices_per_node`` consecutive ones.
 """
 
@@ -17,7 +18,7 @@ from typing import Literal, Protocol
 from colrow.planner.hardware import Hardware
 from colrow.planner.links import wire_factor
 
-Kind = Literal["tp", "dp", "pp"]
+Kind = Literal["tp", "cp", "ep", "dp", "expert dp", "pp"]
 
 
 class Sizes(Protocol):
@@ -26,6 +27,14 @@ class Sizes(Protocol):
     @property
     def tp(self) -> int:
         """Tensor-parallel size."""
+
+    @property
+    def cp(self) -> int:
+        """Context-parallel size."""
+
+    @property
+    def ep(self) -> int:
+        """Expert-parallel size."""
 
     @property
     def dp(self) -> int:
@@ -60,10 +69,18 @@ def place(kind: Kind, layout: Sizes, hardware: Hardware) -> Place:
     A tensor-parallel group that does not tile a node, such as 6 ranks in nodes of 8, has groups
     that straddle two nodes, and it is those that count.
     """
-    strides = {"tp": 1, "dp": layout.tp, "pp": layout.tp * layout.dp}
-    ranks = {"tp": layout.tp, "dp": layout.dp, "pp": layout.pp}[kind]
-    world = layout.tp * layout.dp * layout.pp
-    return _worst(ranks, strides[kind], world, hardware.devices_per_node)
+    replicas = layout.cp * layout.dp
+    groups = {  # members, and the distance between them; "dp" reduces over replicas of both kinds
+        "tp": (layout.tp, 1),
+        "cp": (layout.cp, layout.tp),
+        "ep": (layout.ep, layout.tp),
+        "dp": (replicas, layout.tp),
+        "expert dp": (replicas // layout.ep, layout.tp * layout.ep),
+        "pp": (layout.pp, layout.tp * replicas),
+    }
+    ranks, stride = groups[kind]
+    world = layout.tp * replicas * layout.pp
+    return _worst(ranks, stride, world, hardware.devices_per_node)
 
 
 @lru_cache(maxsize=65536)
@@ -106,6 +123,27 @@ def collective_seconds(op: str, size: float, where: Place, hardware: Hardware) -
     else:
         hops = where.nodes * network.hop_seconds + inside
     return network.latency_seconds + hops + size * wire_factor(op, where.ranks) / bandwidth
+
+
+# What an all-to-all reaches of a node's link, and its start per member: fitted by SimuMax on 8 B200
+# (MooreThreads/SimuMax 4dcaae5, configs/system/b200_bf16_ceperm.json: 59.7 % of 900 GB/s, 7.3 us).
+# As a share of an all-reduce's bus bandwidth there, 680 GB/s.
+ALL_TO_ALL_SHARE = 0.597 * 900 / 680
+ALL_TO_ALL_MEMBER_SECONDS = 7.3e-6
+
+
+def all_to_all_seconds(size: float, where: Place, hardware: Hardware) -> float:
+    """Time in which every member sends ``size`` bytes, an equal part to each member.
+
+    Across nodes each device has its own adapter for what leaves the node.
+    """
+    if where.ranks < 2 or size <= 0:
+        return 0.0
+    inside = size * (where.members - 1) / where.ranks
+    across = size * (where.ranks - where.members) / where.ranks
+    seconds = inside / (hardware.link.bandwidth * ALL_TO_ALL_SHARE)
+    seconds = max(seconds, across / hardware.network.bandwidth)
+    return seconds + where.ranks * ALL_TO_ALL_MEMBER_SECONDS
 
 
 def send_seconds(size: float, where: Place, hardware: Hardware) -> float:

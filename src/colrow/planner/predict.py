@@ -76,12 +76,17 @@ class Prediction:
         tokens = self.layout.batch * self.layout.sequence
         query = config.num_heads * config.head_dim
         key_value = config.num_kv_heads * config.head_dim
-        linear = config.hidden_size * (2 * query + 2 * key_value)
+        hidden, model = config.hidden_size, self.model
+        projections = hidden * (2 * query + 2 * key_value)
+        if model.latent:
+            projections = model.latent.parameters(hidden, config.num_heads)
         matrices = 3 if config.gated else 2
-        linear += matrices * config.hidden_size * config.ffn_size * self.model.active_experts
-        attention = 2 * self.layout.sequence * query
-        head = config.vocab_size * config.hidden_size
-        return 6.0 * tokens * (config.num_layers * (linear + attention) + head)
+        experts = matrices * hidden * (config.ffn_size * model.active_experts + model.shared_ffn)
+        dense = matrices * hidden * model.dense_part.config.ffn_size
+        attention = self.layout.sequence * config.num_heads * (model.key_size + model.value_size)
+        mlps = (config.num_layers - model.dense_layers) * experts + model.dense_layers * dense
+        head = config.vocab_size * hidden
+        return 6.0 * tokens * (config.num_layers * (projections + attention) + mlps + head)
 
     @property
     def flops_per_device(self) -> float:
@@ -159,6 +164,18 @@ def check_layout(model: ModelShape, layout: Layout, hardware: Hardware) -> None:
             f"a sequence of {layout.sequence} is longer than the {config.max_positions} learned "
             f"positions of {model.name}"
         )
+    if layout.ep > 1:
+        if model.experts == 1:
+            raise ValueError(f"ep={layout.ep}: {model.name} has no experts to divide")
+        if model.experts % layout.ep:
+            raise ValueError(
+                f"ep={layout.ep} does not divide the {model.experts} experts of {model.name}"
+            )
+        if layout.replicas % layout.ep:
+            raise ValueError(
+                f"ep={layout.ep} must divide dp x cp = {layout.replicas}: experts are divided over "
+                "these ranks"
+            )
     hardware.device.flops(layout.precision)
     model.division(layout.tp, layout.tp_weights)
     layout.layers_of_stage(model)

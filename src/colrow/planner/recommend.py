@@ -44,8 +44,9 @@ def recommend(
 ) -> Recommendation:
     """All layouts of ``devices`` devices that keep ``base``'s workload, ranked by time.
 
-    Workload is what the search does not change: global batch, sequence, precision, optimiser and
-    software. Tensor parallelism stays inside the node unless the model fits in no other way.
+    Workload is what the search does not change: global batch, sequence, the context-parallel size,
+    precision, optimiser and software. Tensor parallelism stays inside the node unless the model
+    fits in no other way.
 
     Raises:
         ValueError: when no layout can run at all, with or without enough memory.
@@ -123,11 +124,13 @@ def layouts(
 ) -> Iterator[Layout]:
     """Every layout worth evaluating."""
     node = hardware.devices_per_node
-    for tp in _divisors(devices):
+    if devices % base.cp:
+        return
+    for tp in _divisors(devices // base.cp):
         if tp > model.config.num_heads or (tp <= node) != inside_node:
             continue
-        for pp in _divisors(devices // tp):
-            dp = devices // (tp * pp)
+        for pp in _divisors(devices // (tp * base.cp)):
+            dp = devices // (tp * pp * base.cp)
             if pp > model.config.num_layers or base.batch % dp:
                 continue
             for size in MICROBATCHES:
@@ -136,11 +139,29 @@ def layouts(
                 yield from _variants(model, base, tp, pp, dp, size)
 
 
+def _expert_sizes(model: ModelShape, dp: int) -> list[int]:
+    """How far experts can be divided over replicas: not at all, or by powers of two and fully."""
+    if model.experts == 1:
+        return [1]
+    return [
+        ep
+        for ep in _divisors(math.gcd(dp, model.experts))
+        if ep & (ep - 1) == 0 or ep == min(dp, model.experts)
+    ]
+
+
 def _variants(
     model: ModelShape, base: Layout, tp: int, pp: int, dp: int, microbatch: int
 ) -> Iterator[Layout]:
-    """Recomputation, schedules, and ZeRO where there are replicas to divide over."""
-    sequence_parallel = tp > 1 and base.sequence >= tp
+    """Experts, recomputation, schedules, and ZeRO where there are replicas to divide over."""
+    for ep in _expert_sizes(model, dp):
+        yield from _dense_variants(model, replace(base, ep=ep), tp, pp, dp, microbatch)
+
+
+def _dense_variants(
+    model: ModelShape, base: Layout, tp: int, pp: int, dp: int, microbatch: int
+) -> Iterator[Layout]:
+    sequence_parallel = tp > 1 and base.local_sequence >= tp
     for recompute in _recomputations(base):
         for zero in (0, 1) if dp > 1 else (0,):
             layout = replace(
@@ -180,7 +201,7 @@ def smallest_change(model: ModelShape, hardware: Hardware, devices: int, base: L
     """When nothing fits: changes that would make it fit, the smallest first."""
     changes = []
     for count in _more_devices(model, hardware, devices, base):
-        workload = replace(base, tp=1, pp=1, dp=1, microbatch=1, global_batch=base.batch)
+        workload = replace(base, tp=1, pp=1, dp=1, ep=1, microbatch=1, global_batch=base.batch)
         try:
             found = recommend(model, hardware, count, workload, keep=1)
         except ValueError:

@@ -6,17 +6,20 @@ from dataclasses import dataclass, fields
 from statistics import NormalDist
 
 from colrow.planner.communication import (
+    NO_COMMUNICATION,
     PROCESSOR_SHARE,
     CommunicationSeconds,
     collectives,
+    cp_seconds,
     dp_collective_seconds,
+    ep_seconds,
     stage_seconds,
     tp_seconds,
 )
 from colrow.planner.compute import Pass, Seconds, block_pass, ends_pass
 from colrow.planner.hardware import Device, Hardware
 from colrow.planner.layout import Layout
-from colrow.planner.memory import stage_elements
+from colrow.planner.memory import StageElements, dense_layers_of_stage, stage_elements
 from colrow.planner.model import ModelShape
 from colrow.planner.pipeline import StageSeconds, bubble_seconds
 from colrow.planner.roofline import stream_seconds
@@ -34,6 +37,8 @@ class StepTime:
         launches: waiting for the host, where a layer is computed faster than it is launched.
         stragglers: waiting for the slowest of the devices, which are not equally fast.
         tp_exposed: tensor-parallel collectives that computing waits for.
+        cp_exposed: keys and values that attention waits for.
+        ep_exposed: tokens on their way to experts and back.
         pp_bubble: waiting for other pipeline stages.
         pp_transfer: handing activations between stages, where that is not hidden.
         dp_exposed: gradient and parameter traffic of data parallelism that is not hidden.
@@ -47,6 +52,8 @@ class StepTime:
     launches: float
     stragglers: float
     tp_exposed: float
+    cp_exposed: float
+    ep_exposed: float
     pp_bubble: float
     pp_transfer: float
     dp_exposed: float
@@ -70,6 +77,8 @@ class _Stage:
     compute: Seconds
     recompute: float
     tp: CommunicationSeconds
+    cp: float
+    ep: float
     launches: float
     schedule: StageSeconds
 
@@ -93,16 +102,23 @@ class BlockTime:
     passes: Pass
     tp_forward: CommunicationSeconds
     tp_backward: CommunicationSeconds
+    cp_forward: CommunicationSeconds = NO_COMMUNICATION
+    cp_backward: CommunicationSeconds = NO_COMMUNICATION
+    ep_forward: CommunicationSeconds = NO_COMMUNICATION
+    ep_backward: CommunicationSeconds = NO_COMMUNICATION
 
     @property
     def forward(self) -> float:
         """Forward with exposed collectives, seconds."""
-        return self.passes.forward.total + self.tp_forward.exposed
+        waits = (self.tp_forward, self.cp_forward, self.ep_forward)
+        return self.passes.forward.total + sum(wait.exposed for wait in waits)
 
     @property
     def backward(self) -> float:
         """Backward with recomputation and exposed collectives, seconds."""
-        return self.passes.backward.total + self.passes.recompute.total + self.tp_backward.exposed
+        waits = (self.tp_backward, self.cp_backward, self.ep_backward)
+        computing = self.passes.backward.total + self.passes.recompute.total
+        return computing + sum(wait.exposed for wait in waits)
 
 
 def block_time(model: ModelShape, layout: Layout, hardware: Hardware) -> BlockTime:
@@ -114,6 +130,10 @@ def block_time(model: ModelShape, layout: Layout, hardware: Hardware) -> BlockTi
         passes,
         tp_seconds(calls, "forward", layout, hardware, passes),
         tp_seconds(calls, "backward", layout, hardware, passes),
+        cp_seconds(model, layout, hardware, "forward", passes.forward.attention),
+        cp_seconds(model, layout, hardware, "backward", passes.backward.attention),
+        ep_seconds(model, layout, hardware, "forward"),
+        ep_seconds(model, layout, hardware, "backward"),
     )
 
 
@@ -133,6 +153,8 @@ def step_time(model: ModelShape, layout: Layout, hardware: Hardware) -> StepTime
         stragglers=straggler_share(hardware.device, layout.devices)
         * (work.total + slowest.recompute * count),
         tp_exposed=slowest.tp.exposed * count,
+        cp_exposed=slowest.cp * count,
+        ep_exposed=slowest.ep * count,
         pp_bubble=bubble_seconds(layout, [stage.schedule for stage in stages]),
         pp_transfer=transfer,
         dp_exposed=_dp_exposed(model, layout, hardware, slowest.schedule),
@@ -166,19 +188,24 @@ def _stages(model: ModelShape, layout: Layout, hardware: Hardware) -> list[_Stag
     )
     stages = []
     for index, layers in enumerate(layout.layers_of_stage(model)):
-        parts = [(block, layers)]
+        without = dense_layers_of_stage(model, index, layers)
+        parts = [(block, layers - without)]
+        if without:
+            parts.append((block_time(model.dense_part, layout, hardware), without))
         if index == 0:
             parts.append((first, 1))
         if index == layout.pp - 1:
             parts.append((last, 1))
         compute, tp = Seconds(), CommunicationSeconds()
-        recompute = forward_seconds = backward_seconds = 0.0
+        recompute = forward_seconds = backward_seconds = cp = ep = 0.0
         for part, layers_or_ends in parts:
             times = layers_or_ends * (hardware.block_factor or 1.0)
             compute += (part.passes.forward + part.passes.backward) * times
             recompute += part.passes.recompute.total * times
             both = part.tp_forward + part.tp_backward
             tp += CommunicationSeconds(both.total * times, both.exposed * times)
+            cp += (part.cp_forward.exposed + part.cp_backward.exposed) * times
+            ep += (part.ep_forward.exposed + part.ep_backward.exposed) * times
             forward_seconds += part.forward * times
             backward_seconds += part.backward * times
         ends = (index == 0) + (index == layout.pp - 1)
@@ -190,7 +217,8 @@ def _stages(model: ModelShape, layout: Layout, hardware: Hardware) -> list[_Stag
             backward_seconds + backward_wait,
             compute.weight_gradients,
         )
-        stages.append(_Stage(compute, recompute, tp, forward_wait + backward_wait, schedule))
+        waiting = forward_wait + backward_wait
+        stages.append(_Stage(compute, recompute, tp, cp, ep, waiting, schedule))
     return stages
 
 
@@ -231,16 +259,17 @@ def _transfer(model: ModelShape, layout: Layout, hardware: Hardware) -> float:
     return 2 * (layout.pp - 1) * once + exposed * steady
 
 
-def _stage_parameters(model: ModelShape, layout: Layout) -> float:
+def _stage_parameters(model: ModelShape, layout: Layout) -> StageElements:
     """Parameters of the fullest rank of the fullest stage."""
     stages = layout.layers_of_stage(model)
-    return float(
-        max(
-            stage_elements(model, layout, stage, layers, rank)[0]
+    return max(
+        (
+            stage_elements(model, layout, stage, layers, rank)
             for stage, layers in {0: stages[0], layout.pp - 1: stages[-1]}.items()
             | {stages.index(max(stages)): max(stages)}.items()
             for rank in range(layout.tp)
-        )
+        ),
+        key=lambda elements: elements.total,
     )
 
 
@@ -253,17 +282,21 @@ def _dp_exposed(
     parameters are gathered while the next step's first forward runs; ZeRO-2 scatters gradients
     after every microbatch, ZeRO-3 also gathers parameters for every forward and backward.
     """
-    if layout.dp == 1:
+    if layout.replicas == 1:
         return 0.0
-    parameters = _stage_parameters(model, layout)
-    gradients, weights = parameters * layout.gradient_bytes, parameters * layout.itemsize
+    elements = _stage_parameters(model, layout)
     count = layout.num_microbatches
 
     # ZeRO-3 gathers and scatters block by block.
     pieces = max(layout.layers_of_stage(model)) if layout.zero == 3 else 1
 
-    def seconds(op: str, size: float) -> float:
-        return pieces * dp_collective_seconds(op, size / pieces, layout, hardware)
+    def seconds(op: str, each: float) -> float:
+        """Of a collective over all parameters, ``each`` bytes of a parameter."""
+        dense, experts = (n * each / pieces for n in (elements.dense, elements.experts))
+        among_all = dp_collective_seconds(op, dense, layout, hardware)
+        return pieces * (
+            among_all + dp_collective_seconds(op, experts, layout, hardware, experts=True)
+        )
 
     def exposed(traffic: float, room: float) -> float:
         if not layout.program.dp_overlap:
@@ -271,9 +304,9 @@ def _dp_exposed(
         return max(0.0, traffic - room) + PROCESSOR_SHARE * min(traffic, room)
 
     if layout.zero == 0:
-        return exposed(seconds("all_reduce", gradients), stage.backward)
-    scatter = seconds("reduce_scatter", gradients)
-    gather = seconds("all_gather", weights)
+        return exposed(seconds("all_reduce", layout.gradient_bytes), stage.backward)
+    scatter = seconds("reduce_scatter", layout.gradient_bytes)
+    gather = seconds("all_gather", layout.itemsize)
     if layout.zero == 3:
         each = exposed(gather, stage.forward) + exposed(gather + scatter, stage.backward)
         return count * each
@@ -288,9 +321,10 @@ def _optimizer(model: ModelShape, layout: Layout, hardware: Hardware) -> float:
     """
     if layout.optimizer == "none":
         return 0.0
-    parameters = _stage_parameters(model, layout)
+    elements = _stage_parameters(model, layout)
+    parameters = float(elements.total)
     if layout.zero:
-        parameters /= layout.dp
+        parameters = elements.dense / layout.replicas + elements.experts / layout.expert_replicas
     weights = layout.itemsize * (1 if layout.has_master_weights else 2)
     each = 3 * layout.gradient_bytes + 2 * layout.state_bytes + weights
     return stream_seconds(hardware.device, parameters * each)
