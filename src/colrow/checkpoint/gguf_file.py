@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -13,10 +12,10 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType
-from gguf.gguf_reader import ReaderField, ReaderTensor
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
+from colrow.checkpoint.gguf_header import GGUFHeader, GGUFTensor, OtherByteOrderError
 from colrow.checkpoint.locate import damaged_file
 from colrow.checkpoint.reader import (
     Ranges,
@@ -47,17 +46,15 @@ class GGUFTensorReader:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._fields: dict[str, ReaderField] = {}
-        self._tensors: dict[str, ReaderTensor] = {}
-        self._closed = False
+        self._header: GGUFHeader | None = None
         try:
-            file = _LazyReader(path)
-        except (ValueError, IndexError, KeyError, OverflowError, struct.error) as cause:
+            self._header = GGUFHeader(path)
+        except OtherByteOrderError:
+            raise ValueError(
+                f"{path} is a GGUF file of the other byte order; convert it first"
+            ) from None
+        except ValueError as cause:
             raise damaged_file(path, "GGUF", cause, "or upgrade the gguf package") from cause
-        if file.byte_order != "I":
-            raise ValueError(f"{path} is a GGUF file of the other byte order; convert it first")
-        self._fields = {k: v for k, v in file.fields.items() if not k.startswith("GGUF.")}
-        self._tensors = {tensor.name: tensor for tensor in file.tensors}
         parts = self.metadata_value("split.count", 1)
         if isinstance(parts, int) and parts > 1:
             raise ValueError(
@@ -72,15 +69,14 @@ class GGUFTensorReader:
 
     def names(self) -> frozenset[str]:
         """The names of all tensors, as the file spells them."""
-        return frozenset(self._tensors)
+        return frozenset(self._header.tensors if self._header is not None else ())
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The whole tensor's shape in PyTorch's order, [out_features, in_features].
 
-        GGUF stores dimensions fastest first, which is the reverse. Raises ``ValueError`` for an
-        unknown name.
+        Raises ``ValueError`` for an unknown name.
         """
-        return tuple(int(n) for n in reversed(self._tensor(name).shape))
+        return self._tensor(name).shape
 
     def read(
         self,
@@ -92,7 +88,7 @@ class GGUFTensorReader:
     ) -> torch.Tensor:
         """Read these rows and columns, see ``TensorReader.read``."""
         tensor = self._tensor(name)
-        kind = tensor.tensor_type
+        kind = tensor.kind
         if not _can_decode(kind):
             supported = [k.name for k in GGMLQuantizationType if _can_decode(k)]
             raise unsupported_type(name, kind.name, supported, self.description)
@@ -113,17 +109,17 @@ class GGUFTensorReader:
 
         Decodes the whole vocabulary; ``metadata_value`` decodes one field only.
         """
-        return {key: _decode_field(field) for key, field in self._fields.items()}
+        header = self._open_header()
+        return {key: header.value(key) for key in header.keys()}  # noqa: SIM118
 
     def metadata_value(self, key: str, default: object = None) -> object:
         """One key/value field, or ``default`` where the file does not have it."""
-        return _decode_field(self._fields[key]) if key in self._fields else default
+        header = self._open_header()
+        return header.value(key) if header.has(key) else default
 
     def close(self) -> None:
         """Release the file. Tensors already read stay valid."""
-        self._fields = {}
-        self._tensors = {}
-        self._closed = True
+        self._header = None
 
     def __enter__(self) -> Self:
         return self
@@ -136,12 +132,16 @@ class GGUFTensorReader:
     ) -> None:
         self.close()
 
-    def _tensor(self, name: str) -> ReaderTensor:
-        if self._closed:
-            raise ValueError(f"{self.description} was closed; open it again to read {name!r}")
-        if name not in self._tensors:
-            raise unknown_tensor(name, self._tensors, self.description)
-        return self._tensors[name]
+    def _open_header(self) -> GGUFHeader:
+        if self._header is None:
+            raise ValueError(f"{self.description} was closed; open it again to read it")
+        return self._header
+
+    def _tensor(self, name: str) -> GGUFTensor:
+        tensors = self._open_header().tensors
+        if name not in tensors:
+            raise unknown_tensor(name, tensors, self.description)
+        return tensors[name]
 
 
 def _as_grid(shape: tuple[int, ...], selected: tuple[Ranges, ...]) -> tuple[Ranges, Ranges]:
@@ -226,52 +226,3 @@ def _can_decode(kind: GGMLQuantizationType) -> bool:
     except NotImplementedError:
         return False
     return True
-
-
-class _LazyReader(GGUFReader):
-    """``GGUFReader`` that keeps a metadata list as one piece of the file.
-
-    The base class makes several arrays for every token of the vocabulary, which takes seconds
-    and more memory than many a rank's weights.
-    """
-
-    def _get_field_parts(
-        self, orig_offs: int, raw_type: int
-    ) -> tuple[int, list[npt.NDArray[Any]], list[int], list[GGUFValueType]]:
-        if raw_type != GGUFValueType.ARRAY or self.byte_order != "I":
-            return super()._get_field_parts(orig_offs, raw_type)
-        item_code, count = struct.unpack_from("<IQ", self.data.data, orig_offs)
-        item = GGUFValueType(item_code)
-        start = orig_offs + 12
-        numbers = self.gguf_scalar_to_np.get(item)
-        if numbers is not None:
-            payload = self._get(start, numbers, count)
-            if len(payload) != count:
-                raise ValueError(f"a list of {count} numbers runs past the end of the file")
-            return 12 + payload.nbytes, [payload], [0], [GGUFValueType.ARRAY, item]
-        if item != GGUFValueType.STRING:
-            return super()._get_field_parts(orig_offs, raw_type)
-        stop = start
-        view = self.data.data
-        for _ in range(count):
-            stop += 8 + struct.unpack_from("<Q", view, stop)[0]
-        payload = self._get(start, np.uint8, stop - start)
-        # No data index: the marker by which _decode_field knows undivided strings.
-        return 12 + stop - start, [payload], [], [GGUFValueType.ARRAY, item]
-
-
-def _decode_field(field: ReaderField) -> object:
-    if field.types == [GGUFValueType.ARRAY, GGUFValueType.STRING] and not field.data:
-        return _decode_strings(field.parts[-1].tobytes())
-    return field.contents()
-
-
-def _decode_strings(payload: bytes) -> list[str]:
-    """Strings that each follow their length in bytes, a little-endian 64-bit number."""
-    strings: list[str] = []
-    position = 0
-    while position < len(payload):
-        start = position + 8
-        position = start + int.from_bytes(payload[position:start], "little")
-        strings.append(payload[start:position].decode("utf-8"))
-    return strings

@@ -24,6 +24,7 @@ from colrow.checkpoint.reader import (
 from colrow.files import INDEX_BYTES, check_regular, member, parse_json, read_bytes
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
+_HEADER_BYTES = 16 << 20  # a tensor takes about a hundred
 _SUPPORTED = (*_FLOATS, "I64", "I32", "I16", "I8", "U8", "BOOL")
 _CHUNK_ELEMENTS = 1 << 20
 """Compared at a time."""
@@ -137,6 +138,11 @@ class SafetensorsReader:
 
     def _open(self, path: Path) -> _OpenFile:
         check_regular(path)
+        with path.open("rb") as header:
+            length = int.from_bytes(header.read(8), "little")
+        if length > _HEADER_BYTES:
+            cause = f"it states a header of {length} bytes, at most {_HEADER_BYTES} are read"
+            raise damaged_file(path, "safetensors", cause)
         try:
             opened = safe_open(str(path), framework="pt")
         except (SafetensorError, OSError) as cause:

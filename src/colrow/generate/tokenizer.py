@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from colrow.checkpoint.locate import resolve_model_path
+from colrow.checkpoint.reader import open_reader
 from colrow.files import INDEX_BYTES, read_json, shown
 from colrow.generate.template import RENDERER
 
@@ -56,6 +57,8 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
     """
     path = resolve_model_path(path_or_id)
     directory = path if path.is_dir() else path.parent
+    if path.suffix == ".gguf":
+        open_reader(path).close()  # transformers follows whatever lengths the file states
     for name in _SMALL_FILES:
         if (directory / name).exists():
             read_json(directory / name, INDEX_BYTES)

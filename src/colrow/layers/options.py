@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
+
+from colrow.files import shown
 
 Norm = Literal["rmsnorm", "layernorm"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "gelu_bloom", "relu"]
@@ -31,5 +34,17 @@ class RopeConfig:
     original_max_positions: int = 8192
 
     def __post_init__(self) -> None:
+        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"rope {name}={shown(value)}: must be a number")
+            if not math.isfinite(value) or value <= 0:
+                raise ValueError(f"rope {name}={shown(value)}: must be finite and above 0")
+        for name in ("dims", "original_max_positions"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"rope {name}={shown(value)}: must be a whole number")
+        if self.original_max_positions < 1:
+            raise ValueError(f"rope original_max_positions={self.original_max_positions}: below 1")
         if self.dims < 2 or self.dims % 2:
             raise ValueError(f"rotary positions turn pairs of dimensions: {self.dims} is not even")

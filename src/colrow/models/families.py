@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from colrow.files import shown
+
 FusedLayout = Literal["separate", "side_by_side", "interleaved"]
 Windowed = Literal["never", "always", "by_layer"]
 
@@ -269,6 +271,6 @@ def family_named(name: str) -> Family:
     """
     if name not in FAMILIES:
         raise ValueError(
-            f"unknown architecture {name!r}: the decoder knows {', '.join(sorted(FAMILIES))}"
+            f"unknown architecture {shown(name)}: the decoder knows {', '.join(sorted(FAMILIES))}"
         )
     return FAMILIES[name]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from colrow.files import check_inside, read_json
+from colrow.files import check_inside, read_json, shown
 from colrow.layers.options import Activation
 from colrow.models.config import ModelConfig
+from colrow.models.config_limits import check_hf_values
 from colrow.models.families import Family, family_named
 from colrow.models.hf_rope import rope_config, windows
 
@@ -111,18 +112,22 @@ def config_from_hf(values: Mapping[str, object]) -> ModelConfig:
     Raises:
         ValueError: unknown architecture, missing key, or an option that the decoder lacks.
     """
-    family = family_named(str(values.get("model_type")))
+    if not isinstance(name := values.get("model_type"), str):
+        raise ValueError(f"the configuration has model_type={shown(name)}, not a name")
+    family = family_named(name)
     values = {**family.defaults, **_renamed(values, family)}
     values = {**_DEFAULTS, **{key: value for key, value in values.items() if value is not None}}
+    check_hf_values(values, family.keys)
     if "quantization_config" in values:
+        quantised = shown(values["quantization_config"])
         raise ValueError(
-            f"this {family.name} checkpoint is quantised ({values['quantization_config']}), which "
+            f"this {family.name} checkpoint is quantised ({quantised}), which "
             "the decoder cannot read: use the original checkpoint or a GGUF file"
         )
     for key, supported in {**_FOREIGN_KEYS, **family.refused}.items():
         if key not in family.keys.values() and values.get(key, supported) != supported:
             raise ValueError(
-                f"{family.name} with {key}={values[key]!r} is not supported: it changes the "
+                f"{family.name} with {key}={shown(values[key])} is not supported: it changes the "
                 "numbers in a way that this decoder does not know"
             )
     fields: dict[str, object] = dict(family.fixed)

@@ -1,0 +1,253 @@
+"""Small files that state enormous things are refused at once, in little memory, in one line."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import colrow
+from colrow.checkpoint.gguf_file import GGUFTensorReader
+from colrow.checkpoint.reader import open_reader
+from colrow.generate.tokenizer import load_tokenizer
+from colrow.models.hf_config import config_from_file
+
+HUGE = 1 << 62
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value.encode())) + value.encode()
+
+
+def gguf(
+    *fields: bytes, tensors: bytes = b"", fields_stated: int = -1, tensors_stated: int = 0
+) -> bytes:
+    count = len(fields) if fields_stated < 0 else fields_stated
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors_stated, count) + b"".join(fields) + tensors
+
+
+def field(key: str, kind: int, value: bytes) -> bytes:
+    return text(key) + struct.pack("<I", kind) + value
+
+
+def array(item: int, count: int, content: bytes = b"") -> bytes:
+    return struct.pack("<IQ", item, count) + content
+
+
+def tensor(name: str, dims: list[int], kind: int = 0, offset: int = 0, stated: int = -1) -> bytes:
+    count = len(dims) if stated < 0 else stated
+    return (
+        text(name) + struct.pack(f"<I{len(dims)}Q", count, *dims) + struct.pack("<IQ", kind, offset)
+    )
+
+
+def with_data(tensors: bytes, count: int, *fields: bytes, size: int = 128) -> bytes:
+    head = gguf(*fields, tensors=tensors, tensors_stated=count)
+    return head + bytes(-len(head) % 32) + bytes(size)
+
+
+NESTED = array(9, 1)
+for _ in range(2000):
+    NESTED = array(9, 1, NESTED)
+
+GGUF_BOMBS: dict[str, tuple[bytes, str]] = {
+    "fields 2**40": (gguf(fields_stated=1 << 40), "states 1099511627776 entries of metadata"),
+    "fields that do not fit": (gguf(fields_stated=50) + bytes(100), "states 50 entries"),
+    "tensors 2**40": (gguf(tensors_stated=1 << 40), "states 1099511627776 tensors"),
+    "tensors that do not fit": (gguf(tensors_stated=2) + bytes(40), "states 2 tensors"),
+    "key of 2**62": (gguf(struct.pack("<Q", HUGE) + bytes(50)), "a name of 4611686018427387904"),
+    "text of 2**62": (gguf(field("a", 8, struct.pack("<Q", HUGE))), "'a' states a length of 4611"),
+    "list of 2**62": (gguf(field("a", 9, array(4, HUGE))), "'a' states 46116860184273879"),
+    "texts of 2**62": (gguf(field("a", 9, array(8, HUGE))), "'a' states 46116860184273879"),
+    "text in a list": (
+        gguf(field("a", 9, array(8, 2, struct.pack("<Q", HUGE) + bytes(50)))),
+        "texts of 'a' run past the end",
+    ),
+    "nested lists": (gguf(field("a", 9, NESTED)), "'a' is a list of lists"),
+    "type": (gguf(field("a", 99, bytes(8))), "'a' is of an unknown type 99"),
+    "type in a list": (gguf(field("a", 9, array(99, 0)) + bytes(9)), "'a' is of an unknown type"),
+    "key twice": (gguf(field("a", 0, b"1"), field("a", 0, b"2")), "the key 'a' twice"),
+    "key that is no text": (gguf(struct.pack("<Q", 1) + b"\xff" + bytes(20)), "utf-8"),
+    "version": (b"GGUF" + struct.pack("<IQQ", 77, 0, 0), "version 77"),
+    "alignment 0": (
+        with_data(b"", 0, field("general.alignment", 4, struct.pack("<I", 0))),
+        "general.alignment is 0, not a power of two",
+    ),
+    "alignment 48": (
+        with_data(b"", 0, field("general.alignment", 4, struct.pack("<I", 48))),
+        "general.alignment is 48, not a power of two",
+    ),
+    "alignment of another type": (
+        with_data(b"", 0, field("general.alignment", 8, text("32"))),
+        "general.alignment is of type STRING",
+    ),
+    "past the end": (with_data(tensor("w", [64]), 1), "'w' of 256 bytes .* does not lie in"),
+    "offset 2**62": (with_data(tensor("w", [4], offset=HUGE), 1), "'w' of 16 bytes .* does not"),
+    "offset of 1": (with_data(tensor("w", [4], offset=1), 1), "not at a multiple of 32"),
+    "overflow": (with_data(tensor("w", [1 << 32, 1 << 32]), 1), "too large"),
+    "overflow to nothing": (with_data(tensor("w", [1 << 63, 2]), 1), "too large"),
+    "half a block": (with_data(tensor("w", [33], kind=2), 1), "Q4_0's blocks of 32"),
+    "dimensions 2**32": (
+        with_data(tensor("w", [4], stated=(1 << 32) - 1), 1),
+        "'w' states 4294967295 dimensions",
+    ),
+    "tensor type": (with_data(tensor("w", [4], kind=999), 1), "'w' is of an unknown type 999"),
+    "tensor twice": (with_data(tensor("w", [4]) * 2, 2), "the tensor 'w' twice"),
+    "overlap": (with_data(tensor("w", [16]) + tensor("v", [4], offset=32), 2), "'w' and 'v' over"),
+}
+
+
+@pytest.mark.parametrize("name", GGUF_BOMBS)
+def test_a_gguf_file_that_states_what_is_not_there(name: str, tmp_path: Path) -> None:
+    content, message = GGUF_BOMBS[name]
+    path = tmp_path / "bomb.gguf"
+    path.write_bytes(content)
+    for read in (open_reader, load_tokenizer, colrow.from_pretrained):
+        with pytest.raises(ValueError, match=f"bomb.gguf is not a complete GGUF file .*{message}"):
+            read(path)
+
+
+def test_a_gguf_file_with_everything_in_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    tensors = tensor("w", [8]) + tensor("v", [3, 2], offset=32) + tensor("empty", [0], offset=64)
+    fields = (
+        field("general.alignment", 4, struct.pack("<I", 32)),
+        field("bad", 8, struct.pack("<Q", 1) + b"\xff"),
+        field("bytes", 9, array(0, 3, b"\1\2\3")),
+    )
+    path.write_bytes(with_data(tensors, 3, *fields, size=64))
+    with GGUFTensorReader(path) as reader:
+        assert reader.shape("v") == (2, 3)
+        assert reader.read("w", dtype=torch.float32).tolist() == [0.0] * 8
+        assert reader.read("empty", dtype=torch.float32).shape == (0,)
+        assert reader.metadata_value("bytes") == [1, 2, 3]
+        with pytest.raises(ValueError, match="'bad' is not UTF-8"):
+            reader.metadata_value("bad")
+
+
+def header(content: object, length: int | None = None, data: int = 16) -> bytes:
+    written = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return struct.pack("<Q", len(written) if length is None else length) + written + bytes(data)
+
+
+def entry(shape: list[int], first: int, last: int, dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [first, last]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        header({}, 1 << 63),
+        header({}, (1 << 24) + 1),
+        header({}, 1 << 20),
+        header({"w": entry([4], 0, 16), "v": entry([4], 0, 16)}),
+        header({"w": entry([4], 0, 16), "v": entry([2], 8, 16)}),
+        header({"w": entry([400], 0, 1600)}),
+        header({"w": entry([4], 0, 8)}),
+        header({"w": entry([1 << 62, 4], 0, 16)}),
+        header({"w": entry([-4], 0, 16)}),
+        header({"w": entry([4], 16, 0)}),
+        header({"w": entry([4], 0, 16, "F99")}),
+        header(b'{"w":' + b"[" * 100_000),
+        header(b"\xff" * 100),
+    ],
+    ids=lambda content: str(content[:40]),
+)
+def test_a_safetensors_file_that_states_what_is_not_there(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model.safetensors is not a complete safetensors file"):
+        open_reader(path)
+    path.write_bytes(header({"w": entry([4], 0, 16)}))
+    open_reader(path).close()
+
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 11,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 16,
+}
+NAN, INF = float("nan"), float("inf")
+CONFIG_BOMBS: list[tuple[dict[str, Any], str]] = [
+    *(
+        ({key: value}, f"{key}=.*: must be")
+        for key in LLAMA
+        if key != "model_type"
+        for value in (10**13, 10**35, 0, -1, True, 4.0, "4", [4], {"a": 4}, NAN)
+    ),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000: must be at most 4096"),
+    ({"num_attention_heads": 10**9}, "num_attention_heads=1000000000: must be at most 65536"),
+    ({"num_key_value_heads": 10**9}, "num_key_value_heads=1000000000: must be at most 65536"),
+    ({"hidden_size": 10**9}, "hidden_size=1000000000: must be at most"),
+    ({"head_dim": 10**9}, "head_dim=1000000000: must be at most 65536"),
+    ({"head_dim": True}, "head_dim=True: must be a whole number"),
+    (
+        {
+            "hidden_size": 1 << 22,
+            "num_attention_heads": 1024,
+            "num_hidden_layers": 4096,
+            "intermediate_size": 1 << 24,
+        },
+        "more than .* parameters",
+    ),
+    *(
+        ({key: value}, f"{key}=.*: must be")
+        for key in ("rms_norm_eps", "rope_theta", "attention_dropout", "initializer_range")
+        for value in (NAN, INF, -INF, -1.0, "1", True, [1])
+    ),
+    ({"rope_theta": 0}, "rope_theta=0: must be above 0"),
+    ({"attention_dropout": 1.5}, "attention_dropout=1.5: must be finite, at least 0 and at most 1"),
+    *(
+        ({"rope_scaling": {"rope_type": "linear", "factor": value}}, "factor=.*: must be")
+        for value in (NAN, INF, 0, -2, "2", True)
+    ),
+    (
+        {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": NAN}},
+        "low_freq_factor=nan",
+    ),
+    ({"rope_scaling": [1]}, "must be a table"),
+    ({"partial_rotary_factor": INF}, "partial_rotary_factor=inf: must be finite"),
+    ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes': must be true or false"),
+    ({"attention_bias": 1}, "attention_bias=1: must be true or false"),
+    ({"eos_token_id": "</s>"}, "eos_token_id.*must be a whole number"),
+    ({"eos_token_id": list(range(20_000))}, "has 20000 items"),
+    ({"bos_token_id": 1.5}, "bos_token_id=1.5: must be a whole number"),
+    ({"pad_token_id": 10**30}, "pad_token_id=1000000000000000000000000000000: must be at most"),
+    ({"model_type": ["llama"]}, "model_type=..llama.., not a name"),
+    ({"model_type": "x" * 100_000}, "unknown architecture 'xxx"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), CONFIG_BOMBS, ids=repr)
+def test_a_configuration_with_numbers_that_no_model_has(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **change}))
+    with pytest.raises(ValueError, match=rf"config.json: .*{message}") as caught:
+        config_from_file(tmp_path)
+    assert len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "qwen2", "sliding_window": "4"}, "sliding_window='4': must be a whole"),
+        ({"model_type": "mistral", "sliding_window": 10**14}, "sliding_window=.*must be at most"),
+        ({"model_type": "qwen2", "use_sliding_window": 1}, "use_sliding_window=1: must be true"),
+        ({"model_type": "qwen3", "layer_types": [1]}, "layer_types=.1.: must be a list of names"),
+        ({"model_type": "gpt_neox", "rotary_pct": NAN}, "rotary_pct=nan: must be finite"),
+    ],
+    ids=repr,
+)
+def test_keys_of_other_families(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **change}))
+    with pytest.raises(ValueError, match=message):
+        config_from_file(tmp_path)
