@@ -10,7 +10,7 @@ from torch import Tensor
 from colrow.checkpoint.naming import Naming, Piece, pieces
 from colrow.checkpoint.reader import TensorReader, row_chunks
 from colrow.checkpoint.tied import missing_prefix
-from colrow.models.config import parameter_specs
+from colrow.models.config import Layout, ModelConfig, parameter_specs
 from colrow.models.decoder import Decoder
 
 # Buffers that older checkpoints carry; the decoder computes what they hold.
@@ -23,15 +23,13 @@ _IGNORED = re.compile(
 def load_(model: Decoder, reader: TensorReader, naming: Naming) -> None:
     """Copies the checkpoint into the model, slice by slice; nothing is sent.
 
-    Raises:
-        ValueError: when tensors are missing, have the wrong shape, or are left over.
+    :func:`check_tensors` has to have found them right.
     """
     held = {
         name: pieces(naming, model.config, name, spec, model.tp.rank)
         for name, spec in parameter_specs(model.config, model.layout).items()
     }
     prefix = missing_prefix(naming, reader.names())
-    _check(reader, held, prefix, model, naming)
     for name, parameter in model.named_parameters():
         spec = model.specs[name]
         for piece in held[name]:
@@ -58,13 +56,17 @@ def unpair(rows: Tensor, head_dim: int) -> Tensor:
     return heads.transpose(1, 2).reshape(rows.shape)
 
 
-def _check(
-    reader: TensorReader,
-    held: dict[str, list[Piece]],
-    prefix: str,
-    model: Decoder,
-    naming: Naming,
-) -> None:
+def check_tensors(config: ModelConfig, reader: TensorReader, naming: Naming) -> None:
+    """Compares the checkpoint's tensors with the configuration, before there is a model.
+
+    Raises:
+        ValueError: when tensors are missing, have the wrong shape, or are left over.
+    """
+    held = {
+        name: pieces(naming, config, name, spec, 0)
+        for name, spec in parameter_specs(config, Layout.create(config, 1)).items()
+    }
+    prefix = missing_prefix(naming, reader.names())
     expected = {
         piece.name.removeprefix(prefix): piece.shape for found in held.values() for piece in found
     }
@@ -73,7 +75,7 @@ def _check(
     if missing:
         raise ValueError(
             f"{reader.description} lacks {_some(missing)} of the {len(expected)} tensors that a "
-            f"{model.config.family} model of this configuration has"
+            f"{config.family} model of this configuration has"
         )
     for name, shape in expected.items():
         if tuple(reader.shape(name)) != shape:
@@ -81,12 +83,12 @@ def _check(
                 f"{name} in {reader.description} has shape {tuple(reader.shape(name))}, but the "
                 f"configuration asks for {shape}"
             )
-    tied = set(naming.modules["head"]) if model.config.tie_embeddings else set()
+    tied = set(naming.modules["head"]) if config.tie_embeddings else set()
     ignored = {f"{name}.weight" for name in tied}
     extra = sorted(name for name in names - expected.keys() - ignored if not _IGNORED.search(name))
     if extra:
         raise ValueError(
-            f"{reader.description} has {_some(extra)} beyond what a {model.config.family} model of "
+            f"{reader.description} has {_some(extra)} beyond what a {config.family} model of "
             "this configuration holds; the file and its configuration do not belong together"
         )
 

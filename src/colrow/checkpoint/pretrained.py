@@ -9,7 +9,7 @@ from typing import Unpack
 import torch
 
 from colrow.checkpoint.gguf_model import config_from_gguf, gguf_naming
-from colrow.checkpoint.load import load_
+from colrow.checkpoint.load import check_tensors, load_
 from colrow.checkpoint.locate import resolve_model_path
 from colrow.checkpoint.naming import Naming, hf_naming
 from colrow.checkpoint.reader import TensorReader, open_reader
@@ -55,6 +55,8 @@ def from_pretrained(
     tp, place = resolve_mesh(mesh, device)
     with open_reader(file) as reader:
         config, naming = _config_and_naming(file, reader)
+        if place.type != "meta":
+            check_tensors(config, reader, naming)
         chosen = dtype or stored_dtype(file)
         pipeline = resolve_pipeline(config, mesh, layer_split)
         model = Decoder(config, tp, pipeline=pipeline, device=place, dtype=chosen, **options)
@@ -66,24 +68,32 @@ def from_pretrained(
 def pretrained_config(path: str | Path) -> ModelConfig:
     """The configuration of a checkpoint, without its weights. ``path`` may be a config.json.
 
-    Where it says that embedding and head are tied, and there are weights, it is what
-    :func:`from_pretrained` makes of them: untied if the file holds two different matrices.
+    Where there are weights, the names and shapes of the tensors are compared with it. Where it says
+    that embedding and head are tied, it is what :func:`from_pretrained` makes of them: untied if
+    the file holds two different matrices.
+
+    Raises:
+        ValueError: as :func:`from_pretrained` does, but for weights that cannot be opened.
     """
     if str(path).endswith(".json"):
         return config_from_file(path)
     file = resolve_model_path(path)
     if file.suffix == ".gguf":
         with open_reader(file) as reader:
-            return config_from_gguf(reader)
+            return _checked_config(file, reader)
     config = config_from_file(_directory(file))
-    if not config.tie_embeddings:
-        return config
     try:
         reader = open_reader(file)
     except ValueError:  # no weights, or none that can be read: whoever loads them will hear of it
         return config
     with reader:
-        return _config_and_naming(file, reader)[0]
+        return _checked_config(file, reader)
+
+
+def _checked_config(file: Path, reader: TensorReader) -> ModelConfig:
+    config, naming = _config_and_naming(file, reader)
+    check_tensors(config, reader, naming)
+    return config
 
 
 def _config_and_naming(file: Path, reader: TensorReader) -> tuple[ModelConfig, Naming]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from colrow.checkpoint.locate import resolve_model_path
+from colrow.checkpoint.reader import open_reader
+from colrow.files import read_json
 from colrow.inplace.file_names import FileNames
+from colrow.models.config_limits import check_any_config, number_of_layers
+from colrow.models.hf_config import read_config
 from colrow.reference import quiet_transformers
+
+_FEW_LAYERS = 200
 
 
 def is_on_meta(model: nn.Module) -> bool:
@@ -41,8 +49,15 @@ def model_of(path: str | Path, dtype: torch.dtype | None) -> nn.Module:
             architecture that it does not have, or quantised weights.
     """
     directory = resolve_model_path(path)
-    if not (directory / "config.json").is_file():
+    if not (directory / "config.json").exists():
         raise ValueError(f"no config.json in {directory}: give a directory that transformers saved")
+    file, values = read_config(directory)
+    try:
+        check_any_config(values)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    sizes = stored_shapes(directory)
+    check_layers(file, values, sizes)
     try:
         import transformers
     except ImportError as error:
@@ -61,8 +76,53 @@ def model_of(path: str | Path, dtype: torch.dtype | None) -> nn.Module:
         with torch.device("meta"):
             model: Any = cls._from_config(config, dtype=dtype or config.dtype or torch.float32)
         if model.can_generate() and (directory / "generation_config.json").is_file():
+            read_json(directory / "generation_config.json")
             model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+    check_shapes(file, model, sizes)
     return model.eval()  # type: ignore[no-any-return]
+
+
+def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in a directory's safetensors; none where it has no such files."""
+    try:
+        reader = open_reader(directory)
+    except ValueError:  # whoever loads them will hear of it
+        return {}
+    with reader:
+        return {name: reader.shape(name) for name in reader.names()}
+
+
+def check_layers(
+    file: Path, values: Mapping[str, object], sizes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Compares the number of layers with the file's, since making thousands takes long.
+
+    A model that uses layers several times has more of them than tensors, though not hundreds.
+
+    Raises:
+        ValueError: far more layers than tensors.
+    """
+    layers = number_of_layers(values)
+    if sizes and layers > max(_FEW_LAYERS, len(sizes)):
+        raise ValueError(
+            f"{file} is of a model with {layers} layers, and its weights have {len(sizes)} tensors:"
+            " the file and its configuration do not belong together"
+        )
+
+
+def check_shapes(file: Path, model: nn.Module, sizes: Mapping[str, tuple[int, ...]]) -> None:
+    """Compares the tensors that a model and a file call the same.
+
+    Raises:
+        ValueError: naming one of another size.
+    """
+    own = {name: tensor.shape for name, tensor in model.state_dict(keep_vars=True).items()}
+    for name, shape in sizes.items():
+        if name in own and math.prod(own[name]) != math.prod(shape):
+            raise ValueError(
+                f"{name} has shape {shape} in the weights beside {file}, but the configuration "
+                f"asks for {tuple(own[name])}"
+            )
 
 
 def give_buffers(model: nn.Module, found: FileNames | None, device: torch.device) -> None:

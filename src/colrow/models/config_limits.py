@@ -194,3 +194,13 @@ def check_any_config(values: object, key: str = "") -> None:
         most = SIZES["num_layers"] if _LAYERS.search(key) else _MOST
         if most < _MOST or _SIZES.search(key):
             check_whole(key, values, -most, most)
+
+
+def number_of_layers(values: object, key: str = "") -> int:
+    """The largest number of layers that a configuration, or a part of it, speaks of."""
+    if isinstance(values, Mapping):
+        return max(
+            (number_of_layers(value, str(name)) for name, value in values.items()), default=0
+        )
+    is_number = isinstance(values, int) and _LAYERS.search(key)
+    return int(str(values)) if is_number and not isinstance(values, bool) else 0

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from colrow.checkpoint.reader import open_reader
+from colrow.inplace.meta import model_of
 from colrow.models.hf_config import read_config
 from colrow.reference import prepare_reference, quiet_transformers
 from colrow.zoo.overrides import OVERRIDES
@@ -129,6 +130,7 @@ def saved_architecture(path: str | Path) -> Architecture:
             f"no config.json in {path}: give a directory that transformers saved"
         ) from None
     open_reader(path).close()  # transformers opens what the index names, whatever that is
+    model_of(path, None)  # whose numbers are those of the weights
     model_type, names = config.get("model_type"), config.get("architectures") or []
     named = isinstance(names, list) and all(isinstance(name, str) for name in names)
     if not isinstance(model_type, str) or not isinstance(names, list) or not named:
