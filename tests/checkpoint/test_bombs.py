@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,17 @@ import pytest
 import torch
 
 import colrow
+from colrow.checkpoint.export import load_trained, write_training_run
 from colrow.checkpoint.gguf_file import GGUFTensorReader
+from colrow.checkpoint.pretrained import pretrained_config
 from colrow.checkpoint.reader import open_reader
+from colrow.cli import main
 from colrow.generate.tokenizer import load_tokenizer
+from colrow.models.config_limits import check_any_config
 from colrow.models.hf_config import config_from_file
+from colrow.planner.model import model_from_config_json
+from colrow.zoo.architectures import saved_architecture
+from tests.generate import models
 
 HUGE = 1 << 62
 
@@ -251,3 +261,174 @@ def test_keys_of_other_families(change: dict[str, Any], message: str, tmp_path: 
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **change}))
     with pytest.raises(ValueError, match=message):
         config_from_file(tmp_path)
+
+
+# what fits no memory, or not the weights beside it
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("bombs") / "model"
+    models.save_chat_model(directory)
+    return directory
+
+
+@pytest.fixture
+def model(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "model"))
+
+
+def change(directory: Path, values: dict[str, Any]) -> None:
+    file = directory / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_hidden_layers": 4000}, "4000 layers"),
+        ({"num_hidden_layers": 3}, "lacks .*model.layers.2"),
+        ({"num_hidden_layers": 1}, "beyond what a llama model"),
+        ({"hidden_size": 1 << 18, "intermediate_size": 1 << 20}, r"has shape \(256, 32\)"),
+        ({"vocab_size": 1 << 25}, r"asks for \(33554432, 32\)"),
+    ],
+    ids=repr,
+)
+def test_the_tensors_are_compared_before_there_is_a_model(
+    values: dict[str, Any], message: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change(model, values)
+
+    def built(*args: object, **options: object) -> None:
+        raise AssertionError("a model is being built")
+
+    monkeypatch.setattr("colrow.checkpoint.pretrained.Decoder", built)
+    for read in (colrow.from_pretrained, pretrained_config):
+        with pytest.raises(ValueError, match=message):
+            read(model)
+
+
+IN_PLACE = [
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000: must be at most 4096"),
+    ({"num_hidden_layers": 4000}, "4000 layers, and its weights have 21 tensors"),
+    ({"num_hidden_layers": True}, "num_hidden_layers=True: must be a whole number"),
+    ({"vocab_size": 10**12}, "vocab_size=1000000000000: must be at most"),
+    ({"intermediate_size": -5}, "intermediate_size=-5: must be at least -1"),
+    ({"intermediate_size": -1}, "transformers cannot make such a model"),
+    ({"num_attention_heads": 0}, "config.json: "),
+    ({"hidden_size": 1 << 20}, "has shape .* but the configuration asks for"),
+    ({"rms_norm_eps": NAN}, "rms_norm_eps=nan: must be finite"),
+    ({"rope_parameters": {"rope_type": "default", "rope_theta": INF}}, "rope_theta=inf: must be"),
+    ({"text_config": {"num_layers": 10**9}}, "num_layers=1000000000: must be at most 4096"),
+]
+
+
+@pytest.mark.parametrize(("values", "message"), IN_PLACE, ids=repr)
+def test_models_in_place(values: dict[str, Any], message: str, model: Path) -> None:
+    change(model, values)
+    for read in (lambda: colrow.plan_for(str(model), 2), lambda: saved_architecture(model)):
+        with pytest.raises(ValueError, match=message):
+            read()
+
+
+def test_configurations_in_place_that_are_right() -> None:
+    check_any_config(
+        {
+            "time_step_limit": [0.0, INF],
+            "max_length": 10**30,
+            "output_hidden_states": True,
+            "window_size": -1,
+            "num_hidden_layers": 512,
+            "vocab_size": 1_000_000,
+        }
+    )
+
+
+def test_a_model_that_no_memory_holds() -> None:
+    large = {**LLAMA, "hidden_size": 1 << 16, "intermediate_size": 1 << 20, "num_hidden_layers": 99}
+    with pytest.raises(ValueError, match=r"take \d+ GB on each of 1 ranks, and this machine has"):
+        colrow.from_config(large)
+    assert colrow.from_config(large, device="meta").config.num_layers == 99
+
+
+def test_an_export_compares_with_the_checkpoint(tmp_path: Path) -> None:
+    layer = colrow.from_config(LLAMA)
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "config.json").write_text(json.dumps(LLAMA))
+    write_training_run(layer, tmp_path / "run", tmp_path / "files")
+    assert load_trained(tmp_path / "run")[1] == 0
+    for values in ({"intermediate_size": 1 << 20}, {"num_hidden_layers": 2}):
+        (tmp_path / "run" / "model" / "config.json").write_text(json.dumps({**LLAMA, **values}))
+        with pytest.raises(ValueError, match=r"has shape .* in .*step-00000000.*asks for"):
+            load_trained(tmp_path / "run")
+
+
+def test_planning_for_models_that_fit_nowhere(tmp_path: Path) -> None:
+    """A trillion parameters in 512 layers, and a vocabulary of a million."""
+    huge = {
+        **LLAMA,
+        "vocab_size": 1_000_000,
+        "hidden_size": 12_288,
+        "intermediate_size": 49_152,
+        "num_hidden_layers": 512,
+        "num_attention_heads": 96,
+        "max_position_embeddings": 1 << 20,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(huge))
+    shape = model_from_config_json(tmp_path)
+    assert shape.parameters > 1e12
+    assert main(["plan", str(tmp_path), "--gpus", "4096", "--gpu", "h100"]) in (0, 1)
+
+
+MEASURE = """
+import contextlib, io, json, resource, sys, time
+import torch, transformers
+from colrow.cli import main
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+commands = json.loads(sys.argv[1])
+for words in commands[:2] * 2:  # what is imported only once
+    with contextlib.redirect_stderr(io.StringIO()):
+        main(words)
+for words in commands:
+    before, started, said = peak(), time.process_time(), io.StringIO()
+    with contextlib.redirect_stderr(said):
+        code = main(words)
+    print(json.dumps([code, time.process_time() - started, peak() - before, said.getvalue()]))
+"""
+
+
+def test_bombs_cost_neither_time_nor_memory(model: Path, tmp_path: Path) -> None:
+    bombs = []
+    for number, text in enumerate(
+        (
+            json.dumps({**LLAMA, "num_hidden_layers": 10**9}),
+            json.dumps(LLAMA)[:-1] + ', "x": ' + "[" * 100_000 + "]" * 100_000 + "}",
+            json.dumps(LLAMA)[:-1] + ', "x": ' + "9" * 1_000_000 + "}",
+            json.dumps(LLAMA)[:-1] + ', "x": [' + "[]," * 1_000_000 + "1]}",
+        )
+    ):
+        directory = Path(shutil.copytree(model, tmp_path / str(number)))
+        (directory / "config.json").write_text(text)
+        bombs.append(str(directory))
+    for name in ("nested lists", "text of 2**62", "fields 2**40", "overflow"):
+        (tmp_path / f"{name}.gguf").write_bytes(GGUF_BOMBS[name][0])
+        bombs.append(str(tmp_path / f"{name}.gguf"))
+    commands = [
+        [*words.split()[:1], bomb, *words.split()[1:]]
+        for bomb in bombs
+        for words in ("generate hi --tp 2", "verify --tp 2", "comms --tp 2", "bench --tp 2")
+    ]
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, json.dumps(commands)], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    measured = [json.loads(line) for line in run.stdout.splitlines()]
+    assert len(measured) == len(commands)
+    for words, (code, seconds, megabytes, said) in zip(commands, measured, strict=True):
+        assert code == 2, (words, said)
+        assert seconds < 1 and megabytes < 100, (words, seconds, megabytes)
+        assert len(said.strip().splitlines()) == 1 and len(said) < 600, (words, said)
+        assert "Traceback" not in said and words[1] in said, (words, said)

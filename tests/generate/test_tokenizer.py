@@ -146,3 +146,63 @@ def test_end_tokens_of_both_configurations(tmp_path: Path) -> None:
     file.write_text("[]")
     with pytest.raises(ValueError, match="is not a generation configuration"):
         end_tokens(tmp_path, (2,))
+
+
+def changed(directory: Path, change: dict[str, Any]) -> Path:
+    """A tokenizer of bytes with something else in its tokenizer.json."""
+    models.save_byte_tokenizer(directory)
+    file = directory / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    return directory
+
+
+def replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [replace({"String": "a"}, "a" * 31)] * 3,
+        [replace({"Regex": "a|b"}, "a" * 20)] * 3,
+        [replace({"Regex": ""}, "a" * 1500)],
+        [{"type": "Prepend", "prepend": "a" * 20_000}],
+        [{"type": "Sequence", "normalizers": [replace({"String": "a"}, "a" * 40)]}] * 2,
+    ],
+    ids=lambda steps: json.dumps(steps)[:60],
+)
+def test_a_normaliser_does_not_fill_the_memory(steps: list[Any], tmp_path: Path) -> None:
+    normalizer = {"type": "Sequence", "normalizers": steps}
+    with pytest.raises(ValueError, match=r"the normalizer of .* can make a text .* times longer"):
+        load_tokenizer(changed(tmp_path, {"normalizer": normalizer}))
+
+
+def test_what_normalisers_do_in_earnest(tmp_path: Path, fallback_tokenizer: Any) -> None:
+    fallback_tokenizer.save_pretrained(tmp_path / "fallback")
+    load_tokenizer(tmp_path / "fallback")
+    steps = [{"type": "NFKC"}, replace({"Regex": " {2,}"}, "▁"), replace({"String": "``"}, '"')]
+    load_tokenizer(
+        changed(tmp_path / "a", {"normalizer": {"type": "Sequence", "normalizers": steps}})
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000 + "]" * 100_000, "nested too deeply"),
+        ("[" + "[]," * 3_000_000 + "1]", "more lists and tables than a tokenizer can need"),
+        ("9" * 100_000, "Exceeds the limit"),
+    ],
+    ids=["deep", "lists", "digits"],
+)
+def test_a_tokenizer_file_that_is_a_bomb(text: str, message: str, tmp_path: Path) -> None:
+    models.save_byte_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(file.read_text().rstrip()[:-1] + f', "x": {text}}}')
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(tmp_path)
+    file.write_text("{}")
+    with (tmp_path / "tokenizer_config.json").open("a") as config:
+        config.truncate(1 << 33)
+    with pytest.raises(ValueError, match=r"tokenizer_config.json has \d+ bytes, more than"):
+        load_tokenizer(tmp_path)

@@ -19,7 +19,7 @@ from colrow.files import check_inside
 from colrow.mesh import Mesh, ParallelGroup
 from colrow.models.build import from_config
 from colrow.models.decoder import Decoder
-from colrow.models.hf_config import read_config
+from colrow.models.hf_config import config_from_file, read_config
 
 MODEL_FILES, CHECKPOINTS = "model", "checkpoints"
 
@@ -54,7 +54,9 @@ def load_trained(run: str | Path, step: int | None = None) -> tuple[Decoder, int
     if step not in found:
         raise ValueError(f"{run} has no checkpoint of step {step}; it has {found}")
     dtype = checkpoints.dtype(step)
-    model = from_config(run / MODEL_FILES, alone(), dtype=dtype)
+    config = config_from_file(run / MODEL_FILES)
+    checkpoints.check_shapes(step, config)
+    model = from_config(config, alone(), dtype=dtype)
     checkpoints.load(step, model, None)
     return model.eval(), step
 

@@ -62,6 +62,11 @@ def check_tensors(config: ModelConfig, reader: TensorReader, naming: Naming) -> 
     Raises:
         ValueError: when tensors are missing, have the wrong shape, or are left over.
     """
+    if config.num_layers > len(reader.names()):  # said before thousands of layers are listed
+        raise ValueError(
+            f"{reader.description} lacks layers: it has {len(reader.names())} tensors, and the "
+            f"configuration asks for {config.num_layers} layers"
+        )
     held = {
         name: pieces(naming, config, name, spec, 0)
         for name, spec in parameter_specs(config, Layout.create(config, 1)).items()

@@ -27,6 +27,7 @@ from colrow.checkpoint.training_storage import (
     read_index,
 )
 from colrow.mesh import Mesh
+from colrow.models.config import Layout, ModelConfig, parameter_specs
 from colrow.optim.check import check_optimizer, whole_states
 from colrow.partition import ShardSpec
 
@@ -130,6 +131,21 @@ class TrainingCheckpoints:
         names = {found["dtype"] for name, found in tensors.items() if name.startswith("model.")}
         found: torch.dtype = getattr(torch, min(names))
         return found
+
+    def check_shapes(self, step: int, config: ModelConfig) -> None:
+        """Compares the checkpoint of this step with a configuration, before there is a model.
+
+        Raises:
+            ValueError: a parameter of the model that it lacks, or has in another shape.
+        """
+        tensors = read_index(self.path(step))["tensors"]
+        for name, spec in parameter_specs(config, Layout.create(config, 1)).items():
+            found = tensors.get(f"model.{name}", {}).get("shape")
+            if found != list(spec.shape):
+                raise ValueError(
+                    f"{name} has shape {found} in {self.path(step)}, but the run's configuration "
+                    f"asks for {list(spec.shape)}: they do not belong together"
+                )
 
     def load(self, step: int, module: nn.Module, optimizer: Optimizers | None) -> dict[str, Any]:
         """Fills the parameters, and the optimiser when there is one; returns the caller's state.

@@ -9,6 +9,7 @@ from colrow.checkpoint.locate import resolve_model_path
 from colrow.checkpoint.reader import open_reader
 from colrow.files import INDEX_BYTES, read_json, shown
 from colrow.generate.template import RENDERER
+from colrow.generate.tokenizer_limits import check_growth, check_vocabulary
 
 _REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not (yet) a character
 _FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
@@ -59,6 +60,8 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
     directory = path if path.is_dir() else path.parent
     if path.suffix == ".gguf":
         open_reader(path).close()  # transformers follows whatever lengths the file states
+    if (directory / "tokenizer.json").exists():
+        check_vocabulary(directory / "tokenizer.json")
     for name in _SMALL_FILES:
         if (directory / name).exists():
             read_json(directory / name, INDEX_BYTES)
@@ -82,10 +85,13 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
         raise ValueError(
             f"no tokenizer could be read from {path}: {_reason(path, cause)}"
         ) from cause
+    check_growth(tokenizer, path)
     return cast(Tokenizer, tokenizer)
 
 
 def _reason(path: Path, cause: Exception) -> str:
+    if isinstance(cause, RecursionError):
+        return "its files are nested too deeply"
     directory = path if path.is_dir() else path.parent
     if path.suffix != ".gguf" and not any(any(directory.glob(name)) for name in _FILES):
         return (

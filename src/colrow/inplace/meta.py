@@ -73,8 +73,11 @@ def model_of(path: str | Path, dtype: torch.dtype | None) -> nn.Module:
         cls: Any = getattr(transformers, name, None)
         if cls is None:
             raise ValueError(f"{directory} is a model of class {name}, which transformers lacks")
-        with torch.device("meta"):
-            model: Any = cls._from_config(config, dtype=dtype or config.dtype or torch.float32)
+        try:
+            with torch.device("meta"):
+                model: Any = cls._from_config(config, dtype=dtype or config.dtype or torch.float32)
+        except Exception as error:  # of many classes, for sizes that do not go together
+            raise ValueError(f"{file}: transformers cannot make such a model: {error}") from error
         if model.can_generate() and (directory / "generation_config.json").is_file():
             read_json(directory / "generation_config.json")
             model.generation_config = transformers.GenerationConfig.from_pretrained(directory)

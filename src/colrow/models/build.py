@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypedDict, Unpack
@@ -9,7 +10,7 @@ from typing import Protocol, TypedDict, Unpack
 import torch
 
 from colrow.mesh import Mesh, ParallelGroup
-from colrow.models.config import Layout, ModelConfig
+from colrow.models.config import Layout, ModelConfig, num_parameters
 from colrow.models.decoder import Decoder
 from colrow.models.hf_config import config_from_file, config_from_hf
 from colrow.models.initialize import initialize_
@@ -66,10 +67,31 @@ def from_config(
         config = config_from_hf(config.to_dict())
     tp, place = resolve_mesh(mesh, device)
     pipeline = resolve_pipeline(config, mesh, layer_split)
+    if place.type == "cpu":
+        check_memory(config, mesh, dtype)
     model = Decoder(config, tp, pipeline=pipeline, device=place, dtype=dtype, **options)
     if place.type != "meta":
         initialize_(model, seed)
     return model
+
+
+def check_memory(
+    config: ModelConfig, mesh: Mesh | ParallelGroup | None, dtype: torch.dtype
+) -> None:
+    """Makes sure that a rank's share of the weights could lie in this machine's memory at all.
+
+    Raises:
+        ValueError: when it is larger than the whole memory.
+    """
+    ranks = mesh.tp.size * mesh.pp.size if isinstance(mesh, Mesh) else mesh.size if mesh else 1
+    needed = num_parameters(config) * dtype.itemsize // ranks
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ValueError(
+            f"the weights of this {config.family} model take {needed / 1e9:.0f} GB on each of "
+            f"{ranks} ranks, and this machine has {memory / 1e9:.0f} GB of memory: use a smaller "
+            "model or more ranks"
+        )
 
 
 def resolve_mesh(

@@ -168,6 +168,9 @@ _LAYERS = re.compile(r"layers?$|depth|_blocks$")
 _SIZES = re.compile(
     r"heads?$|hidden|dim$|size$|vocab|width|channels|experts?$|embd|inner|ffn|rank$|labels$|^d_|^n_"
 )
+_NEVER_SWITCHES = re.compile(
+    r"^num_\w*(layers|heads|experts)$|^(hidden|vocab|intermediate)_size$|^n_(layer|head|embd)$"
+)
 _ENDLESS = "time_step_limit"  # of state space models, whose default is infinite
 _MOST = 1 << 26
 
@@ -190,10 +193,13 @@ def check_any_config(values: object, key: str = "") -> None:
     elif isinstance(values, float):
         if not math.isfinite(values) and (key != _ENDLESS or math.isnan(values)):
             raise ValueError(f"{key}={values}: must be finite")
-    elif isinstance(values, int) and not isinstance(values, bool):
+    elif isinstance(values, bool):
+        if _NEVER_SWITCHES.search(key):
+            raise ValueError(f"{key}={values}: must be a whole number")
+    elif isinstance(values, int):
         most = SIZES["num_layers"] if _LAYERS.search(key) else _MOST
         if most < _MOST or _SIZES.search(key):
-            check_whole(key, values, -most, most)
+            check_whole(key, values, -1, most)  # -1 stands for "none" here and there
 
 
 def number_of_layers(values: object, key: str = "") -> int:
