@@ -22,7 +22,7 @@ from colrow.cli import main
 from colrow.generate.tokenizer import load_tokenizer
 from colrow.models.config_limits import check_any_config
 from colrow.models.hf_config import config_from_file
-from colrow.planner.model import model_from_config_json
+from colrow.planner.config_json import model_from_config_json
 from colrow.zoo.architectures import saved_architecture
 from tests.generate import models
 
