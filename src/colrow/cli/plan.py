@@ -139,6 +139,15 @@ def _add_layout(group: argparse._ArgumentGroup) -> None:
         help="fp32 gradients and weights beside 16-bit ones (default: yes in 16 bit)",
     )
     group.add_argument(
+        "--lora-rank", type=int, default=0, metavar="N", help="train adapters alone, of this rank"
+    )
+    group.add_argument(
+        "--frozen",
+        default="",
+        metavar="FORMAT",
+        help="with --lora-rank: format of the frozen weights; nf4 is QLoRA",
+    )
+    group.add_argument(
         "--attention",
         choices=("auto", "flash", "unfused"),
         default="auto",

@@ -81,12 +81,22 @@ def block_bytes(
     if model.experts > 1:
         # The experts' inputs, sorted, and their results, which the router's weights multiply.
         dispatched = 2 * sizes.residual * model.active_experts
+    inputs = 2 * _column_input(layout, sizes)
+    mlp = _mlp(model, layout, sizes)
+    if layout.precision == "fp8":
+        # Linear layers keep their inputs in 8 bits; the attention's output is kept wide too, since
+        # attention's backward reads it.
+        inputs, mlp = inputs / sizes.item, mlp - sizes.ffn * (1 - 1 / sizes.item)
+    adapters = 0.0
+    if layout.lora_rank:  # between the two matrices of each adapter
+        adapters = 4.0 * layout.tokens * layout.lora_rank * sizes.item
     return {
+        "adapters": adapters,
         "norms": _norms(model, layout, sizes),
         "latent attention": latent,
         "shared expert": shared,
         "tokens sent to experts": dispatched,
-        "linear inputs": 2 * _column_input(layout, sizes),
+        "linear inputs": inputs,
         "attention": _attention(
             model,
             layout,
@@ -94,7 +104,7 @@ def block_bytes(
             flash=flash,
             split_heads=len(division.heads.runs(rank)) > 1,
         ),
-        "mlp": _mlp(model, layout, sizes),
+        "mlp": mlp,
         "dropout": 2 * sizes.residual / sizes.item if config.residual_dropout else 0.0,
     }
 

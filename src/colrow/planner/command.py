@@ -166,6 +166,8 @@ def _layout(args: Namespace, model: ModelShape, **sizes: Any) -> Layout:
         master_weights=args.master_weights,
         software=args.software,
         attention=args.attention,
+        lora_rank=args.lora_rank,
+        frozen=args.frozen,
         cp=args.cp or 1,
         **sizes,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from colrow.models.config import Layout as Division
@@ -66,12 +66,18 @@ class Pass:
 
 @dataclass(frozen=True)
 class Linear:
-    """One matmul with a weight: ``[tokens, inputs] x [inputs, outputs]`` on this rank."""
+    """One matmul with a weight: ``[tokens, inputs] x [inputs, outputs]`` on this rank.
+
+    Attributes:
+        experts: how many such layers there are, of which a token passes through some.
+        parts: of how many layers of a published model it is made; each has an adapter of its own.
+    """
 
     name: str
     inputs: int
     outputs: int
     experts: int = 1
+    parts: int = 1
 
 
 def linears(model: ModelShape, division: Division, rank: int) -> tuple[Linear, ...]:
@@ -83,7 +89,7 @@ def linears(model: ModelShape, division: Division, rank: int) -> tuple[Linear, .
     hidden = config.hidden_size
     width = 2 if config.gated else 1
     attention: tuple[Linear, ...] = (
-        Linear("attention.qkv", hidden, query + 2 * key_value),
+        Linear("attention.qkv", hidden, query + 2 * key_value, parts=3),
         Linear("attention.output", query, hidden),
     )
     if model.latent:
@@ -93,13 +99,13 @@ def linears(model: ModelShape, division: Division, rank: int) -> tuple[Linear, .
     if model.shared_ffn:
         part = -(-model.shared_ffn // division.vocab.parts)
         shared = (
-            Linear("shared.up", hidden, width * part),
+            Linear("shared.up", hidden, width * part, parts=width),
             Linear("shared.down", part, hidden),
         )
     return (
         *attention,
         *shared,
-        Linear("mlp.up", hidden, width * ffn, model.experts),
+        Linear("mlp.up", hidden, width * ffn, model.experts, width),
         Linear("mlp.down", ffn, hidden, model.experts),
     )
 
@@ -121,9 +127,12 @@ def block_pass(model: ModelShape, layout: Layout, device: Device) -> Pass:
     tokens = layout.tokens
     forward = backward = Seconds()
     for linear in linears(model, division, rank):
-        f, dgrad, wgrad = _linear_seconds(model, layout, device, linear, tokens)
+        f, dgrad, wgrad = _layer_seconds(model, layout, device, linear, tokens)
         forward += Seconds(matmul=f)
         backward += Seconds(matmul=dgrad + wgrad, weight_gradients=wgrad)
+    copied = _copied_bytes(model, layout, division, rank, tokens)
+    forward += Seconds(elementwise=stream_seconds(device, copied[0]))
+    backward += Seconds(elementwise=stream_seconds(device, copied[1]))
     attention = _attention(model, layout, device, division.heads.query.size(rank))
     elementwise = _elementwise(model, layout, device, division, rank, tokens)
     forward += attention.forward + elementwise.forward
@@ -133,6 +142,57 @@ def block_pass(model: ModelShape, layout: Layout, device: Device) -> Pass:
     if layout.recompute == "selective":
         return Pass(forward, backward, attention.forward)
     return Pass(forward, backward)
+
+
+def _layer_seconds(
+    model: ModelShape, layout: Layout, device: Device, linear: Linear, tokens: int
+) -> tuple[float, float, float]:
+    """A linear layer's matmuls, as :func:`_linear_seconds`, with its adapter where it has one.
+
+    A frozen weight has no gradient. Its adapter is two thin layers, one after the other.
+    """
+    f, dgrad, wgrad = _linear_seconds(model, layout, device, linear, tokens)
+    if not layout.lora_rank:
+        return f, dgrad, wgrad
+    wgrad, thin = 0.0, layout.lora_rank
+    for inputs, outputs in ((linear.inputs, thin * linear.parts), (thin, linear.outputs)):
+        layer = replace(linear, inputs=inputs, outputs=outputs)
+        more = _linear_seconds(model, layout, device, layer, tokens)
+        f, dgrad, wgrad = f + more[0], dgrad + more[1], wgrad + more[2]
+    return f, dgrad, wgrad
+
+
+def _copied_bytes(
+    model: ModelShape, layout: Layout, division: Division, rank: int, tokens: int
+) -> tuple[float, float]:
+    """Bytes moved to change the format of what is multiplied, forward and backward."""
+    forward = backward = 0.0
+    if layout.lora_rank and layout.frozen_bytes != layout.itemsize:
+        # Quantised weights are read, and written wide, before the matmuls of either pass.
+        part = model.shards(layout.tp, layout.tp_weights)[rank]
+        weights = part.block + part.experts // layout.ep
+        forward = backward = weights * (layout.frozen_bytes + layout.itemsize)
+    if layout.precision == "fp8":
+        for linear in linears(model, division, rank):
+            more = _narrowing_bytes(model, layout, linear, tokens)
+            forward, backward = forward + more[0], backward + more[1]
+    return forward, backward
+
+
+def _narrowing_bytes(
+    model: ModelShape, layout: Layout, linear: Linear, tokens: int
+) -> tuple[float, float]:
+    """Bytes moved to turn a linear layer's 16-bit matrices into 8-bit ones, forward and backward.
+
+    Each is read for its largest number and read again, written once as it is and once transposed
+    for the backward matmuls: the input and the weight forward, the gradient of the output backward
+    (Micikevicius et al. 2022, arXiv 2209.05433; dynamic scaling of Transformer Engine and torchao).
+    """
+    each = 2 * layout.itemsize + 2
+    used = model.active_experts if linear.experts > 1 else 1
+    weights = linear.inputs * linear.outputs * (linear.experts / layout.ep if used > 1 else 1)
+    forward = each * (tokens * used * linear.inputs + weights)
+    return forward, float(each * tokens * used * linear.outputs)
 
 
 def _linear_seconds(
@@ -275,6 +335,8 @@ def _accumulation_bytes(model: ModelShape, layout: Layout, rank: int) -> float:
     wide = layout.gradient_bytes
     if layout.num_microbatches == 1 and wide == layout.itemsize:
         return 0.0
+    if layout.lora_rank:
+        return 0.0  # of adapters alone: nothing beside the rest
     part = model.shards(layout.tp, layout.tp_weights)[rank]
     weights = part.block + part.experts // layout.ep
     return weights * (2 * wide + (0 if layout.program.fused_accumulation else layout.itemsize))

@@ -32,7 +32,8 @@ def _memory(p: Prediction) -> list[str]:
     layout, model, rank = p.layout, p.model, p.memory.fullest
     stage, place = p.memory.fullest_place
     layers = layout.layers_of_stage(model)[stage]
-    elements = stage_elements(model, layout, stage, layers, place).total
+    found = stage_elements(model, layout, stage, layers, place)
+    elements = found.total
     division = model.division(layout.tp, layout.tp_weights)
     flash = layout.is_flash(model, p.hardware.device.flash_attention)
     flight = layers_in_flight(layout, stage, layers)
@@ -41,6 +42,11 @@ def _memory(p: Prediction) -> list[str]:
         f"Memory of the fullest rank (stage {stage}, tensor-parallel rank {place})",
         f"  parameters: {layers} blocks of {shard.block:,} and the ends = {elements:,} of "
         f"{model.parameters:,}",
+        *(
+            [f"  frozen       {found.frozen:,} × {layout.frozen_bytes:.4g} B, in the weights"]
+            if found.frozen
+            else []
+        ),
         f"  weights      {elements:,} × {layout.itemsize} B{_over(layout.dp, layout.zero >= 3)}"
         f" = {_gb(rank.weights)}",
         f"  gradients    {elements:,} × {layout.gradient_bytes} B"

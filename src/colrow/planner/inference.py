@@ -10,7 +10,7 @@ from colrow.planner.catalog import find_model
 from colrow.planner.compute import block_pass, fullest_rank, linears
 from colrow.planner.hardware import Hardware, find_hardware
 from colrow.planner.layout import Layout
-from colrow.planner.memory import ALLOCATOR_MARGIN, RUNTIME_BYTES
+from colrow.planner.memory import ALLOCATOR_MARGIN, RUNTIME_BYTES, dense_layers_of_stage
 from colrow.planner.model import ModelShape
 from colrow.planner.placement import collective_seconds, place, send_seconds
 from colrow.planner.roofline import matmul_seconds, stream_seconds
@@ -108,9 +108,19 @@ def predict_serving(
 
 
 def kv_cache_bytes_per_token(model: ModelShape, kv_cache: str = "bf16") -> int:
-    """Keys and values of one token in all layers: 2 L h_kv d times the format's bytes."""
+    """Keys and values of one token in all layers: 2 L h_kv d times the format's bytes.
+
+    Latent attention keeps the compressed numbers and the rotated ones that all heads share.
+    """
     config = model.config
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * KV_BYTES[kv_cache]
+    return config.num_layers * _kept_of_token(model, config.num_kv_heads) * KV_BYTES[kv_cache]
+
+
+def _kept_of_token(model: ModelShape, heads: int) -> int:
+    """Numbers that a layer's cache keeps of a token with so many key-value heads on a rank."""
+    if model.latent:
+        return model.latent.kv_rank + model.latent.rope
+    return 2 * heads * model.config.head_dim
 
 
 def serving_memory(
@@ -120,6 +130,7 @@ def serving_memory(
     layout = _layout(serving)
     division = model.division(serving.tp, serving.tp_weights)
     shards, config = model.shards(serving.tp, serving.tp_weights), model.config
+    dense_shards = model.dense_part.shards(serving.tp, serving.tp_weights)
     narrow = WEIGHT_BYTES[serving.weights]
     ends = max(narrow, 2.0)
     context = serving.prompt + serving.new_tokens
@@ -128,7 +139,11 @@ def serving_memory(
     for stage, layers in enumerate(layers_of):
         ranks = []
         for rank in range(serving.tp):
-            weights = layers * (shards[rank].block + shards[rank].experts) * narrow
+            dense = dense_layers_of_stage(model, stage, layers)
+            elements = (layers - dense) * (shards[rank].block + shards[rank].experts)
+            if dense:
+                elements += dense * dense_shards[rank].block
+            weights = elements * narrow
             if stage == 0:
                 weights += shards[rank].embedding * ends
             if stage == serving.pp - 1:
@@ -136,7 +151,7 @@ def serving_memory(
                 if serving.pp > 1:
                     weights += shards[rank].tied * ends
             heads = division.heads.key_value.size(rank)
-            per_token = 2 * layers * heads * config.head_dim * KV_BYTES[serving.kv_cache]
+            per_token = layers * _kept_of_token(model, heads) * KV_BYTES[serving.kv_cache]
             tokens = serving.batch * serving.prompt
             width = 2 * config.hidden_size + 3 * division.ffn.size(rank) * model.active_experts
             activations = tokens * width * 2.0
@@ -251,7 +266,8 @@ def _token_time(model: ModelShape, serving: Serving, hardware: Hardware) -> Toke
         )
     keys = min(config.window(0) or 2**62, serving.prompt + serving.new_tokens // 2)
     heads = division.heads.key_value.size(rank)
-    cache = 2.0 * serving.batch * keys * heads * config.head_dim * KV_BYTES[serving.kv_cache]
+    kept = _kept_of_token(model, heads) * KV_BYTES[serving.kv_cache]
+    cache = float(serving.batch * keys * kept)
     layers = config.num_layers
     transfer = (serving.pp - 1) * _stage_link_seconds(model, serving, hardware, 1)
     return TokenTime(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from colrow.planner.model import ModelShape
+from colrow.planner.serving import WEIGHT_BYTES
 from colrow.planner.software import Software, find_software
 
 Recompute = Literal["none", "selective", "full"]
@@ -46,6 +47,11 @@ class Layout:
         optimizer: "adamw" (two states), "adamw-8bit", "sgd-momentum", "sgd" or "none".
         master_weights: 16-bit training with fp32 gradients and an fp32 copy of the weights, which
             is the default there; off, gradients and states have the weights' format.
+        lora_rank: rank of adapters on every linear layer of the blocks (Hu et al. 2021, arXiv
+            2106.09685); what they adapt is frozen and has neither gradients nor states. 0: all
+            parameters are trained.
+        frozen: format of the frozen weights, a key of :data:`colrow.planner.serving.WEIGHT_BYTES`;
+            "nf4" is QLoRA (Dettmers et al. 2023). Empty: that of training.
         software: name of a preset of :mod:`colrow.planner.software`.
         attention: "flash", "unfused", or "auto": unfused for selective recomputation (which exists
             for attention that stores its scores), else as device and software have it.
@@ -69,6 +75,8 @@ class Layout:
     precision: str = "bf16"
     optimizer: Optimizer = "adamw"
     master_weights: bool | None = None
+    lora_rank: int = 0
+    frozen: str = ""
     software: str = "colrow"
     attention: Literal["auto", "flash", "unfused"] = "auto"
     stage_layers: tuple[int, ...] = ()
@@ -92,6 +100,12 @@ class Layout:
             if value not in allowed:
                 options = ", ".join(str(option) for option in allowed)
                 raise ValueError(f"{name}={value!r}: must be one of {options}")
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank={self.lora_rank}: must not be negative")
+        if self.frozen and not self.lora_rank:
+            raise ValueError(f"frozen={self.frozen!r} needs a lora_rank: else nothing is frozen")
+        if self.frozen and self.frozen not in WEIGHT_BYTES:
+            raise ValueError(f"frozen={self.frozen!r}: must be one of {', '.join(WEIGHT_BYTES)}")
         if self.batch % (self.dp * self.microbatch):
             raise ValueError(
                 f"global_batch={self.batch} is not a multiple of dp x microbatch = {self.dp} x "
@@ -182,6 +196,11 @@ class Layout:
         return ITEMSIZE[self.precision]
 
     @property
+    def frozen_bytes(self) -> float:
+        """Bytes of a frozen weight."""
+        return WEIGHT_BYTES[self.frozen] if self.frozen else float(self.itemsize)
+
+    @property
     def has_master_weights(self) -> bool:
         """Whether the optimiser keeps an fp32 copy of 16-bit weights."""
         if self.optimizer == "none" or self.itemsize >= 4:
@@ -260,6 +279,8 @@ class Layout:
         if self.pp > 1:
             chunks = f" ({self.virtual_stages} chunks)" if self.virtual_stages > 1 else ""
             text += f", {self.schedule}{chunks}"
+        if self.lora_rank:
+            text += f", LoRA {self.lora_rank}" + (f" on {self.frozen}" if self.frozen else "")
         if self.recompute != "none":
             text += f", {self.recompute} recomputation"
         return text

@@ -12,6 +12,7 @@ from colrow.planner.activations import (
     embedding_bytes,
     head_bytes,
 )
+from colrow.planner.compute import Linear, linears
 from colrow.planner.hardware import Hardware
 from colrow.planner.layout import Layout
 from colrow.planner.model import ModelShape
@@ -181,18 +182,22 @@ class StageElements:
     """Parameters of one rank of a stage.
 
     Attributes:
-        dense: what all replicas hold alike.
-        experts: of this rank's experts.
-        tensors: in how many tensors they are.
+        dense: what is trained and all replicas hold alike.
+        experts: what is trained of this rank's experts.
+        tensors: in how many tensors the trained ones are.
+        frozen: what adapters adapt, and is not trained.
+        frozen_ends: embedding, last norm and head where they are frozen; they stay wide.
     """
 
     dense: int
     experts: int
     tensors: int
+    frozen: int = 0
+    frozen_ends: int = 0
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Those that are trained."""
         return self.dense + self.experts
 
 
@@ -213,6 +218,7 @@ def stage_elements(
     elements = (layers - dense) * part.block
     if dense:
         elements += dense * model.dense_part.shards(layout.tp, layout.tp_weights)[rank].block
+    blocks = elements
     experts = (layers - dense) * part.experts // layout.ep
     tensors = layers * model.tensors_per_block
     norm = 2 if model.config.has_norm_bias else 1
@@ -226,7 +232,29 @@ def stage_elements(
         if layout.pp > 1 and part.tied:
             elements += part.tied
             tensors += 1
+    if layout.lora_rank:
+        frozen = blocks + experts
+        adapters = layers * lora_elements(model, layout, rank)
+        count = 2 * sum(linear.parts for linear in _linears(model, layout, rank)) * layers
+        return StageElements(adapters, 0, count, frozen, elements - blocks)
     return StageElements(elements, experts, tensors)
+
+
+def _linears(model: ModelShape, layout: Layout, rank: int) -> tuple[Linear, ...]:
+    return linears(model, model.division(layout.tp, layout.tp_weights), rank)
+
+
+def lora_elements(model: ModelShape, layout: Layout, rank: int) -> int:
+    """Parameters of a block's adapters on one rank: rank x (inputs + outputs) of each layer.
+
+    The matrix on the divided side is divided with its layer, the other one is whole.
+    """
+    return sum(
+        layout.lora_rank
+        * (linear.parts * linear.inputs + linear.outputs)
+        * max(1, linear.experts // layout.ep)
+        for linear in _linears(model, layout, rank)
+    )
 
 
 def _rank(
@@ -246,6 +274,9 @@ def _rank(
             return float(elements.total)
         return elements.dense / layout.replicas + elements.experts / layout.expert_replicas
 
+    frozen = elements.frozen * layout.frozen_bytes + elements.frozen_ends * layout.itemsize
+    if layout.zero >= 3:
+        frozen /= layout.replicas
     optimizer = share(1) * layout.state_bytes
     if layout.optimizer.startswith("adamw"):
         optimizer += elements.tensors * STEP_COUNTER_BYTES
@@ -263,7 +294,7 @@ def _rank(
     if not hardware.device.on_host:
         reserve = RUNTIME_BYTES + ALLOCATOR_MARGIN * (kept + transient + communication)
     return RankMemory(
-        weights=share(3) * layout.itemsize,
+        weights=share(3) * layout.itemsize + frozen,
         gradients=share(2) * layout.gradient_bytes,
         optimizer=optimizer,
         activations=kept,

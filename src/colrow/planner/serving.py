@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-# Bytes of a weight. Quantised ones have a 16-bit scale for every 128 weights (Frantar et al. 2022,
-# arXiv 2210.17323, section 4, group size 128).
+# Bytes of a weight. int8 and int4 have a 16-bit scale for every 128 weights (Frantar et al. 2022,
+# arXiv 2210.17323, section 4); MXFP4 and MXFP8 a byte for every 32 (OCP Microscaling 1.0, section
+# 5.2); NF4 a number for every 64, itself in 8 bits (Dettmers et al. 2023, arXiv 2305.14314, section
+# 3); GGUF's Q4_K, Q6_K and Q8_0 144 and 210 bytes for 256 weights, 34 for 32.
 WEIGHT_BYTES = {
     "fp32": 4.0,
     "bf16": 2.0,
@@ -13,6 +15,12 @@ WEIGHT_BYTES = {
     "fp8": 1.0,
     "int8": 1 + 2 / 128,
     "int4": 0.5 + 2 / 128,
+    "mxfp8": 1 + 1 / 32,
+    "mxfp4": 0.5 + 1 / 32,
+    "nf4": 0.5 + 1 / 64 + 4 / (64 * 256),
+    "q4_k": 144 / 256,
+    "q6_k": 210 / 256,
+    "q8_0": 34 / 32,
 }
 KV_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 
@@ -27,8 +35,8 @@ class Serving:
         batch: sequences of a replica that are generated together.
         prompt: tokens read first.
         new_tokens: tokens generated for each sequence.
-        weights: format of the weights of the blocks: "fp32", "bf16", "fp16", "fp8", "int8", "int4";
-            embedding and head stay in 16 bit when the blocks are narrower.
+        weights: format of the weights of the blocks: a key of
+            ``WEIGHT_BYTES``; embedding and head stay in 16 bit when the blocks are narrower.
         kv_cache: format of keys and values.
         tp_weights, stage_layers: uneven shares, as in :class:`colrow.planner.layout.Layout`.
     """
