@@ -7,27 +7,23 @@ keeps its bookkeeping in its own memory, and the ranks meet in a file.
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import math
 import multiprocessing
 import os
 import pickle
-import re
 import shutil
 import signal
 import sys
 import tempfile
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.agent.server.api import (
     RunResult,
@@ -44,12 +40,15 @@ from torch.distributed.elastic.rendezvous.api import (
     RendezvousStoreInfo,
 )
 
+from colrow._leftovers import scratch_directory
 from colrow._rank_environment import (
     STORE_VARIABLE,
     allocator_variables,
     inherited_environment,
 )
-from colrow.launch import BAD_INPUT, RankFailure, error_message
+from colrow._rank_failure import Evidence, root_cause
+from colrow._rank_process import run_rank
+from colrow._rank_watch import Place, stopped, waited_for
 
 T = TypeVar("T")
 
@@ -60,12 +59,9 @@ _NOISY_LOGGERS = (
     "torchelastic-events-null",
 )
 _SECONDS_TO_STOP = 5
-# What Gloo, NCCL, the MPI engine and torch's stores say on a rank whose peer is gone.
-_LOST_PEER = re.compile(
-    r"connection (was )?(closed|reset|refused)|broken pipe|gloo/transport|ncclRemoteError"
-    r"|socket (error|closed|timeout)|wait timeout|timed out|process of rank \d+ has ended",
-    re.IGNORECASE,
-)
+_SECONDS_TO_STOP_AFTER_A_HANG = 2  # those that waited are in a collective, where no handler runs
+_SECONDS_BETWEEN_LOOKS = 1.0
+_SECONDS_UNTIL_SAID = 30.0
 
 
 def run_ranks(
@@ -78,6 +74,7 @@ def run_ranks(
     timeout_seconds: float | None,
     quiet: bool,
     seconds_to_stop: float = 5,
+    hang_seconds: float | None = None,
 ) -> list[T]:
     """What :func:`colrow.launch.launch` does for more than one rank; see there."""
     try:
@@ -87,19 +84,20 @@ def run_ranks(
             f"{function!r} cannot be sent to another process ({error}): define it at the top "
             "level of a module"
         ) from None
-    directory = Path(tempfile.mkdtemp(prefix="colrow-"))
+    directory = scratch_directory("ranks")
     try:
         with _signal_handlers_kept(), _quiet(quiet):
             spec = WorkerSpec(
                 role="rank",
                 local_world_size=ranks,
                 rdzv_handler=_OneHost(),
-                entrypoint=_run_rank,
+                entrypoint=run_rank,
                 args=(function, args),
                 max_restarts=max_restarts,
                 monitor_interval=0.1,
             )
-            ended = _run_agent(_Agent(spec, directory, threads, timeout_seconds, seconds_to_stop))
+            agent = _Agent(spec, directory, threads, timeout_seconds, seconds_to_stop, hang_seconds)
+            ended = _run_agent(agent)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     if isinstance(ended, signal.Signals):
@@ -117,7 +115,7 @@ def _run_agent(agent: _Agent) -> dict[int, bytes] | signal.Signals:
     except SignalException as stop:
         return stop.sigval
     if result.is_failed():
-        raise _root_cause(agent, result)
+        raise root_cause(agent.evidence)
     values: dict[int, bytes] = result.return_values
     return values
 
@@ -129,7 +127,7 @@ class _OneHost(RendezvousHandler):
         return "one-host"
 
     def next_rendezvous(self) -> RendezvousInfo:
-        # The address goes into MASTER_ADDR and MASTER_PORT, which _run_rank removes.
+        # The address goes into MASTER_ADDR and MASTER_PORT, which run_rank removes.
         return RendezvousInfo(HashStore(), 0, 1, RendezvousStoreInfo("127.0.0.1", 0))
 
     def is_closed(self) -> bool:
@@ -158,6 +156,7 @@ class _Agent(LocalElasticAgent):
         threads: int,
         timeout_seconds: float | None,
         seconds_to_stop: float,
+        hang_seconds: float | None,
     ) -> None:
         logs = DefaultLogsSpecs(log_dir=str(directory / "torchelastic"))
         super().__init__(spec, logs)
@@ -166,13 +165,17 @@ class _Agent(LocalElasticAgent):
         self._threads = threads
         self._timeout_seconds = timeout_seconds
         self._started_at = time.monotonic()
-        self.attempt_directory = directory
-        self.processes: dict[int, Any] = {}
+        self._processes: dict[int, Any] = {}
+        self._hang_seconds = hang_seconds
+        self._looked_at = self._started_at
+        self._stopped_seconds: dict[int, float] = {}
+        self._said: set[int] = set()
+        self.evidence = Evidence(directory, {})
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        self.attempt_directory = Path(tempfile.mkdtemp(prefix="attempt-", dir=self._directory))
+        directory = Path(tempfile.mkdtemp(prefix="attempt-", dir=self._directory))
         environment = {
-            STORE_VARIABLE: str(self.attempt_directory / "store"),
+            STORE_VARIABLE: str(directory / "store"),
             "OMP_NUM_THREADS": str(self._threads),
             **allocator_variables(),
             "TORCHELASTIC_SIGNALS_TO_HANDLE": ",".join(
@@ -182,109 +185,98 @@ class _Agent(LocalElasticAgent):
         with inherited_environment(environment), _sigint_blocked():
             process_ids: dict[int, Any] = super()._start_workers(worker_group)
         children = {child.pid: child for child in multiprocessing.active_children()}
-        self.processes = {rank: children.get(pid) for rank, pid in process_ids.items()}
+        self._processes = {rank: children.get(pid) for rank, pid in process_ids.items()}
+        self.evidence = Evidence(directory, dict(process_ids))
         return process_ids
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         # A rank failed: the others have nothing to save.
-        self._shutdown(timeout=_SECONDS_TO_STOP)
+        for rank in self.evidence.hung:
+            with suppress(ProcessLookupError):
+                os.kill(self.evidence.processes[rank], signal.SIGKILL)
+        self._shutdown(
+            timeout=_SECONDS_TO_STOP_AFTER_A_HANG if self.evidence.hung else _SECONDS_TO_STOP
+        )
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         seconds = self._timeout_seconds
         if seconds is not None and time.monotonic() - self._started_at > seconds:
             raise TimeoutError(f"the ranks did not finish within {seconds:g} seconds")
+        healthy = RunResult(state=WorkerState.HEALTHY)
+        if self._look_for_hangs():
+            return self._failed()
+        codes = {rank: _exit_code(process) for rank, process in self._processes.items()}
+        # Before torch's agent does: it stops the others, and waits 30 s for one that hangs.
+        if any(codes.values()):
+            return self._failed() if self.evidence.complete(codes) else healthy
         result: RunResult = super()._monitor_workers(worker_group)
-        if result.state == WorkerState.HEALTHY:
-            # A rank that returned waits for the others, so one that is gone left its function;
-            # torch's agent would wait for its result for ever.
-            gone = [rank for rank, process in self.processes.items() if _exit_code(process) == 0]
-            if gone:
-                pid = self.processes[gone[0]].pid
-                failure = ProcessFailure(local_rank=gone[0], pid=pid, exitcode=0, error_file="")
-                return RunResult(state=WorkerState.FAILED, failures={gone[0]: failure})
+        # A rank that returned waits for the others, so one that is gone left its function;
+        # torch's agent would wait for its result for ever.
+        if result.state == WorkerState.HEALTHY and 0 in codes.values():
+            self.evidence.complete(codes)
+            return self._failed()
+        if result.state == WorkerState.FAILED:  # since the look above; the others were stopped
+            self.evidence.exit_codes = {r: f.exitcode for r, f in result.failures.items()}
         return result
 
+    def _failed(self) -> RunResult:
+        evidence = self.evidence
+        ended = {rank: code for rank, code in evidence.exit_codes.items() if code is not None}
+        if set(ended.values()) == {128 + signal.SIGTERM}:
+            self._remaining_restarts = 0  # they were asked to stop, and did
+        failures = {
+            rank: ProcessFailure(rank, evidence.processes[rank], ended.get(rank, -1), "")
+            for rank in ended or evidence.hung
+        }
+        return RunResult(state=WorkerState.FAILED, failures=failures)
 
-def _run_rank(function: Callable[..., object], args: tuple[object, ...]) -> bytes:
-    """Runs in the rank's process. The result is pickled here, so that a failure to is reported."""
-    # A rank inside a collective runs no Python handler; it has nothing to tidy up either.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    # Nobody listens there.
-    os.environ.pop("MASTER_ADDR", None)
-    os.environ.pop("MASTER_PORT", None)
-    try:
-        result = pickle.dumps(function(*args), protocol=pickle.HIGHEST_PROTOCOL)
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        return result
-    except SystemExit as stop:
-        if not stop.code:
-            return pickle.dumps(None)
-        code = stop.code if isinstance(stop.code, int) else 1
-        if code is not stop.code:
-            print(stop.code, file=sys.stderr)
-    except Exception as error:
-        code = 1
-        _write_error(error)
-    # Not by the interpreter's own end, which can trip over the process group's threads.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    def _look_for_hangs(self) -> bool:
+        """Whether a rank's process was stopped for too long; says who is waited for before."""
+        limit, now = self._hang_seconds, time.monotonic()
+        elapsed = now - self._looked_at
+        if limit is None or elapsed < _SECONDS_BETWEEN_LOOKS:
+            return False
+        self._looked_at = now
+        running = {
+            rank: self.evidence.processes[rank]
+            for rank, process in self._processes.items()
+            if process is not None and process.exitcode is None
+        }
+        halted = [rank for rank, process in running.items() if stopped(process)]
+        if len(halted) == len(running):  # with this process, by the terminal
+            halted = []
+        # At most a look's time: this process may have been stopped itself.
+        elapsed = min(elapsed, 2 * _SECONDS_BETWEEN_LOOKS)
+        seconds = {rank: self._stopped_seconds.get(rank, 0.0) + elapsed for rank in halted}
+        self._stopped_seconds = seconds
+        places = self.evidence.read_places()
+        until_said = min(_SECONDS_UNTIL_SAID, limit / 2)
+        waiting = {
+            rank: place
+            for rank, place in places.items()
+            if place and place.waiting_in and now - place.since > until_said and rank in running
+        }
+        if waiting or max(seconds.values(), default=0.0) > until_said:
+            self._say(waited_for(running, places), waiting, until_said)
+        else:
+            self._said.clear()
+        if max(seconds.values(), default=0.0) <= limit:
+            return False
+        evidence = self.evidence
+        evidence.hung, evidence.hung_seconds = waited_for(running, places), max(seconds.values())
+        evidence.places = places
+        return True
 
-
-def _write_error(error: Exception) -> None:
-    record = {
-        "time_ns": time.time_ns(),
-        "error_type": type(error).__name__,
-        "message": error_message(error),
-        "traceback": "".join(traceback.format_exception(error)),
-        "bad_input": isinstance(error, BAD_INPUT),
-        "lost_peer": _lost_peer(error),
-    }
-    path = Path(os.environ[STORE_VARIABLE]).parent / f"rank-{os.environ['RANK']}.json"
-    path.with_suffix(".part").write_text(json.dumps(record))
-    path.with_suffix(".part").replace(path)
-
-
-def _lost_peer(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, (RuntimeError, OSError)) and _LOST_PEER.search(str(error)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _root_cause(agent: _Agent, result: RunResult) -> RankFailure:
-    """The failure that the others follow from.
-
-    First the earliest exception that is not a lost connection, then a process that died without
-    one, then the earliest lost connection.
-    """
-    exit_codes = {rank: _exit_code(process) for rank, process in agent.processes.items()}
-    for rank, failure in result.failures.items():
-        exit_codes[rank] = failure.exitcode
-    errors: dict[int, dict[str, Any]] = {}
-    for rank in exit_codes:
-        path = agent.attempt_directory / f"rank-{rank}.json"
-        if path.exists():
-            errors[rank] = json.loads(path.read_text())
-    # Not 0: a rank that returned waits for the others before it ends.
-    stopped = (None, -signal.SIGTERM)
-
-    def order(rank: int) -> tuple[int, int]:
-        if rank in errors:
-            return (2 if errors[rank]["lost_peer"] else 0, errors[rank]["time_ns"])
-        if rank in result.failures:
-            return (1, 0)
-        return (3, 0) if exit_codes[rank] in stopped else (1, 1)
-
-    rank = min(exit_codes, key=order)
-    if rank not in errors:
-        return RankFailure(rank, exit_codes[rank])
-    error = errors[rank]
-    fields = ("error_type", "message", "traceback", "bad_input")
-    return RankFailure(rank, exit_codes[rank], **{name: error[name] for name in fields})
+    def _say(self, ranks: dict[int, str], waiting: Mapping[int, Place], seconds: float) -> None:
+        for rank, state in ranks.items():
+            if rank not in self._said:
+                line = f"... rank {rank} is waited for since {seconds:.0f} s: {state}"
+                for other in sorted(waiting.keys() - ranks.keys()):
+                    place = waiting[other]
+                    line += f"; rank {other} waits in {place.waiting_in}"
+                    break
+                print(line, file=sys.stderr, flush=True)
+                self._said.add(rank)
 
 
 def _exit_code(process: Any) -> int | None:

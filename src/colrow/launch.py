@@ -72,7 +72,10 @@ class RankFailure(RuntimeError):
         self.error_type = error_type
         self.traceback = traceback
         self.bad_input = bad_input
-        if error_type is not None:
+        if error_type is None and message:
+            self.message = message
+            line = f"{message}; the ranks were stopped"
+        elif error_type is not None:
             self.message = message
             line = f"rank {rank} failed: {error_type}: {' '.join(message.split())}".rstrip(": ")
         else:
@@ -95,6 +98,7 @@ def launch(
     max_restarts: int = 0,
     timeout_seconds: float | None = None,
     seconds_to_stop: float = 5,
+    hang_seconds: float | None = None,
 ) -> list[T]:
     """Runs ``function(*args)`` in ``ranks`` processes of this host and returns their results.
 
@@ -114,6 +118,10 @@ def launch(
         timeout_seconds: after which the ranks are stopped, restarts included; None waits for ever.
         seconds_to_stop: how long ranks that handle SIGINT or SIGTERM may go on, to save what they
             have, when this process gets one. When a rank failed, the others have 5 seconds.
+        hang_seconds: after how long a rank whose process is stopped (SIGSTOP) counts as failed;
+            after 30 seconds, or half of that, a line on standard error says for which rank the
+            others wait and where it is. None watches neither; a collective then ends the wait,
+            after the timeout of :func:`colrow.init_mesh`.
 
     Returns:
         The results, by rank.
@@ -148,6 +156,7 @@ def launch(
         max_restarts=max_restarts,
         timeout_seconds=timeout_seconds,
         seconds_to_stop=seconds_to_stop,
+        hang_seconds=hang_seconds,
         quiet=not debugging(),
     )
 

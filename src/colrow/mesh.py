@@ -101,6 +101,12 @@ class Mesh:
         """Number of ranks in the grid."""
         return self.tp.size * self.dp.size * self.pp.size
 
+    def limit_waits(self, timeout: timedelta) -> None:
+        """Sets how long a collective of any group of this mesh waits for a rank from now on."""
+        for group in {self.world.group, *(handle.group for handle in self.groups)} - {None}:
+            assert group is not None
+            _limit_waits(group, timeout)
+
     @property
     def world(self) -> ParallelGroup:
         """All ranks of the grid."""
@@ -184,6 +190,9 @@ def init_mesh(
     device_mesh = DeviceMesh(
         chosen.type, grid, mesh_dim_names=("pp", "dp", "tp"), backend_override=same
     )
+    for name in ("pp", "dp", "tp"):  # torch gives them its own default, half an hour
+        if device_mesh.get_group(name) is not dist.group.WORLD:
+            _limit_waits(device_mesh.get_group(name), timeout)
     _warn_if_tp_spans_hosts(tp, local_world)
 
     def handle(name: str) -> ParallelGroup:
@@ -194,6 +203,13 @@ def init_mesh(
     stages = handle("pp")
     ends = _pipeline_ends(grid, stages, timeout)
     return Mesh(handle("tp"), handle("dp"), stages, device_mesh, chosen, carrier, ends)
+
+
+def _limit_waits(group: dist.ProcessGroup, timeout: timedelta) -> None:
+    if dist.get_backend(group) == "colrow_mpi":
+        group.limit_waits(timeout)  # type: ignore[attr-defined]
+    else:
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def _leave() -> None:

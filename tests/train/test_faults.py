@@ -114,6 +114,10 @@ def test_a_killed_rank_stops_the_others_and_the_run_continues(
 def test_a_signal_saves_and_stops(inputs: Path, number: signal.Signals) -> None:
     run = Run(inputs, tp=2, steps=10**6, save_every=10**6)
     run.until("step 3/")
+    again = Run(inputs, tp=1, steps=1)
+    assert again.end() == 2
+    assert "is in use by another run (process " in again.lines[-1]
+    assert "train in another --output" in again.lines[-1]
     if number == signal.SIGINT:  # as a terminal sends it
         os.killpg(run.process.pid, number)
     else:

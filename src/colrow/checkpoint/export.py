@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from colrow._leftovers import part_of
 from colrow.checkpoint.assemble import full_state_dict
 from colrow.checkpoint.pretrained import from_pretrained
 from colrow.checkpoint.training import TrainingCheckpoints
@@ -91,7 +91,7 @@ def write_hf_directory(
         raise ValueError(f"{directory} is a link or no directory: choose another name")
     if directory.exists() and any(directory.iterdir()):
         raise ValueError(f"{directory} exists and is not empty: choose another name")
-    part = directory.with_name(f"{directory.name}.{os.getpid()}.part")
+    part = part_of(directory)
     shutil.rmtree(part, ignore_errors=True)
     try:
         _copy_files(Path(files), part)

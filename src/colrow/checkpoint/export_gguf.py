@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from colrow._leftovers import part_of
 from colrow.checkpoint.gguf_model import gguf_naming
 from colrow.checkpoint.naming import pieces
 from colrow.checkpoint.pretrained import pretrained_config
@@ -44,7 +44,7 @@ def write_gguf(model: Decoder, path: str | Path, like: str | Path, dtype: torch.
     except ModuleNotFoundError as error:
         raise ValueError(f"GGUF needs {error.name}: pip install 'colrow[models]'") from error
     path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = part_of(path)
     source = gguf.GGUFReader(str(like))
     writer = gguf.GGUFWriter(part, source.fields["general.architecture"].contents())
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import warnings
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from colrow._leftovers import lock, unlock
 from colrow.checkpoint.training_placement import Placement, local_tensor, placements, unwrap
 from colrow.checkpoint.training_plan import Shard, ShardLoadPlanner, ShardSavePlanner
 from colrow.checkpoint.training_storage import (
@@ -25,6 +27,7 @@ from colrow.checkpoint.training_storage import (
     CheckpointWriter,
     check_files,
     read_index,
+    remove_unfinished,
 )
 from colrow.mesh import Mesh
 from colrow.models.config import Layout, ModelConfig, parameter_specs
@@ -72,6 +75,23 @@ class TrainingCheckpoints:
             self._group = dist.new_group(backend="gloo")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="colrow-checkpoint")
         self._pending: tuple[int, Future[None]] | None = None
+        self._locked = False
+
+    def lock(self) -> None:
+        """On rank 0 makes the directory this object's, as the first :meth:`save` does.
+
+        What killed processes left there unfinished is removed. The lock ends with the object, and
+        with its process.
+
+        Raises:
+            ValueError: when another process saves there.
+        """
+        if self._locked or self._rank:
+            return
+        lock(self.directory, "give this run another directory")
+        self._locked = True
+        weakref.finalize(self, unlock, self.directory)
+        remove_unfinished(self.directory)
 
     def save(
         self, step: int, module: nn.Module, optimizer: Optimizers, state: dict[str, Any]
@@ -186,7 +206,7 @@ class TrainingCheckpoints:
 
     def _write(self, step: int, shards: dict[str, Shard], content: dict[str, Any]) -> None:
         content = {**content, "optimizer": self._everyones(content["optimizer"])}
-        writer = CheckpointWriter(self.path(step), self._rank, content)
+        writer = CheckpointWriter(self.path(step), self._rank, content, self.lock)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # that one process saves alone
@@ -198,7 +218,7 @@ class TrainingCheckpoints:
                     no_dist=self._group is None,
                 )
         except CheckpointException as error:
-            if self._rank == 0:
+            if self._locked:
                 shutil.rmtree(f"{self.path(step)}{PART}", ignore_errors=True)
             what = f"the checkpoint of step {step} could not be written to {self.directory}"
             raise RuntimeError(_cause(error, what)) from error

@@ -13,7 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +40,7 @@ from colrow.files import member
 
 PART = ".part"
 _BLOCK = 1 << 22
+_UNFINISHED = re.compile(rf"step-\d{{8}}(\.old)?{re.escape(PART)}")
 
 
 @dataclass(frozen=True)
@@ -56,10 +60,14 @@ class CheckpointWriter(StorageWriter):
         directory: the final name.
         rank: of this process among those that write.
         state: what else belongs to the checkpoint, as JSON.
+        prepare: called by the coordinator before it writes; what it raises, all ranks raise.
     """
 
-    def __init__(self, directory: Path, rank: int, state: dict[str, Any]) -> None:
+    def __init__(
+        self, directory: Path, rank: int, state: dict[str, Any], prepare: Callable[[], None]
+    ) -> None:
         self._final, self._rank, self._state = directory, rank, state
+        self._prepare = prepare
         self._part = directory.with_name(directory.name + PART)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -68,6 +76,7 @@ class CheckpointWriter(StorageWriter):
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Makes an empty directory under the temporary name."""
         if is_coordinator:
+            self._prepare()
             shutil.rmtree(self._part, ignore_errors=True)
             self._part.mkdir(parents=True)
 
@@ -227,6 +236,22 @@ def read_index(directory: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: its checksum does not fit its content. {REMEDY}")
     check_index(directory, content)
     return content
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Removes what killed processes left here under temporary names.
+
+    A checkpoint that was about to be replaced by one of the same step gets its name back.
+    """
+    for part in directory.iterdir():
+        if not _UNFINISHED.fullmatch(part.name) or part.is_symlink():
+            continue
+        replaced = part.name.removesuffix(f".old{PART}")
+        if replaced != part.name and (part / INDEX).is_file():
+            with suppress(OSError):  # where the new one is there
+                part.rename(directory / replaced)
+                continue
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def check_files(directory: Path, files: dict[str, Any], names: list[str]) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import tempfile
+import shutil
 from pathlib import Path
 
+from colrow._leftovers import scratch_directory
 from colrow.cli.common import DTYPES, torch_dtype
 
 HELP = "convert between Hugging Face directories, GGUF files and training runs"
@@ -55,8 +56,9 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError("--to gguf needs --like, a .gguf file of the same architecture")
         write_gguf(model, args.target, like, dtype)
     else:
-        with tempfile.TemporaryDirectory() as directory:
-            files = Path(directory) / "files"
+        directory = scratch_directory("convert")
+        try:
+            files = directory / "files"
             if is_training_run(args.source):
                 files = Path(args.source) / MODEL_FILES
             else:
@@ -68,5 +70,7 @@ def run(args: argparse.Namespace) -> int:
                 write_hf_directory(model, args.target, files, dtype)
             else:
                 write_training_run(model.to(dtype), args.target, files)
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
     print(f"{args.source} is in {args.target}")
     return 0

@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from colrow.cli.common import add_json, run_on_ranks, write_json
-from colrow.launch import launch, launched_by
+from colrow.launch import RankFailure, launch, launched_by
 from colrow.train.settings import TrainSettings, load_settings, to_toml
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ SIGINT (Ctrl-C) save and stop.
   colrow train settings.toml --pp 2 --schedule interleaved --microbatches 8 --layer-split 3,1
 """
 _SECONDS_TO_SAVE = 120
+_STOPPED = 128 + signal.SIGTERM
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,19 +66,21 @@ def run(args: argparse.Namespace) -> int:
     settings = load_settings(args.settings, overrides)
     if args.dry_run:
         return _dry_run(settings, args.json)
-    outcome = _train(settings)
+    try:
+        outcome = _train(settings)
+    except RankFailure as failure:
+        if failure.error_type is None and failure.exit_code == _STOPPED:
+            return _STOPPED  # a rank got SIGTERM: all have saved, and said so
+        raise
     if outcome is not None and args.json:
         write_json(dataclasses.asdict(outcome), args.json)
     return 0
 
 
 def _train(settings: TrainSettings) -> Outcome | None:
-    from colrow.train.data import training_and_held_out
     from colrow.train.model import check_settings
 
     check_settings(settings)
-    if launched_by() is None:
-        training_and_held_out(settings)  # tokenised before any rank waits for it
     ranks = settings.ranks
     if ranks == 1 and settings.max_restarts and launched_by() is None:
         raise ValueError(
@@ -88,12 +91,22 @@ def _train(settings: TrainSettings) -> Outcome | None:
         from colrow.train.loop import train
 
         return run_on_ranks(train, settings, ranks=ranks)
+    from colrow.train.data import training_and_held_out
+    from colrow.train.faults import output_held
+
+    with output_held(settings):
+        training_and_held_out(settings)  # tokenised before any rank waits for it
+        return _launch(settings)
+
+
+def _launch(settings: TrainSettings) -> Outcome:
     return launch(
         _train_rank,
         (settings,),
-        ranks=ranks,
+        ranks=settings.ranks,
         max_restarts=settings.max_restarts,
         seconds_to_stop=_SECONDS_TO_SAVE,
+        hang_seconds=settings.timeout_seconds,
     )[0]
 
 
@@ -102,7 +115,7 @@ def _train_rank(settings: TrainSettings) -> Outcome:
 
     outcome = train(settings)
     if outcome.stopped_by:  # nobody waits for results any more: a rank that returned would wait
-        sys.exit(128 + signal.SIGTERM)
+        sys.exit(_STOPPED)
     return outcome
 
 

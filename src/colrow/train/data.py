@@ -12,6 +12,8 @@ from colrow.train.settings import TrainSettings
 from colrow.train.tokenize import prepare_tokens, token_path, wait_for_tokens
 from colrow.train.tokens import TokenFile
 
+_SECONDS_TO_TOKENISE = 3600.0
+
 
 def global_rank() -> int:
     """This process's number among all ranks; 0 when nobody started ranks."""
@@ -40,7 +42,7 @@ def _tokens(settings: TrainSettings, text: str) -> TokenFile:
     if path.exists():
         return TokenFile.open(path)
     if global_rank() > 0:
-        return wait_for_tokens(path, settings.timeout_seconds)
+        return wait_for_tokens(path, max(settings.timeout_seconds, _SECONDS_TO_TOKENISE))
     from rich.console import Console
     from rich.progress import Progress
 

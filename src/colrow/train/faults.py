@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
@@ -15,10 +17,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from colrow._leftovers import lock, unlock
+from colrow._rank_environment import inherited_environment
 from colrow.checkpoint.training_placement import local_tensor
 from colrow.mesh import Mesh
+from colrow.train.settings import TrainSettings
 
 T = TypeVar("T")
+_HOLDER = "COLROW_OUTPUT_HELD"  # in the environment of ranks: the directory that is locked for them
 
 _SECONDS_OF_ONE_REQUEST = 2.0
 
@@ -60,6 +66,25 @@ def stop_on_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def output_held(settings: TrainSettings, active: bool = True) -> Iterator[None]:
+    """Inside it no other run may train into this output; ranks whose launcher holds it may.
+
+    Raises:
+        ValueError: when another run does.
+    """
+    output = Path(settings.output)
+    if not active or os.environ.get(_HOLDER) == str(output.absolute()):
+        yield
+        return
+    lock(output, "train in another --output")
+    try:
+        with inherited_environment({_HOLDER: str(output.absolute())}):
+            yield
+    finally:
+        unlock(output)
 
 
 def check_agreement(values: Mapping[str, object], mesh: Mesh) -> None:

@@ -22,7 +22,7 @@ from colrow.pipeline.runner import PipelineRunner
 from colrow.pipeline.settings import schedule_named
 from colrow.train.batches import Order, Windows
 from colrow.train.data import global_rank, training_and_held_out
-from colrow.train.faults import StopRequest, check_agreement, stop_on_signals
+from colrow.train.faults import StopRequest, check_agreement, output_held, stop_on_signals
 from colrow.train.model import COMPUTE_DTYPES, build_model, save_model_files
 from colrow.train.optimizer import learning_rate, make_optimizers
 from colrow.train.parallel import parallelize
@@ -30,6 +30,8 @@ from colrow.train.report import Record, Reporter, peak_flops, peak_memory_bytes
 from colrow.train.settings import TrainSettings, to_toml
 from colrow.train.step import Stepper, StepResult, evaluate
 
+# Until the first step is done, in which ranks read, copy and compile at their own pace.
+_SECONDS_TO_BEGIN = 600.0
 CHECKPOINTS, MODEL_FILES, SETTINGS = "checkpoints", "model", "settings.toml"
 
 
@@ -55,13 +57,15 @@ class Outcome:
 def train(settings: TrainSettings) -> Outcome:
     """Trains until ``settings.steps``, from the newest checkpoint where there is one.
 
+    Rank 0 locks the output directory meanwhile.
+
     Communicates: all ranks of the grid call it with equal settings.
 
     Raises:
         ValueError: input that cannot be used, before anything is computed.
         RuntimeError: a loss or gradient that is not finite, or a checkpoint that cannot be written.
     """
-    with stop_on_signals() as stop:
+    with stop_on_signals() as stop, output_held(settings, global_rank() == 0):
         output = Path(settings.output)
         training, held_out = training_and_held_out(settings)
         mesh = init_mesh(
@@ -70,11 +74,12 @@ def train(settings: TrainSettings) -> Outcome:
             pp=settings.pp,
             device=None if settings.device == "auto" else settings.device,
             engine=settings.engine,
-            timeout=timedelta(seconds=settings.timeout_seconds),
+            timeout=timedelta(seconds=max(settings.timeout_seconds, _SECONDS_TO_BEGIN)),
         )
         data = {"training data": training.tokens.sha256, "held-out data": held_out.tokens.sha256}
         check_agreement({**asdict(settings), **data}, mesh)
         run = _Run(settings, mesh, Order(training, settings.seed), held_out)
+        run.checkpoints.lock()
         start = run.resume()
         reporter = Reporter(output, settings.steps, first_step=start, active=global_rank() == 0)
         if global_rank() == 0:
@@ -177,6 +182,8 @@ class _Run:
             rate = self._rate(done)
             result = self._timed_step(done, rate, logged, stop)
             done += 1
+            if done == start + 1:
+                self.mesh.limit_waits(timedelta(seconds=settings.timeout_seconds))
             last = done == settings.steps
             if done % settings.save_every == 0 or last or result.stop:
                 self._save(done)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from colrow._leftovers import part_of
 from colrow.checkpoint.export_config import config_to_hf
 from colrow.checkpoint.locate import resolve_model_path
 from colrow.checkpoint.pretrained import from_pretrained, pretrained_config
@@ -150,7 +150,7 @@ def save_model_files(settings: TrainSettings, directory: Path) -> None:
     """Writes the configuration and the tokenizer as a Hugging Face directory has them, once."""
     if directory.exists():
         return
-    part = directory.with_name(f"{directory.name}.{os.getpid()}.part")
+    part = part_of(directory)
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     if settings.from_random:

@@ -126,7 +126,11 @@ class TrainSettings:
     keep: int = _option(3, "how many of the newest checkpoints stay")
     log_every: int = _option(10, "steps between lines of the log")
     max_restarts: int = _option(0, "how many times all ranks are started again after one died")
-    timeout_seconds: float = _option(600.0, "how long a rank waits for another")
+    timeout_seconds: float = _option(
+        120.0,
+        "how long a rank waits for another in a step; up to the end of the first step (meeting, "
+        "loading, compiling) ten minutes at least",
+    )
 
     def __post_init__(self) -> None:
         for name in ("model", "data", "output"):

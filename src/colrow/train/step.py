@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from colrow import rng
+from colrow._rank_watch import moved
 from colrow.checkpoint.training import Optimizers, listed
 from colrow.comm import primitives
 from colrow.mesh import Mesh
@@ -94,6 +95,7 @@ class Stepper:
         tokens over dp, the loss over all ranks, the norm (:func:`colrow.clip_grad_norm_`), and in
             fp16 whether it overflowed (:class:`colrow.GradScaler`).
         """
+        moved()
         batches = self._microbatches(index)
         mine = torch.tensor(sum(counted(labels) for _, labels, _ in batches))
         device = self.mesh.device
@@ -158,6 +160,7 @@ class Stepper:
         later = isinstance(loss, DistributedDataParallel) and not last
         with loss.no_sync() if later else nullcontext():  # type: ignore[operator]
             summed: Tensor = loss(*batch)
+            moved()
             # Data parallelism averages over the dp ranks; the mean over all tokens is wanted.
             (summed * (self.mesh.dp.size * scale)).backward()
         return summed.detach()

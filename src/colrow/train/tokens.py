@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from colrow._leftovers import part_of
 from colrow.files import check_inside, read_json
 
 _META, _IDS, _COUNTED = "tokens.json", "tokens.bin", "counted.bin"
@@ -96,7 +96,7 @@ def write_tokens(path: str | Path, documents: Iterable[Encoded], *, vocab_size: 
         ValueError: an id outside the vocabulary, or no token at all.
     """
     path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = part_of(path)
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32

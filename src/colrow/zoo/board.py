@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
+from colrow._leftovers import scratch_directory
 from colrow.zoo.architectures import Architecture
 from colrow.zoo.compare import Outcome, compare
 from colrow.zoo.pool import TaskFailure, Workers
@@ -58,7 +58,7 @@ def _one(
     seconds: float,
     tamper: Callable[[nn.Module, int], None] | None,
 ) -> Outcome:
-    directory = tempfile.mkdtemp(prefix="colrow-zoo-model-")
+    directory = str(scratch_directory("zoo-model"))
     try:
         outcome: Outcome = workers.run(
             compare, architecture, tp, system, directory, tamper, timeout_seconds=seconds

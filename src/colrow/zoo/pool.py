@@ -10,13 +10,14 @@ import multiprocessing
 import os
 import pickle
 import shutil
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
+
+from colrow._leftovers import scratch_directory
 
 _SECONDS_TO_START = 120.0
 # Process groups that a task makes (transformers' meshes) leave Gloo's threads behind, several each.
@@ -138,7 +139,7 @@ class Workers:
 
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOADED)
-        self._directory = tempfile.mkdtemp(prefix="colrow-zoo-")
+        self._directory = str(scratch_directory("zoo"))
         store = os.path.join(self._directory, "store")
         pipes = [context.Pipe() for _ in range(self.ranks)]
         with inherited_environment({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}):

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor
 
+from colrow._rank_watch import moved
 from colrow.comm.mpi.patience import Patience
 from colrow.comm.mpi.peers import Peers
 from colrow.comm.mpi.start import BACKEND
@@ -52,6 +53,7 @@ class Communicator(dist.ProcessGroup):
 
     def keep(self, work: MpiWork) -> None:
         """Holds a work until it is complete, also one that nobody will wait for."""
+        moved()
         self.pending.add(work)
         if len(self.pending) > self._sweep_at:
             for other in tuple(self.pending):
@@ -63,6 +65,10 @@ class Communicator(dist.ProcessGroup):
         limit = timeout if timeout is not None and timeout > timedelta() else self._timeout
         name = f"{what} in a group of {self._ranks} ranks (rank {self._rank})"
         return Patience(name, limit, self._members, self._peers)
+
+    def limit_waits(self, timeout: timedelta) -> None:
+        """How long waits that begin from now on may take."""
+        self._timeout = timeout
 
     def getBackendName(self) -> str:
         """As registered."""

@@ -13,6 +13,9 @@ _YIELD_SECONDS = 0.05
 NAP_SECONDS = 0.0002
 # Between two looks at the other ranks' processes.
 _LOOK_SECONDS = 0.5
+# A longer pause means that this process was stopped itself, with all others, by a terminal or a
+# debugger: that time does not count.
+_STOPPED_SECONDS = 5.0
 # What a rank sent before it ended can still arrive.
 _GRACE_SECONDS = 1.0
 
@@ -30,7 +33,7 @@ class Patience:
     def __init__(self, what: str, limit: timedelta, ranks: Sequence[int], peers: Peers) -> None:
         self._what, self._limit = what, limit.total_seconds()
         self._ranks, self._peers = ranks, peers
-        self._started = self._looked = time.monotonic()
+        self._started = self._looked = self._checked = time.monotonic()
         self._ended: int | None = None
 
     def pause(self) -> None:
@@ -48,6 +51,9 @@ class Patience:
     def check(self) -> None:
         """Raises RuntimeError when the time is over or a rank that must take part has ended."""
         now = time.monotonic()
+        if now - self._checked > _STOPPED_SECONDS:
+            self._started += now - self._checked
+        self._checked = now
         waited = now - self._started
         if waited > self._limit:
             raise RuntimeError(
