@@ -20,8 +20,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from multiprocessing import resource_tracker
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 from torch.distributed import HashStore  # type: ignore[attr-defined]
@@ -49,6 +49,7 @@ from colrow._rank_environment import (
 from colrow._rank_failure import Evidence, root_cause
 from colrow._rank_process import run_rank
 from colrow._rank_watch import Place, stopped, waited_for
+from colrow._signals import sigint_blocked
 
 T = TypeVar("T")
 
@@ -62,6 +63,7 @@ _SECONDS_TO_STOP = 5
 _SECONDS_TO_STOP_AFTER_A_HANG = 2  # those that waited are in a collective, where no handler runs
 _SECONDS_BETWEEN_LOOKS = 1.0
 _SECONDS_UNTIL_SAID = 30.0
+_SECONDS_OF_ONE_SIGNAL = 2.0
 
 
 def run_ranks(
@@ -84,9 +86,10 @@ def run_ranks(
             f"{function!r} cannot be sent to another process ({error}): define it at the top "
             "level of a module"
         ) from None
+    limits = (timeout_seconds, seconds_to_stop, hang_seconds)
     directory = scratch_directory("ranks")
     try:
-        with _signal_handlers_kept(), _quiet(quiet):
+        with _quiet(quiet), _signal_handlers_kept():
             spec = WorkerSpec(
                 role="rank",
                 local_world_size=ranks,
@@ -96,8 +99,9 @@ def run_ranks(
                 max_restarts=max_restarts,
                 monitor_interval=0.1,
             )
-            agent = _Agent(spec, directory, threads, timeout_seconds, seconds_to_stop, hang_seconds)
-            ended = _run_agent(agent)
+            ended = _run_agent(_Agent(spec, directory, threads, *limits))
+    except SignalException as stop:  # a moment after the ranks ended
+        ended = stop.sigval
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     if isinstance(ended, signal.Signals):
@@ -113,6 +117,7 @@ def _run_agent(agent: _Agent) -> dict[int, bytes] | signal.Signals:
     try:
         result = agent.run()
     except SignalException as stop:
+        agent.kill()  # what is left after a second signal
         return stop.sigval
     if result.is_failed():
         raise root_cause(agent.evidence)
@@ -182,12 +187,37 @@ class _Agent(LocalElasticAgent):
                 number.name for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN
             ),
         }
-        with inherited_environment(environment), _sigint_blocked():
+        with inherited_environment(environment), sigint_blocked():
             process_ids: dict[int, Any] = super()._start_workers(worker_group)
         children = {child.pid: child for child in multiprocessing.active_children()}
         self._processes = {rank: children.get(pid) for rank, pid in process_ids.items()}
         self.evidence = Evidence(directory, dict(process_ids))
         return process_ids
+
+    def _shutdown(
+        self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = _SECONDS_TO_STOP
+    ) -> None:
+        # Ctrl-C may come twice, from the terminal and from what started this process; a later
+        # signal ends the wait for ranks that are saving.
+        began = time.monotonic()
+
+        def again(number: int, frame: FrameType | None) -> None:
+            if time.monotonic() - began > _SECONDS_OF_ONE_SIGNAL:
+                name = signal.Signals(number)
+                raise SignalException(f"{name.name} again", name)
+
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                if callable(signal.getsignal(number)):
+                    signal.signal(number, again)
+        super()._shutdown(death_sig, timeout)
+
+    def kill(self) -> None:
+        """Ends the ranks that still run at once."""
+        for process in self._processes.values():
+            if process is not None and process.exitcode is None:
+                process.kill()
+                process.join(_SECONDS_TO_STOP)
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:
         # A rank failed: the others have nothing to save.
@@ -282,17 +312,6 @@ class _Agent(LocalElasticAgent):
 def _exit_code(process: Any) -> int | None:
     code: int | None = process.exitcode if process is not None else None
     return code
-
-
-@contextmanager
-def _sigint_blocked() -> Iterator[None]:
-    """Processes started inside import torch first; an interrupt waits, and prints no traceback."""
-    resource_tracker.ensure_running()  # which unblocks the signal when it has to start
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

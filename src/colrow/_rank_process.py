@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import re
-import signal
 import sys
 import time
 import traceback
@@ -17,6 +16,7 @@ import torch.distributed as dist
 
 from colrow._rank_environment import STORE_VARIABLE
 from colrow._rank_watch import Watch
+from colrow._signals import end_on_sigint
 from colrow.launch import BAD_INPUT, error_message
 
 # What Gloo, NCCL, the MPI engine and torch's stores say on a rank whose peer is gone or hangs.
@@ -31,8 +31,7 @@ _LOST_PEER = re.compile(
 def run_rank(function: Callable[..., object], args: tuple[object, ...]) -> bytes:
     """Calls the function; the result is pickled here, so that a failure to is reported."""
     # A rank inside a collective runs no Python handler; it has nothing to tidy up either.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    end_on_sigint()
     # Nobody listens there.
     os.environ.pop("MASTER_ADDR", None)
     os.environ.pop("MASTER_PORT", None)

@@ -5,17 +5,30 @@ A command's module has ``HELP`` (a line), ``DESCRIPTION`` (its ``--help``),
 ``run``, so that ``--help`` and bad usage answer at once.
 """
 
+# ruff: noqa: E402  (an interrupt may come while the rest is imported)
+
 from __future__ import annotations
+
+import signal
+
+# Until there is somebody to catch it, an interrupt ends the process, without a traceback.
+_INTERRUPT = signal.getsignal(signal.SIGINT)
+if _INTERRUPT is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import os
 import pkgutil
 import sys
+import threading
 from collections.abc import Sequence
 from importlib import import_module, metadata
 from typing import NoReturn, Protocol, cast
 
 from colrow.launch import BAD_INPUT, RankFailure, debugging, error_message
+
+if _INTERRUPT is signal.default_int_handler:
+    signal.signal(signal.SIGINT, _INTERRUPT)
 
 _NOT_COMMANDS = {"__main__", "common", "bench_pipeline"}
 
@@ -43,7 +56,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 when what the command checked does not hold or a rank failed; 2 when the input is
         bad; 130 when it was interrupted.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv is not None:
+        return _run(list(argv))
+    try:
+        return _run(sys.argv[1:])
+    finally:
+        # The interpreter's end has nobody who would catch an interrupt either.
+        if threading.current_thread() is threading.main_thread() and (
+            signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        ):
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _run(argv: list[str]) -> int:
+    try:
+        return _run_command(argv)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run_command(argv: list[str]) -> int:
     try:
         args, unknown = _parser(argv).parse_known_args(argv)
         if unknown:
@@ -55,8 +87,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _command(args.command).run(args)
         sys.stdout.flush()
         return code
-    except KeyboardInterrupt:
-        return 130
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from colrow._leftovers import scratch_directory
+from colrow._signals import end_on_sigint, sigint_blocked
 
 _SECONDS_TO_START = 120.0
 # Process groups that a task makes (transformers' meshes) leave Gloo's threads behind, several each.
@@ -142,7 +143,8 @@ class Workers:
         self._directory = str(scratch_directory("zoo"))
         store = os.path.join(self._directory, "store")
         pipes = [context.Pipe() for _ in range(self.ranks)]
-        with inherited_environment({"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}):
+        variables = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        with inherited_environment(variables), sigint_blocked():
             for rank, (_, theirs) in enumerate(pipes):
                 process = context.Process(
                     target=_work, args=(rank, self.ranks, theirs, store), daemon=True
@@ -179,6 +181,7 @@ def _work(rank: int, ranks: int, connection: Connection, store: str) -> None:
 
     from colrow._rendezvous import stay_on_loopback
 
+    end_on_sigint()
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -10,6 +10,7 @@ its standard input does, so never outlives the rank that started it.
 from __future__ import annotations
 
 import selectors
+import signal
 import socket
 import sys
 import uuid
@@ -118,6 +119,7 @@ class Server:
 
 def main() -> None:
     """``python -m colrow.comm.mpi.pmi SIZE``: prints the port, then serves."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     server = Server(int(sys.argv[1]))
     print(server.port, flush=True)
     server.serve_until(sys.stdin.fileno())

@@ -143,6 +143,7 @@ def _serve(size: int) -> int:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        process_group=0,  # a terminal's Ctrl-C is not for it: it ends with its standard input
     )
     assert server.stdout is not None
     line = server.stdout.readline()
