@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 import colrow
 from colrow.inplace.api import plan_for
+from colrow.inplace.between import local_loss_is_right
 from colrow.inplace.look import look
+from colrow.inplace.vocabulary import VocabularyLayers
 from colrow.mesh import ParallelGroup
 from tests.inplace.test_parallelize import mesh_of
 from tests.ranks import RankPool
@@ -174,6 +176,112 @@ def test_experts_in_stacked_weights(between: Between, style: str) -> None:
     assert plan["blocks.*.down"] == style
 
 
+class Given(Block):
+    """Gives its divided features away."""
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.up(x).tanh()
+        return x + self.down(h), h
+
+
+class Taking(Model):
+    """Looks at what its first block gives away."""
+
+    def __init__(self, after: Between) -> None:
+        super().__init__(Given(after))
+
+    def forward(self, ids: Tensor) -> Any:
+        y, h = self.blocks[0](self.embedding(ids))
+        return self.head(self.blocks[0].between(y, h))
+
+
+@pytest.mark.parametrize(
+    ("after", "style"),
+    [
+        (lambda y, h: y if h.sum() > -1e5 else y * 2, "colwise_gather_output"),
+        (lambda y, h: y * (h.abs().max() < 1e5), "colwise_gather_output"),
+        (lambda y, h: y, "rowwise"),
+    ],
+)
+def test_what_the_model_decides_by_features_given_away(after: Between, style: str) -> None:
+    torch.manual_seed(0)
+    assert plan_for(Taking(after), 2, example_inputs={"ids": IDS})["blocks.*.down"] == style
+
+
+class Backward(torch.autograd.Function):
+    """Its backward pass does ``of`` to the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, of: Any) -> Tensor:
+        ctx.of = of
+        return h * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return ctx.of(grad * 2), None
+
+
+def hooked(h: Tensor) -> Tensor:
+    h = h * 1
+    if h.requires_grad:
+        h.register_hook(lambda grad: grad / max(1.0, float(grad.norm()) / 1e6))
+    return h
+
+
+@pytest.mark.parametrize(
+    ("between", "style"),
+    [
+        (lambda h, x: Backward.apply(h, lambda g: g if g.norm() < 1e9 else 0), "gathered"),
+        (lambda h, x: Backward.apply(h, lambda g: g.clamp(max=1e4 * g.std())), "gathered"),
+        (lambda h, x: hooked(h), "gathered"),
+        (lambda h, x: Backward.apply(h, lambda g: g.clamp(-1e3, 1e3)), "rowwise"),
+    ],
+)
+def test_what_a_backward_pass_decides(between: Between, style: str) -> None:
+    row = down_of(between)
+    assert style in (row.style, row.why.partition(":")[0])
+
+
+def ForCausalLMLoss(logits: Tensor, labels: Tensor, vocab_size: int) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+class WithLoss(nn.Module):
+    """A model that takes its loss as those of transformers do."""
+
+    def __init__(self, before: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.before = before
+        self.embedding, self.head = nn.Embedding(31, 12), nn.Linear(12, 31)
+
+    @property
+    def loss_function(self) -> Any:
+        return self.__dict__.get("_loss_function", ForCausalLMLoss)
+
+    @loss_function.setter
+    def loss_function(self, value: Any) -> None:
+        self.__dict__["_loss_function"] = value
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> Any:
+        logits = self.before(self.head(self.embedding(input_ids)))
+        return self.loss_function(logits, labels, 31), logits
+
+
+@pytest.mark.parametrize(
+    ("before", "right"),
+    [
+        (lambda y: torch.tanh(y / 30) * 30, True),
+        (lambda y: y if y.abs().max() < 1e3 else y / 2, False),
+        (lambda y: y.clamp(max=1000 * y.std()), False),
+    ],
+)
+def test_a_loss_of_logits_by_which_something_is_decided(before: Any, right: bool) -> None:
+    model = WithLoss(before)
+    layers = VocabularyLayers({}, {"head": model.head})
+    assert local_loss_is_right(model, {"input_ids": IDS}, layers) == right
+    assert model.loss_function is ForCausalLMLoss
+
+
 class After(Block):
     """A block that changes its result."""
 
@@ -202,6 +310,24 @@ def test_tokens_divided_between_blocks(after: Between, right: bool) -> None:
         return run()
     with pytest.raises(ValueError, match="cannot be divided by tokens: its forward"):
         run()
+
+
+class Stopping(Model):
+    """Reads the tokens between its blocks."""
+
+    def forward(self, ids: Tensor) -> Any:
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = block(x)
+            if x.norm() > 1e9:
+                break
+        return self.head(x)
+
+
+def test_tokens_read_between_blocks() -> None:
+    model = Stopping(*(After(lambda y, x: y) for _ in range(2)))
+    with pytest.raises(ValueError, match="between them the model's own code: its forward reads"):
+        look(model, 2, "auto", {"ids": IDS}, sequence_parallel=True)
 
 
 def check_branches(tp: ParallelGroup) -> None:

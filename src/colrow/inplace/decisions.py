@@ -42,7 +42,7 @@ def check_decisions(
     """
     if survey.problem:
         raise DecisionError(survey.problem)
-    if not survey.decides:
+    if not survey.decided:
         return []
     found = []
     with torch.no_grad():

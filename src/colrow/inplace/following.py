@@ -20,13 +20,21 @@ from colrow.inplace.equal import sum_of
 if TYPE_CHECKING:
     from colrow.inplace.watch import Watch
 
+BACKWARD = "watched_gradients"
+"""The function in which a watched backward pass runs."""
+
 _OWN = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent), "<frozen", "<string>")
 
 
 def spoken_place() -> str:
-    """File, line and text of the code of the model that runs now, in parentheses."""
+    """File, line and text of the code of the model that runs now, in parentheses.
+
+    Of a backward pass nothing, unless the model's own code runs in it.
+    """
     frame = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename.startswith(_OWN):
+        if frame.f_code.co_name == BACKWARD:
+            return ""
         frame = frame.f_back  # type: ignore[assignment]
     if frame is None:
         return ""
@@ -86,7 +94,12 @@ class Operations(TorchDispatchMode):
         if watch.style and discrete and not hides:
             for x in floating:
                 watch.note(x, place, exact=False)
-        watch.decides |= hides or bool(discrete)
+        if watch.backward and hides:
+            shapes = {x.shape for x in (*floating, *given)}
+            if not elementwise or len(shapes) > 1:
+                watch.reads(f"what it decides by ({name}) from divided values")
+        if not watch.decided and (hides or discrete):
+            watch.decided = f"it decides by {place or name + spoken_place()}"
         if watch.style is None:
             return result
         if compared and discrete and discrete[0].dtype == torch.bool:

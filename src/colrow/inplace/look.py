@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from colrow.inplace.apply import Applier
 from colrow.inplace.attention_weights import refuse_attention_weights
+from colrow.inplace.between import keep_what_is_decided_by, local_loss_is_right
 from colrow.inplace.calls import ModuleCall
 from colrow.inplace.capture import capture_calls
 from colrow.inplace.examples import example_batches
@@ -163,6 +164,10 @@ def look(
         vocabulary = vocabulary.only(allowed)
     may = None if matcher is None else allowed
     inference = infer(runnable, calls, ranks, reserved, may)
+    with running():
+        inference = keep_what_is_decided_by(runnable, batches[0], inference)
+        if not local_loss_is_right(runnable, batches[0], vocabulary):
+            vocabulary = replace(vocabulary, local_loss=False)
     context = _Context(
         model,
         runnable,

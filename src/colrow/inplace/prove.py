@@ -14,7 +14,7 @@ from colrow.inplace.decisions import DecisionError, check_decisions
 from colrow.inplace.equal import close, near, placed, sum_of
 from colrow.inplace.locals import Number, Setting, settings, watching
 from colrow.inplace.search import Group
-from colrow.inplace.simulate import Cuts, Observed, Simulation, take
+from colrow.inplace.simulate import Cuts, Observed, Simulation, take, watched_gradients
 from colrow.inplace.unit import Unit, UnitError, output_features
 from colrow.inplace.watch import Style, Watch
 
@@ -65,7 +65,7 @@ def prove(unit: Unit, group: Group, ranks: int) -> Proof:
     found = _settings(simulation, whole, numbers, ranks)
     _compare_answered(simulation, answered, found)
     try:
-        proof = _gradients(simulation, whole, found, ranks)
+        proof = _gradients(simulation, whole, found, ranks, survey)
     except _MixedError as mixed:
         uncut = _downstream(unit, mixed.layers, group)
         simulation = Simulation(unit, group, Cuts(uncut, frozenset(mixed.layers)))
@@ -126,7 +126,7 @@ def _prove_training(simulation: Simulation, proof: Proof, ranks: int) -> None:
             raise NotProvenError(f"in training {missing[0]} is not called")
         answered = undecided(simulation, survey, ranks)
         _compare_answered(simulation, answered, proof.settings)
-        other = _gradients(simulation, whole, proof.settings, ranks)
+        other = _gradients(simulation, whole, proof.settings, ranks, survey)
     except UnitError as error:
         raise NotProvenError(f"does not run in training: {error}") from None
     except _MixedError as error:
@@ -230,7 +230,13 @@ def _local_dim(mine: Tensor, whole: Tensor) -> int | None:
     return dims[0] if len(dims) == 1 else None
 
 
-def _gradients(simulation: Simulation, whole: Observed, found: list[Setting], ranks: int) -> Proof:
+def _gradients(
+    simulation: Simulation,
+    whole: Observed,
+    found: list[Setting],
+    ranks: int,
+    survey: Watch | None = None,
+) -> Proof:
     group = simulation.group
     generator = torch.Generator().manual_seed(3)
     cotangents = [
@@ -243,7 +249,12 @@ def _gradients(simulation: Simulation, whole: Observed, found: list[Setting], ra
     # What of a local result a rank has is for the whole model's check; the rest counts here.
     for number in locals_:
         cotangents[number].zero_()
-    expected = whole.gradients(cotangents)
+    if survey is None:
+        expected = whole.gradients(cotangents)
+    else:
+        expected = watched_gradients(whole, survey, cotangents)
+        if survey.problem:
+            raise NotProvenError(survey.problem)
     got = []
     for part in parts:
         mine = [

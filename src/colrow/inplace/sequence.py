@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from colrow.inplace.between import Divided, watched_between
 from colrow.inplace.calls import Key, ModuleCall, argument_names, tensors_of
 from colrow.inplace.capture import run_example
 from colrow.inplace.gathered import GatheredLayers
@@ -24,6 +25,7 @@ from colrow.inplace.kinds import kind_of
 from colrow.inplace.prove import Proof
 from colrow.inplace.sequence_proof import Block, prove_block
 from colrow.inplace.sequence_run import SequenceError
+from colrow.inplace.watch import Watch
 
 
 @dataclass
@@ -68,7 +70,17 @@ def find_stacks(
         raise ValueError(
             f"sequence_parallel: {type(model).__name__} has no stack of blocks with split layers"
         )
-    seen = _watch(model, batch, {name for names in groups for name in names})
+    watch = Watch()
+    # What the last block gives is gathered.
+    divided: dict[str, Divided] = {n: lambda y: tensors_of(y)[:1] for g in groups for n in g[:-1]}
+    divided |= {names[-1]: lambda _: [] for names in groups}
+    with watched_between(model, watch, divided):
+        seen = _watch(model, batch, {*divided})
+    if reason := watch.problem or watch.decided:
+        raise ValueError(
+            f"sequence_parallel: the tokens of {groups[0][0]} and its like cannot be divided: "
+            f"between them the model's own code: {reason}"
+        )
     known: dict[Any, Block] = {}
     stacks = []
     for names in groups:

@@ -59,6 +59,16 @@ class Observed:
         }
 
 
+def watched_gradients(whole: Observed, watch: Watch, cotangents: list[Tensor]) -> Any:
+    """As :meth:`Observed.gradients`; what its backward pass reads is noted too."""
+    watch.backward = True
+    try:
+        with watch:
+            return whole.gradients(cotangents)
+    finally:
+        watch.backward = False
+
+
 @dataclass(frozen=True)
 class Cuts:
     """Where the gradients of all ranks are added up.
@@ -185,6 +195,9 @@ class Simulation:
         def row(forward: Any) -> Any:
             def watched(x: Tensor, *_: Any) -> Any:
                 with watch.elsewhere():
+                    if x.requires_grad:
+                        x = x.view_as(x)  # hooks of the model's own see what is marked here
+                        x.register_hook(watch.mark)
                     return forward(x)
 
             return watched

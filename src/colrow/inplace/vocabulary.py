@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +25,12 @@ class VocabularyLayers:
 
     Attributes:
         embeddings, heads: by name.
+        local_loss: whether the model's loss may be computed from each rank's logits.
     """
 
     embeddings: dict[str, nn.Embedding]
     heads: dict[str, nn.Linear]
+    local_loss: bool = True
 
     @property
     def names(self) -> set[str]:
@@ -41,6 +44,7 @@ class VocabularyLayers:
         return VocabularyLayers(
             {n: m for n, m in self.embeddings.items() if n in kept},
             {n: m for n, m in self.heads.items() if n in kept},
+            self.local_loss,
         )
 
     @property
@@ -140,7 +144,7 @@ def split_loss(applier: Applier, layers: VocabularyLayers) -> None:
     in its result.
     """
     model: Any = applier.model
-    if not knows_loss(model, layers):
+    if not layers.local_loss or not knows_loss(model, layers):
         return
     loss = model.loss_function
     (head,) = layers.heads.values()
@@ -150,6 +154,17 @@ def split_loss(applier: Applier, layers: VocabularyLayers) -> None:
     applier.record.undo.append(lambda: _put_back(model, before))
     applier.hook(model.register_forward_pre_hook(_open, with_kwargs=True))
     applier.hook(model.register_forward_hook(_close, always_call=True))
+
+
+@contextmanager
+def given_loss(model: Any, change: Callable[[Any], Any]) -> Iterator[None]:
+    """For a while the model's loss is what ``change`` makes of it."""
+    before = model.__dict__.get("_loss_function")
+    model.loss_function = change(model.loss_function)
+    try:
+        yield
+    finally:
+        _put_back(model, before)
 
 
 def _put_back(model: Any, loss: Any) -> None:

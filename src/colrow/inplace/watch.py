@@ -65,7 +65,8 @@ class Watch:
         base: the run with which this is compared; None for one that is compared with.
         rank: whose values stay; those of other ranks are changed. None for no change.
         problem: what the forward reads that differs between the ranks; "" for nothing.
-        decides: whether it does what may hide a difference.
+        decided: the first operation that may hide a difference; "" for none.
+        backward: whether it is the backward pass that runs now.
         ragged: whether it has tensors whose size depends on divided values.
         places: where it compares.
     """
@@ -74,7 +75,8 @@ class Watch:
         self, style: Style | None = None, base: Watch | None = None, rank: int | None = None
     ) -> None:
         self.style, self.base, self.rank = style, base, rank
-        self.problem, self.decides, self.ragged = "", False, False
+        self.problem, self.decided, self.ragged = "", "", False
+        self.backward = False
         self.places: set[str] = set()
         self.records: list[_Record] = []
         self._compared: list[list[Tensor]] = []
@@ -111,11 +113,19 @@ class Watch:
     @contextmanager
     def elsewhere(self) -> Iterator[None]:
         """What is computed inside it is not divided."""
-        self._elsewhere += 1
+        self.begin_elsewhere()
         try:
             yield
         finally:
-            self._elsewhere -= 1
+            self.end_elsewhere()
+
+    def begin_elsewhere(self) -> None:
+        """From here on nothing is followed, until the end of it."""
+        self._elsewhere += 1
+
+    def end_elsewhere(self) -> None:
+        """The end of what is not followed."""
+        self._elsewhere -= 1
 
     @property
     def follows(self) -> bool:
@@ -161,7 +171,11 @@ class Watch:
 
     def reads(self, what: str) -> None:
         """Notes that a number leaves the tensors."""
-        self.problem = self.problem or f"its forward reads {what}{spoken_place()}"
+        place = spoken_place()
+        if not self.backward:
+            self.problem = self.problem or f"its forward reads {what}{place}"
+        elif place:  # not autograd itself
+            self.problem = self.problem or f"its backward reads {what}{place}"
 
     def note(self, x: Tensor, place: str, *, exact: bool) -> None:
         """Keeps a tensor to be compared in other runs."""
