@@ -121,6 +121,66 @@ def test_a_gguf_file_that_states_what_is_not_there(name: str, tmp_path: Path) ->
             read(path)
 
 
+def numbered(key: str, value: bytes) -> bytes:
+    """A file of a llama without tensors, with another number under one key."""
+    fields = {
+        name: struct.pack("<II", 4, size)
+        for name, size in (
+            ("embedding_length", 8),
+            ("block_count", 1),
+            ("attention.head_count", 2),
+            ("feed_forward_length", 12),
+            ("context_length", 16),
+        )
+    }
+    fields["attention.layer_norm_rms_epsilon"] = struct.pack("<If", 6, 1e-5)
+    fields[key] = value
+    written = (text(f"llama.{name}") + number for name, number in fields.items())
+    return gguf(field("general.architecture", 8, text("llama")), *written)
+
+
+def uint64(value: int) -> bytes:
+    return struct.pack("<IQ", 10, value)
+
+
+def float32(value: float) -> bytes:
+    return struct.pack("<If", 6, value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("block_count", uint64(10**9)),
+        ("block_count", uint64(0)),
+        ("block_count", float32(1.0)),
+        ("block_count", float32(float("nan"))),
+        ("block_count", struct.pack("<IB", 7, 1)),
+        ("attention.head_count", uint64(0)),
+        ("attention.head_count", uint64(10**9)),
+        ("attention.head_count", struct.pack("<I", 9) + array(5, 1, b"\xff" * 4)),
+        ("attention.head_count_kv", uint64(0)),
+        ("attention.key_length", uint64(10**9)),
+        ("attention.sliding_window", uint64(1 << 63)),
+        ("embedding_length", uint64(1 << 63)),
+        ("embedding_length", float32(float("inf"))),
+        ("embedding_length", struct.pack("<I", 8) + text("8")),
+        ("feed_forward_length", uint64(10**15)),
+        ("context_length", uint64(1 << 62)),
+        ("attention.layer_norm_rms_epsilon", float32(float("nan"))),
+        ("rope.freq_base", float32(float("inf"))),
+        ("rope.freq_base", float32(-1.0)),
+        ("rope.scaling.factor", float32(float("nan"))),
+    ],
+    ids=str,
+)
+def test_numbers_of_a_gguf_file(key: str, value: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "bomb.gguf"
+    path.write_bytes(numbered(key, value))
+    for read in (colrow.from_pretrained, pretrained_config):
+        with pytest.raises(ValueError, match=rf"bomb.gguf \(GGUF\): llama.{key}=.*: must be"):
+            read(path)
+
+
 def test_a_gguf_file_with_everything_in_its_place(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     tensors = tensor("w", [8]) + tensor("v", [3, 2], offset=32) + tensor("empty", [0], offset=64)

@@ -101,3 +101,12 @@ def test_a_gpu_without_known_multiprocessors_keeps_its_reserve() -> None:
     assert gpu.memory.fullest.reserve > 1e9 and cpu.memory.fullest.reserve == 0
     with pytest.raises(ValueError, match="cpu=1: must be true or false"):
         machine_from_mapping({"device": device | {"cpu": 1}}, default_name="m")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e999", "true", '"8"'])
+def test_numbers_that_are_none(value: str, tmp_path: Path) -> None:
+    file = tmp_path / "machine.toml"
+    for key in ("devices_per_node", "device.memory_gigabytes"):
+        file.write_text(f'base = "a100-80gb"\n{key} = {value}\n')
+        with pytest.raises(ValueError, match=rf"{key.split('.')[-1]}=.*: must be"):
+            load_machine(file)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from colrow.checkpoint.gguf_file import GGUFTensorReader
+from colrow.checkpoint.gguf_limits import check_gguf_numbers
 from colrow.checkpoint.naming import Naming
 from colrow.checkpoint.reader import TensorReader
 from colrow.layers.options import RopeConfig
@@ -85,6 +86,7 @@ def config_from_gguf(reader: TensorReader) -> ModelConfig:
             f"{reader.description} scales rotary frequencies by a tensor (Llama 3.1 and later), "
             "which is not supported; use the Hugging Face directory of the model"
         )
+    check_gguf_numbers(reader, architecture)
 
     def number(key: str, default: float | None = None) -> float:
         value = reader.metadata_value(f"{architecture}.{key}", default)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from colrow.files import shown
+from colrow.models.config_limits import SIZES, check_whole
 from colrow.planner.catalog import decoder
 from colrow.planner.model import LatentAttention, ModelShape
 
@@ -119,7 +121,12 @@ def _count(mapping: Mapping[str, object], family: str, *keys: str) -> int:
     for key in keys:
         value = mapping.get(key)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            check_whole(
+                key, value, 1, SIZES["max_positions" if "position" in key else "vocab_size"]
+            )
             return value
         if value is not None:
-            raise ValueError(f"{key}={value!r}: a {family} configuration has a whole number there")
+            raise ValueError(
+                f"{key}={shown(value)}: a {family} configuration has a whole number there"
+            )
     raise ValueError(f"a {family} configuration needs {' or '.join(keys)}")

@@ -33,11 +33,12 @@ differs from built-in hardware need be given.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from colrow.files import CONFIG_BYTES, SETTINGS_BYTES, parse_json, parse_toml, read_text
+from colrow.files import CONFIG_BYTES, SETTINGS_BYTES, parse_json, parse_toml, read_text, shown
 from colrow.planner.hardware import (
     COLLECTIVE_START_SECONDS,
     Device,
@@ -208,7 +209,9 @@ def _table(data: Mapping[str, object], key: str) -> Mapping[str, object]:
 
 def _number(key: str, value: object, *, zero: bool = False) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{key}={value!r}: must be a number")
+        raise ValueError(f"{key}={shown(value)}: must be a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{key}={value}: must be a finite number")
     if value < 0 or (value == 0 and not zero):
         raise ValueError(f"{key}={value}: must be positive")
     return float(value)
