@@ -221,6 +221,31 @@ def test_settings_go_through_toml(inputs: Path) -> None:
         load_settings(file, {})
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rate = nan", "learning_rate=nan: must be a finite number"),
+        ("clip = inf", "clip=inf: must be a finite number"),
+        ("timeout_seconds = 1e999", "timeout_seconds=inf: must be a finite number"),
+        ("tp = 1000000000", "tp=1000000000: must be at most 65536"),
+        ("sequence = 1000000000000", "sequence=1000000000000: must be at most"),
+        ("steps = 10000000000000", "steps=10000000000000: must be at most"),
+        ("steps = " + "9" * 10_000, "a whole number of 10000 digits"),
+        ("tp = " + "[" * 100_000, "nested more than 100 deep"),
+        ("tp" + ".a" * 50_000 + " = 1", "a key of more than 32 parts"),
+        ("tp = 1\n# " + "x" * (1 << 18), "larger than 262144 bytes"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_settings_that_no_run_has(text: str, message: str, tmp_path: Path) -> None:
+    from colrow.train.settings import load_settings
+
+    file = tmp_path / "settings.toml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_settings(file, {"model": "m", "data": "d", "output": str(tmp_path / "o")})
+
+
 def disagree(world: Any, what: Callable[[int], dict[str, object]]) -> None:
     from colrow.train.faults import check_agreement
     from tests.train.layouts import Layout, make_mesh
