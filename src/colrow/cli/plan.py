@@ -179,6 +179,18 @@ def _add_inference(group: argparse._ArgumentGroup) -> None:
 
     group.add_argument("--inference", action="store_true", help="plan generation")
     group.add_argument("--batch", type=int, default=1, metavar="N", help="sequences per replica")
+    group.add_argument(
+        "--users",
+        type=int,
+        metavar="N",
+        help="how long each of N users of a replica waits, with continuous batching",
+    )
+    group.add_argument(
+        "--token-ms",
+        type=float,
+        metavar="MS",
+        help="how many users a replica serves when 19 of 20 tokens come within this time",
+    )
     group.add_argument("--prompt", type=int, metavar="N", help="tokens read (default 1024)")
     group.add_argument("--new-tokens", type=int, default=256, metavar="N", help="(default 256)")
     group.add_argument(

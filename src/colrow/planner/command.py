@@ -30,10 +30,12 @@ from colrow.planner.report import (
     show_recommendation,
     show_serving,
     show_splits,
+    show_users,
 )
 from colrow.planner.serving import Serving
 from colrow.planner.serving_search import recommend_serving
 from colrow.planner.unequal import split_unequal
+from colrow.planner.users import USER_VALUES, Users, most_users, predict_users
 
 DEFAULT_SEQUENCE = 4096
 DEFAULT_PROMPT = 1024
@@ -274,9 +276,29 @@ def _inference(
         console.print(note)
     if args.explain:
         console.print("\n" + explain_serving(prediction), markup=False, soft_wrap=True)
-    devices = prediction.serving.devices
-    costs = _cost(args, hardware, devices, prediction.tokens_per_second, console)
-    return prediction.fits, prediction.as_dict() | {"notes": notes} | costs
+    speed, more = prediction.tokens_per_second, {}
+    if args.users is not None or args.token_ms is not None:
+        found = _users(args, model, prediction.serving, hardware)
+        show_users(console, found, args.token_ms)
+        if found is None:
+            return False, prediction.as_dict() | {"notes": notes, "users": None}
+        speed = found.tokens_per_second * prediction.serving.dp
+        values = {name: getattr(found, name) for name in USER_VALUES}
+        more = {"users": values}
+    costs = _cost(args, hardware, prediction.serving.devices, speed, console)
+    return prediction.fits, prediction.as_dict() | {"notes": notes} | more | costs
+
+
+def _users(
+    args: Namespace, model: ModelShape, serving: Serving, hardware: Hardware
+) -> Users | None:
+    if args.users is not None and args.token_ms is not None:
+        raise ValueError(
+            "--users gives the time between tokens, --token-ms the users: leave one out"
+        )
+    if args.users is not None:
+        return predict_users(model, serving, hardware, args.users)
+    return most_users(model, serving, hardware, args.token_ms / 1e3)
 
 
 def _cost(

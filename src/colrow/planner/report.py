@@ -17,6 +17,7 @@ from colrow.planner.reasons import PART_NAMES, what_loses, why_first
 from colrow.planner.recommend import Recommendation
 from colrow.planner.serving import ServingMemory, TokenTime
 from colrow.planner.unequal import Split
+from colrow.planner.users import Users
 
 
 def show_model(console: Console, model: ModelShape, hardware_name: str, devices: int) -> None:
@@ -137,6 +138,21 @@ def show_serving(console: Console, prediction: ServingPrediction) -> None:
     ]
     _side_by_side(table, left, right)
     console.print(table)
+
+
+def show_users(console: Console, found: Users | None, limit_ms: float | None) -> None:
+    """What users see; ``limit_ms`` is the limit under which they were sought."""
+    if found is None:
+        console.print(f"[red]Not even one user's tokens come within {limit_ms:g} ms.[/]")
+        return
+    fits = "" if found.fits else " [red]Their keys and values do not fit.[/]"
+    console.print(
+        f"[bold]{found.users} users[/] of a replica: {found.token_seconds * 1e3:.3g} ms between "
+        f"tokens, 19 of 20 within {found.token_seconds_p95 * 1e3:.3g} ms; the first token after "
+        f"{found.first_token_seconds:.3g} s, 19 of 20 within "
+        f"{found.first_token_seconds_p95:.3g} s; {found.tokens_per_second:.4g} tokens/s "
+        f"together.{fits}"
+    )
 
 
 def show_splits(console: Console, splits: Sequence[Split]) -> None:
