@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,9 @@ from colrow.checkpoint.pretrained import from_pretrained
 from colrow.comm import collectives
 from colrow.comm.ledger import Call, record
 from colrow.generate.cache import KeyValueCache
+from colrow.layers.block import ParallelBlock
+from colrow.layers.column import QKVParallelLinear
+from colrow.layers.norm import RMSNorm
 from colrow.mesh import ParallelGroup
 from colrow.models.decoder import Decoder
 from colrow.reference import precision
@@ -212,3 +217,167 @@ def test_a_copy_of_a_model_has_weights_of_its_own(cases: dict[str, tuple[Path, T
     assert not torch.allclose(dropping, before)
     assert not torch.allclose(after, before)
     assert (after - slow).norm() < 1e-12 * slow.norm()
+
+
+class PostNorm(ParallelBlock):
+    """Norms behind attention and MLP, as OLMo 2 has them."""
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        attention, mlp = dict(options), dict(options)
+        for name in ("context", "cache", "dropout_key"):
+            mlp.pop(name, None)
+        x = x + self.attention_norm(self.attention(x, **attention))
+        result: Tensor = x + self.mlp_norm(self.mlp(x, **mlp))
+        return result
+
+
+class Doubled(QKVParallelLinear):
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        return 2 * super().forward(x, **options)
+
+
+def changes() -> dict[str, Callable[[Any], None]]:
+    """What makes a block one that is not written out, by name."""
+
+    def forward_of(module: Any) -> Callable[..., Tensor]:
+        own = module.forward
+        return lambda *args, **options: own(*args, **options) * 1.5
+
+    def replaced(block: Any, path: str) -> None:
+        module = block.get_submodule(path)
+        module.forward = forward_of(module)
+
+    def tracked(module: Any) -> None:
+        module.register_forward_hook(lambda _module, _args, y: y * 1.5)
+
+    def parametrised(layer: Any) -> None:
+        torch.nn.utils.parametrizations.weight_norm(layer)
+        with torch.no_grad():
+            layer.parametrizations.weight.original0.mul_(1.5)
+
+    def another(module: Any, cls: type) -> None:
+        module.__class__ = cls
+
+    def with_scale(norm: Any) -> None:
+        norm._parameters["weight"] = norm.weight.detach().as_subclass(Scaled)
+
+    return {
+        "class": lambda b: another(b, PostNorm),
+        "qkv": lambda b: another(b.attention.qkv, Doubled),
+        **{
+            f"forward of {path}": lambda b, path=path: replaced(b, path)  # type: ignore[misc]
+            for path in ("attention", "attention.qkv", "mlp", "mlp.down", "mlp_norm", "dropout")
+        },
+        "hook": lambda b: tracked(b.attention.output),
+        "norm": lambda b: setattr(b, "mlp_norm", Same()),
+        "no norm": lambda b: setattr(b.attention_norm, "eps", 0.5),
+        "window": lambda b: setattr(b.attention, "window", 3),
+        "alibi": lambda b: setattr(b.attention, "rope", None),
+        "activation": lambda b: setattr(b.mlp, "activation", "relu"),
+        "residual": lambda b: setattr(b, "parallel_residual", True),
+        "frequencies": lambda b: setattr(b.attention, "frequencies", b.attention.frequencies * 2),
+        "weight norm": lambda b: parametrised(b.mlp.up),
+        "tensor": lambda b: with_scale(b.mlp_norm),
+        "child": lambda b: b.mlp.add_module("adapter", torch.nn.Linear(2, 2)),
+        "attribute": lambda b: setattr(b.attention, "softcap", 30.0),
+        "rope": lambda b: setattr(
+            b.attention, "rope", dataclasses.replace(b.attention.rope, theta=3.0)
+        ),
+        "query norm": lambda b: setattr(b.attention, "query_norm", Same()),
+        "append": lambda b: None,
+    }
+
+
+class Same(torch.nn.Module):
+    def forward(self, x: Tensor, **_: Any) -> Tensor:
+        return x
+
+
+class Scaled(Tensor):
+    """A tensor that multiplies by twice of what it holds."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Twice what torch computes, where it multiplies."""
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+            return result * 2 if func in (torch.mul, Tensor.mul, Tensor.__mul__) else result
+
+
+SAME_NUMBERS = {
+    "child",
+    "attribute",
+    "query norm",
+    "append",
+    "rope",
+    "frequencies",
+    "forward of dropout",
+}
+SERVED = {"no norm", "activation", "residual", "rope", "append"}
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["after", "before"])
+def test_only_blocks_that_are_known_are_served(
+    cases: dict[str, tuple[Path, Tensor]], *, before: bool
+) -> None:
+    """Changes made before the model is laid out, and after."""
+    alone = ParallelGroup.single()
+    found: dict[str, tuple[bool, bool]] = {}
+    for name, change in changes().items():
+        model = from_pretrained(cases["llama"][0], alone, dtype=torch.float64).for_decoding().eval()
+        usual = decoded_by(model)
+        model.one_token = None if before else model.one_token
+        with torch.no_grad():
+            change(model.blocks[1])
+        if name == "append":
+            model.blocks.add_module("2", copy.deepcopy(model.blocks[1]))
+        if before and name != "weight norm":
+            model.for_decoding()
+        flat = model.one_token
+        calls: list[int] = []
+        if flat is not None:
+            model.one_token = Counted(flat, calls)  # type: ignore[assignment]
+        logits = decoded_by(model)
+        model.one_token = None
+        slow = decoded_by(model)
+        assert (logits - slow).norm() < 1e-12 * slow.norm(), name
+        found[name] = bool(calls), bool((slow - usual).norm() < 1e-12 * slow.norm())
+    assert found == {name: (name in SERVED, name in SAME_NUMBERS) for name in changes()}
+
+
+class Counted:
+    def __init__(self, flat: Any, calls: list[int]) -> None:
+        self.flat, self.calls, self.serves = flat, calls, flat.serves
+
+    def __call__(self, *args: Any) -> Tensor:
+        self.calls.append(1)
+        result: Tensor = self.flat(*args)
+        return result
+
+
+def decoded_by(model: Decoder) -> Tensor:
+    with torch.no_grad():
+        return decode(model, KeyValueCache.for_model(model, 1, 9))
+
+
+def test_patched_classes_global_hooks_and_mixed_dtypes_take_the_ordinary_way(
+    cases: dict[str, tuple[Path, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = ParallelGroup.single()
+    model = from_pretrained(cases["llama"][0], alone, dtype=torch.float64).for_decoding().eval()
+    usual, own = decoded_by(model), RMSNorm.forward
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, _, y: y * 2 if isinstance(module, RMSNorm) else None
+    )
+    hooked = decoded_by(model)
+    handle.remove()
+    with monkeypatch.context() as patch:
+        patch.setattr(RMSNorm, "forward", lambda self, x, **o: own(self, x, **o) * 2)
+        patched = decoded_by(model)
+    assert (hooked - patched).norm() < 1e-12 * hooked.norm()
+    assert (hooked - usual).norm() > 1e-3 * hooked.norm()
+    assert torch.equal(decoded_by(model), usual)
+    model.blocks[0].mlp_norm.float()
+    mixed = decoded_by(model)
+    model.one_token = None
+    assert torch.equal(decoded_by(model), mixed)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from colrow.checkpoint.naming import hf_naming, pieces
+from colrow.checkpoint.same import Held, check_same
 from colrow.comm import primitives
 from colrow.inplace.assemble import assemble
 from colrow.inplace.record import record_of
@@ -22,9 +23,14 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     A tied head is not listed, as in transformers' saved files.
 
-    Communicates: every tp rank sends its shards to tp rank 0, parameter by parameter, and these
-    send what they have to the first one of the pipeline; all ranks of the groups must call it. What
-    FSDP2 divides is gathered over dp first.
+    Raises:
+        ValueError: on all ranks of tp, naming parameters that every one of them should hold but
+            that differ, or of which nothing says how they are divided.
+
+    Communicates: the ranks of tp compare what is not divided, with a few numbers for each. Then
+    every tp rank sends its shards to tp rank 0, parameter by parameter, and these send what they
+    have to the first one of the pipeline; all ranks of the groups must call it. What FSDP2 divides
+    is gathered over dp first.
     """
     return _assemble(model, lambda parameter: parameter.detach())
 
@@ -34,21 +40,29 @@ def full_grads(model: nn.Module) -> dict[str, Tensor]:
 
     Parameters without a gradient are left out.
     """
-    return _assemble(model, lambda parameter: parameter.grad)
+    return _assemble(model, lambda parameter: parameter.grad, rounds=True)
 
 
 @torch.no_grad()
 def _assemble(
-    model: nn.Module, value: Callable[[nn.Parameter], Tensor | None]
+    model: nn.Module, value: Callable[[nn.Parameter], Tensor | None], *, rounds: bool = False
 ) -> dict[str, Tensor]:
     if (record := record_of(model)) is not None:
-        return assemble(model, record, value)
+        return assemble(model, record, value, rounds=rounds)
     if not isinstance(model, Decoder):
         raise TypeError(
             f"{type(model).__name__} is neither colrow's decoder nor a model that "
             "colrow.parallelize has split"
         )
     naming, tp = hf_naming(model.config), model.tp
+    named = dict(model.named_parameters())
+    if added := [name for name in named if name not in model.specs]:
+        raise ValueError(
+            f"{', '.join(added[:3])} were added to the decoder, and a checkpoint in the form of "
+            "transformers has no place for them: take them from model.named_parameters()"
+        )
+    shared = (Held(n, value(p), True) for n, p in named.items() if model.specs[n].dim is None)
+    check_same(shared, tp, rounds=rounds)
     whole: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         shard = value(parameter)

@@ -19,7 +19,15 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from colrow._leftovers import lock, unlock
-from colrow.checkpoint.training_placement import Placement, local_tensor, placements, unwrap
+from colrow.checkpoint.same import Held, owner_of, problem_of
+from colrow.checkpoint.training_placement import (
+    Placement,
+    buffer_placements,
+    local_tensor,
+    placements,
+    tensor_parallel_group,
+    unwrap,
+)
 from colrow.checkpoint.training_plan import Shard, ShardLoadPlanner, ShardSavePlanner
 from colrow.checkpoint.training_storage import (
     PART,
@@ -42,9 +50,10 @@ _NAME = re.compile(r"step-(\d{8})")
 class TrainingCheckpoints:
     """The checkpoints of one training run, in one directory that all ranks can reach.
 
-    A checkpoint holds the parameters, every state of the optimiser, and what else the caller gives
-    as JSON. It does not depend on how either was divided: it can be loaded at other tp, pp and dp
-    sizes, with or without FSDP2. Nothing in it can run code.
+    A checkpoint holds the parameters, the buffers of the module's state, every state of the
+    optimiser, and what else the caller gives as JSON. It does not depend on how they were divided:
+    it can be loaded at other tp, pp and dp sizes, with or without FSDP2. Nothing in it can run
+    code.
 
     Where a module has several optimisers, each for parameters of its own, they are given as a list.
 
@@ -70,6 +79,7 @@ class TrainingCheckpoints:
             raise ValueError(f"keep={keep}: at least one checkpoint must stay")
         self.directory, self._keep = Path(directory), keep
         self._rank, self._ranks = mesh.world.rank, mesh.world_size
+        self._tp = mesh.tp
         self._group = group
         if group is None and self._ranks > 1:
             self._group = dist.new_group(backend="gloo")
@@ -101,12 +111,18 @@ class TrainingCheckpoints:
         Waits for the previous checkpoint first. ``module`` is the one whose parameters are trained,
         wrapped by FSDP2 or DDP or not; ``state`` is anything that JSON can hold.
 
+        What every tp rank is taken to hold is compared first: a parameter, buffer or state that
+        nothing says is divided must be the same on all of them.
+
         Raises:
             RuntimeError: when the previous checkpoint could not be written.
             ValueError: an optimiser that is not right on shards, see
-                :func:`colrow.check_optimizer`, or a state that cannot be stored.
+                :func:`colrow.check_optimizer`, or a state that cannot be stored;
+                what should be the same on all ranks and differs, by name, on all ranks.
         """
         self.wait()
+        tp = tensor_parallel_group(unwrap(module))
+        self._agree(problem_of(_held_by_all(module, optimizer), tp if tp.size > 1 else self._tp))
         shards, scalars = _collect(module, optimizer, copy=True)
         content = {"step": step, "optimizer": scalars, "user": state}
         self._pending = (step, self._thread.submit(self._write, step, shards, content))
@@ -244,6 +260,11 @@ class TrainingCheckpoints:
             check_files(path, index["files"], sorted(index["files"])[self._rank :: self._ranks])
         except (ValueError, OSError) as error:
             problem = str(error)
+        self._agree(problem)
+        return index
+
+    def _agree(self, problem: str) -> None:
+        """Raises ValueError on all ranks when one has a problem."""
         problems = [problem]
         if self._group is not None:
             problems = [""] * self._ranks
@@ -251,7 +272,6 @@ class TrainingCheckpoints:
         for rank, found in enumerate(problems):
             if found:
                 raise ValueError(f"{found} (found by rank {rank})")
-        return index
 
 
 def listed(optimizers: Optimizers | None) -> list[torch.optim.Optimizer]:
@@ -286,6 +306,9 @@ def _collect(
                     shards[f"optimizer.{name}.{key}"] = _shard(value, places[name], copy)
                 else:
                     scalars.setdefault(name, {})[key] = _number(value, name, key, optimizer)
+    buffers = dict(unwrap(module).named_buffers())
+    for name, place in buffer_placements(unwrap(module)).items():
+        shards[f"buffer.{name}"] = _shard(buffers[name], place, copy)
     return shards, scalars
 
 
@@ -304,6 +327,24 @@ def _number(value: Any, name: str, key: str, optimizer: torch.optim.Optimizer) -
         "anew. Use torch.optim.AdamW or another elementwise optimiser, colrow.Muon or "
         "colrow.Adafactor, or store this one's state yourself"
     )
+
+
+def _held_by_all(module: nn.Module, optimizers: Optimizers) -> list[Held]:
+    """What counts as the same on every tp rank."""
+    module, found = unwrap(module), list[Held]()
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    places = {**placements(module), **buffer_placements(module)}
+    for name, place in places.items():
+        if place.spec.dim is not None:
+            continue
+        tensor, owner = named[name], owner_of(module, name)
+        found.append(Held(name, local_tensor(tensor), place.declared, owner))
+        for optimizer in listed(optimizers):
+            for key, value in optimizer.state.get(tensor, {}).items():
+                if isinstance(value, Tensor) and value.shape == tensor.shape:
+                    state = local_tensor(value)
+                    found.append(Held(f"{key} of {name}", state, place.declared, owner))
+    return found
 
 
 def _shard(tensor: Tensor, place: Placement, copy: bool) -> Shard:

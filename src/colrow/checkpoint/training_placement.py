@@ -9,7 +9,7 @@ written and read by them, so neither depends on how a shard came about or whethe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -51,11 +51,14 @@ class Placement:
         tp_rank: this rank's number in that.
         rows: the half-open range of rows of the tp shard that this dp rank holds under FSDP2;
             None when it holds all of them.
+        declared: something says that it is divided so; otherwise it counts as held by every rank,
+            which is to be checked, see :mod:`colrow.checkpoint.same`.
     """
 
     spec: ShardSpec
     tp_rank: int = 0
     rows: Range | None = None
+    declared: bool = True
 
     @property
     def boxes(self) -> tuple[Box, ...]:
@@ -112,8 +115,9 @@ class Placement:
 def placements(module: nn.Module) -> dict[str, Placement]:
     """Every parameter's placement, under the names of ``module.named_parameters()``.
 
-    colrow's layers say how a parameter is divided (``weight_spec`` beside ``weight``), a model that
-    was split in place knows it by name. Other parameters count as the same on every tp rank.
+    colrow's layers say how a parameter is divided (``weight_spec`` beside ``weight``), and so may
+    any module; a model that was split in place knows it by name. Other parameters count as the same
+    on every tp rank, but are not ``declared`` so.
 
     Raises:
         ValueError: when a parameter has another shape than its placement says, is a DTensor that
@@ -124,6 +128,7 @@ def placements(module: nn.Module) -> dict[str, Placement]:
     wanted = dict(module.named_parameters())
     known = {name for name, _ in module.named_parameters(remove_duplicate=False)}  # tied ones too
     in_place: dict[str, ShardSpec] = {}
+    whole: set[str] = set()
     for prefix, child in module.named_modules():
         record = record_of(child)
         for name, divided in record.specs.items() if record is not None else ():
@@ -134,14 +139,41 @@ def placements(module: nn.Module) -> dict[str, Placement]:
                     "that wrap others, such as LoRA adapters, are to be added before the split"
                 )
             in_place[full] = divided
+        for name in record.whole if record is not None else ():
+            whole.add(f"{prefix}.{name}" if prefix else name)
+    by_tensor = _declared(module)
+    for full, parameter in wanted.items():
+        spec = in_place.get(full) or by_tensor.get(id(parameter))
+        declared = spec is not None or full in whole
+        spec = spec or ShardSpec.replicated(*parameter.shape)
+        found[full] = replace(_placement(full, parameter, spec, tp_rank), declared=declared)
+    return found
+
+
+def buffer_placements(module: nn.Module) -> dict[str, Placement]:
+    """As :func:`placements`, for the buffers that belong to the module's state."""
+    tp_rank, by_tensor = tensor_parallel_group(module).rank, _declared(module)
+    found: dict[str, Placement] = {}
+    for full, buffer in module.named_buffers():
+        prefix, _, name = full.rpartition(".")
+        if name not in module.get_submodule(prefix)._non_persistent_buffers_set:
+            spec = by_tensor.get(id(buffer))
+            declared, spec = spec is not None, spec or ShardSpec.replicated(*buffer.shape)
+            found[full] = replace(_placement(full, buffer, spec, tp_rank), declared=declared)
+    return found
+
+
+def _declared(module: nn.Module) -> dict[int, ShardSpec]:
+    """What modules say themselves about a parameter or buffer, by its id: it may be tied."""
+    found: dict[int, ShardSpec] = {}
     for prefix, child in module.named_modules():
-        for name, parameter in child.named_parameters(recurse=False):
-            full = f"{prefix}.{name}" if prefix else name
-            if full in wanted:
-                spec: object = in_place.get(full, getattr(child, f"{name}_spec", None))
-                if not isinstance(spec, ShardSpec):
-                    spec = ShardSpec.replicated(*parameter.shape)
-                found[full] = _placement(full, parameter, spec, tp_rank)
+        for name, tensor in (*child._parameters.items(), *child._buffers.items()):
+            spec = getattr(child, f"{name}_spec", None) if tensor is not None else None
+            if isinstance(spec, ShardSpec) and found.setdefault(id(tensor), spec) != spec:
+                raise ValueError(
+                    f"{prefix}.{name} is tied to a parameter that is divided otherwise: their "
+                    f"{name}_spec must be equal"
+                )
     return found
 
 

@@ -19,6 +19,7 @@ from colrow.inplace.check import (
     observe,
 )
 from colrow.inplace.fused import without_fused_kernels
+from colrow.inplace.inputs import compare_inputs
 from colrow.inplace.load import checked_names, fill, open_weights
 from colrow.inplace.look import Look, carry_out, look
 from colrow.inplace.meta import give_buffers, is_on_meta, model_of
@@ -40,6 +41,7 @@ def parallelize(
     example_inputs: Mapping[str, Any] | None = None,
     sequence_parallel: bool = False,
     check: bool = True,
+    check_inputs: bool = True,
 ) -> nn.Module:
     """Makes a model tensor-parallel in place; returns the same object.
 
@@ -68,6 +70,9 @@ def parallelize(
             block; refused, with the reason, where that is not proven.
         check: compare results, loss and gradients of the split model with the whole one's; on the
             meta device, results, loss and the gradients of small parameters, with made-up weights.
+        check_inputs: compare arguments, modes and dropout's random numbers over the ranks in every
+            forward pass that is not compiled (one all-reduce of 32 bytes), since different ones
+            give wrong numbers silently. May be changed later, as ``model.check_inputs``.
 
     Raises:
         ValueError: when nothing can be split, a plan cannot be followed, the ranks hold different
@@ -81,6 +86,7 @@ def parallelize(
         split = _parallelize(model, mesh, options, weights, dtype)
     if (record := record_of(split)) is not None:
         watch(split, record.tp)
+    compare_inputs(split, enabled=check_inputs)
     return split
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from colrow.inplace.atoms import spec_of_rows
 from colrow.inplace.calls import argument_names
+from colrow.inplace.keep import keep_part
 from colrow.inplace.locals import apply_setting
 from colrow.inplace.modules import (
     Arguments,
@@ -31,7 +32,6 @@ from colrow.inplace.parameters import (
 from colrow.inplace.prove import Proof
 from colrow.inplace.record import Record
 from colrow.inplace.search import Rows
-from colrow.inplace.simulate import take
 from colrow.inplace.streams import Stream, drops_out
 from colrow.inplace.unit import linear_kind, output_dim
 from colrow.layers.shared import SharedRows
@@ -44,13 +44,14 @@ class Applier:
     def __init__(self, model: nn.Module, record: Record) -> None:
         self.model, self.record = model, record
         self.tp = record.tp
-        self._owners: dict[int, list[tuple[nn.Module, str, str]]] = {}
+        self._names: dict[int, list[str]] = {}
         for path, module in model.named_modules(remove_duplicate=False):
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     full = f"{path}.{name}" if path else name
-                    self._owners.setdefault(id(parameter), []).append((module, name, full))
-        self._split: dict[int, nn.Parameter] = {}
+                    self._names.setdefault(id(parameter), []).append(full)
+        record.names = frozenset(name for names in self._names.values() for name in names)
+        self._split: set[int] = set()
         self._dropping: dict[int, bool] = {}  # configurations
         self._specs: dict[Any, tuple[ShardSpec, Rows]] = {}  # the rows stay, so that ids are unique
 
@@ -60,14 +61,10 @@ class Applier:
         if whole is None or id(whole) in self._split:
             return
         spec = self._spec(tuple(whole.shape), dim, rows)
-        local = nn.Parameter(
-            take(whole.detach(), dim, rows[self.tp.rank]).clone(), requires_grad=whole.requires_grad
-        )
-        self._split[id(local)] = local
-        for owner, attribute, full in self._owners[id(whole)]:
+        self.record.undo.append(keep_part(whole, spec, self.tp.rank))
+        self._split.add(id(whole))
+        for full in self._names[id(whole)]:
             self.record.specs[full] = spec
-            owner._parameters[attribute] = local
-            self._later(owner._parameters, attribute, whole)
 
     def _spec(self, shape: tuple[int, ...], dim: int, rows: Rows) -> ShardSpec:
         """Computed once for all blocks of one kind, which share their rows."""

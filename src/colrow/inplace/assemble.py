@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from colrow.checkpoint.same import Held, check_same, owner_of
 from colrow.comm import primitives
 from colrow.inplace.record import Record
 from colrow.mesh import ParallelGroup
@@ -16,14 +17,30 @@ from colrow.partition import ShardSpec
 
 @torch.no_grad()
 def assemble(
-    model: nn.Module, record: Record, value: Callable[[nn.Parameter], Tensor | None]
+    model: nn.Module,
+    record: Record,
+    value: Callable[[nn.Parameter], Tensor | None],
+    *,
+    rounds: bool = False,
 ) -> dict[str, Tensor]:
     """A tensor for every parameter of a parallelised model, whole, under the parameter's name.
 
     On tp rank 0, on the CPU; nothing on the other ranks. Communicates: every rank sends its shards
-    to rank 0, parameter by parameter.
+    to rank 0, parameter by parameter; before that the ranks compare what is not divided.
+
+    Args:
+        rounds: the values may differ by rounding, as gradients.
+
+    Raises:
+        ValueError: parameters that are not divided, or were added after the split, differ.
     """
     whole: dict[str, Tensor] = {}
+    named = {n: value(p) for n, p in model.named_parameters() if n not in record.specs}
+    check_same(
+        (Held(n, v, n in record.names, owner_of(model, n)) for n, v in named.items()),
+        record.tp,
+        rounds=rounds,
+    )
     for name, parameter in model.named_parameters():
         shard = value(parameter)
         if shard is None:

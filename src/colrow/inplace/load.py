@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from colrow.checkpoint.locate import resolve_model_path
 from colrow.checkpoint.reader import Ranges, TensorReader, open_reader, row_chunks
 from colrow.inplace.file_names import FileNames, file_names, whole_shape
+from colrow.inplace.keep import note_replaced
 from colrow.inplace.record import record_of
 from colrow.inplace.sources import Source
 from colrow.partition import ShardSpec
@@ -182,6 +183,7 @@ def allocate(
                 made[id(parameter)] = nn.Parameter(
                     value(full, parameter), requires_grad=parameter.requires_grad
                 )
+                undo.append(note_replaced(parameter))
             module._parameters[name] = made[id(parameter)]
             undo.append(_setter(module._parameters, name, parameter))
     return undo

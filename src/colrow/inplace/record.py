@@ -18,11 +18,18 @@ class Record:
     Attributes:
         tp: the tensor-parallel group.
         specs: how each parameter that is split is divided, by its name.
+        names: of all parameters that the model had, tied ones by each of their names.
     """
 
     tp: ParallelGroup
     specs: dict[str, ShardSpec] = field(default_factory=dict)
+    names: frozenset[str] = frozenset()
     undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
+
+    @property
+    def whole(self) -> frozenset[str]:
+        """Parameters that every rank holds."""
+        return self.names - self.specs.keys()
 
     def settle(self) -> None:
         """Lets go of what the model was, and of its memory."""

@@ -200,8 +200,9 @@ class Decoder(StagedLayers):
         tokens = x if stage.is_first else x[..., 0]
         if stage.is_first:
             x = self._embedded(x, context, sequence, shared, key, divided=divided)
-        if cache is not None and self.one_token and self.one_token.serves(tokens, attention_mask):
-            x = self.one_token(x, context, cache)
+        flat = self.one_token
+        if cache is not None and flat and flat.serves(tokens, x, attention_mask):
+            x = flat(x, context, cache)
             blocks = range(0)
         else:
             blocks = stage.blocks

@@ -8,7 +8,7 @@ collectives, and works in a few rows of memory that are allocated once; nothing 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,34 +25,45 @@ from colrow.layers.decoding import Kernel
 from colrow.layers.grouped_query import group_sizes
 from colrow.layers.norm import RMSNorm, rms_scale
 from colrow.layers.row import RowParallelLinear
+from colrow.models.known_blocks import Unchanged, known
+from colrow.models.pipeline import Blocks
 
 if TYPE_CHECKING:
     from colrow.models.staged_layers import StagedLayers
 
 _TORCH = Kernel()
+_DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 _Block = Callable[[KeyValueCache], None]
 
 
 class OneToken:
     """The blocks of a decoder, for one token.
 
-    Parameters are looked up in their modules in every pass, so new ones are seen. Where a module
-    has been replaced or wrapped since, the pass is left to the modules themselves.
+    Parameters are looked up in their modules in every pass, so new ones are seen. Where a block is
+    not one that is written out here (see :mod:`colrow.models.known_blocks`), or is not any more,
+    the pass is left to the modules themselves.
     """
 
-    def __init__(self, blocks: nn.ModuleList) -> None:
-        self._modules = list(blocks.modules())
-        self._hooks = [
-            hooks for m in self._modules for hooks in (m._forward_hooks, m._forward_pre_hooks)
-        ]
-        self._places = [
-            (parent._modules, name, child)
-            for parent in self._modules
-            for name, child in parent._modules.items()
-        ]
-        self._known = [block for block in blocks if isinstance(block, ParallelBlock)]
-        self._drops = any(block.dropout.p + block.attention.dropout.p for block in self._known)
-        self._rotations: dict[Any, Any] = {b.attention.rope: b.attention for b in self._known}
+    def __init__(self, blocks: Blocks, numbers: Iterable[int]) -> None:
+        """Of the blocks those with these numbers, in this order."""
+        self._blocks, self._numbers = blocks, tuple(numbers)
+        self._examine()
+
+    def _examine(self) -> None:
+        """Looks at the blocks as they are now."""
+        self._unchanged = Unchanged(self._blocks)
+        blocks = [self._blocks._modules.get(str(number)) for number in self._numbers]
+        self._known = [b for b in blocks if isinstance(b, ParallelBlock) and known(b)]
+        self._fits = len(self._known) == len(blocks)
+        self._drops = any(
+            block.training and block.dropout.p + block.attention.dropout.p > 0
+            for block in self._known
+        )
+        self._rotations: dict[Any, Tensor] = {}
+        for block in self._known:
+            attention: Any = block.attention
+            table = self._rotations.setdefault(attention.rope, attention.frequencies)
+            self._fits = self._fits and torch.equal(table, attention.frequencies)
         self._passes = threading.local()  # each thread has rows of its own
 
     def __reduce__(self) -> Any:
@@ -62,36 +73,41 @@ class OneToken:
     @staticmethod
     def fits(model: StagedLayers) -> bool:
         """Whether the model is of the kind that is written out here: RoPE over all keys."""
-        attentions = [b.attention for b in model.blocks if isinstance(b, ParallelBlock)]
         return (
             next(model.parameters()).is_cpu
             and not model.sequence_parallel
             and len(model.stages) == 1
-            and all(a.rope is not None and a.window is None for a in attentions)
-            and all(a.query_norm is None and not a.alibi for a in attentions)
+            and all(known(block) for block in model.blocks)
         )
 
-    def serves(self, input_ids: Tensor, attention_mask: Tensor | None) -> bool:
-        """Whether this pass is one token of one sequence, without padding or gradient."""
-        return (
-            input_ids.numel() == 1
-            and input_ids.is_cpu
-            and attention_mask is None
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
-            and not (self._drops and self._modules[0].training)
-            and not any(self._hooks)
-            and all(children[name] is child for children, name, child in self._places)
-        )
+    def serves(self, input_ids: Tensor, x: Tensor, attention_mask: Tensor | None) -> bool:
+        """Whether this pass is one token of one sequence, without padding or gradient.
+
+        Args:
+            x: its embedding.
+        """
+        if (
+            input_ids.numel() != 1
+            or type(x) is not Tensor
+            or not x.is_cpu
+            or x.dtype not in _DTYPES
+            or attention_mask is not None
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cpu")
+            or torch.compiler.is_compiling()
+        ):
+            return False
+        if not self._unchanged():
+            self._examine()
+        return self._fits and not self._drops and self._unchanged.runs_as_written(x.dtype)
 
     def __call__(self, x: Tensor, context: AttentionContext, cache: KeyValueCache) -> Tensor:
         """``[1, 1, hidden]`` to the same behind the last block; as the blocks, it extends cache."""
         rows, blocks = self._for_this_thread(x.dtype)
         stream = rows("stream", x.numel())
         stream.copy_(x.view(-1))
-        for rope, attention in self._rotations.items():
-            tables = context.rope(attention._buffers["frequencies"], rope, x.dtype)
+        for rope, frequencies in self._rotations.items():
+            tables = context.rope(frequencies, rope, x.dtype)
             for name, table in zip(("cos", "sin"), tables, strict=True):
                 rows((name, rope), rope.dims).copy_(table.view(-1))
         for block in blocks:

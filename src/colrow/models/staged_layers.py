@@ -137,7 +137,9 @@ class StagedLayers(nn.Module):
                 module.kernel = lay_out_(module.weight, blas=blas)
         if self.norm is not None and self.head is None and self.embedding is not None:
             self.tied_kernel = lay_out_(self.embedding.weight, blas=blas)
-        self.one_token = OneToken(self.blocks) if OneToken.fits(self) else None
+        self.one_token = None
+        if OneToken.fits(self):
+            self.one_token = OneToken(self.blocks, self.stages[0].blocks)
         return self
 
     def weight_bytes_per_rank(self) -> list[int]:

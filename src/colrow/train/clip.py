@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from colrow.checkpoint.same import Held, owner_of, problem_of
 from colrow.checkpoint.training_placement import (
     data_parallel_group,
     local_tensor,
@@ -16,8 +17,11 @@ from colrow.checkpoint.training_placement import (
     unwrap,
 )
 from colrow.comm import primitives
+from colrow.comm.agreement import assert_on_device
 from colrow.mesh import ParallelGroup
 from colrow.models.decoder import Decoder
+
+_ROUNDING = 1e-2  # of squared norms of gradients, as they differ in bf16 on a GPU
 
 
 @torch.no_grad()
@@ -35,13 +39,19 @@ def grad_norm(module: nn.Module) -> Tensor:
     Returns:
         A number in fp64 on the parameters' device; infinite or nan when a gradient is.
 
-    Communicates: one all-reduce of 8 bytes over tp, under FSDP2 one over dp, and in a pipeline one
-    over pp.
+    Raises:
+        ValueError: parameters of which nothing says how they are divided, such as those of torch's
+            own layers beside colrow's, have different gradients on the tp ranks.
+
+    Communicates: one all-reduce over tp, of 8 bytes, and 8 more for each rank where there are such
+    parameters; under FSDP2 one over dp, and in a pipeline one over pp.
     """
     module = unwrap(module)
     places = placements(module)
     device = next(module.parameters()).device
     norms: list[Tensor] = []
+    tp = tensor_parallel_group(module)
+    unknown: dict[str, Tensor] = {}
     copies, pp = _copies_of_others(module)
     dp = data_parallel_group(module)
     for name, parameter in module.named_parameters():
@@ -53,12 +63,46 @@ def grad_norm(module: nn.Module) -> Tensor:
         wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
         for box in places[name].owned:
             norms.append(torch.linalg.vector_norm(box.view(grad), dtype=wide).double())
+        if not places[name].declared:
+            unknown[name] = grad
     total = torch.zeros((), dtype=torch.float64, device=device)
     if norms:
         total = torch.stack(norms).square().sum()
-    for group in (tensor_parallel_group(module), dp, pp):
+    if tp.size > 1 and not all(place.declared for place in places.values()):
+        total = _with_equal(module, total, unknown, tp)
+    else:
+        total = primitives.all_reduce(total, tp, layer="grad_norm", phase="backward")
+    for group in (dp, pp):
         total = primitives.all_reduce(total, group, layer="grad_norm", phase="backward")
     return total.sqrt()
+
+
+def _with_equal(
+    module: nn.Module, total: Tensor, unknown: dict[str, Tensor], tp: ParallelGroup
+) -> Tensor:
+    """The sum of ``total`` over tp, if what nothing says is divided has gradients of equal norms.
+
+    Args:
+        unknown: these gradients.
+
+    Raises:
+        ValueError: the norms differ, so that they are no gradients of whole parameters.
+    """
+    mine = total.new_zeros(1 + tp.size)
+    mine[0] = total
+    for grad in unknown.values():
+        wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        mine[1 + tp.rank] += torch.linalg.vector_norm(grad, dtype=wide).double().square()
+    sums = primitives.all_reduce(mine, tp, layer="grad_norm", phase="backward")
+    top, low = sums[1:].max(), sums[1:].min()
+    equal = ~(top - low > _ROUNDING * top)  # nan counts as equal: it is told elsewhere
+    if sums.is_cuda:
+        message = f"gradients of {', '.join(unknown)} differ between the {tp.name} ranks: say how"
+        assert_on_device(equal, f"{message} they are divided, as with weight_spec")
+    elif not equal:
+        held = (Held(n, grad, False, owner_of(module, n)) for n, grad in unknown.items())
+        raise ValueError(f"gradients: {problem_of(held, tp, rounds=True) or 'they differ'}")
+    return sums[0]
 
 
 def _copies_of_others(module: nn.Module) -> tuple[set[int], ParallelGroup]:

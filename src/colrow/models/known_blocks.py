@@ -1,0 +1,227 @@
+"""Which blocks the flat pass for one token is written out for; any other takes the ordinary way.
+
+A module is known by its exact class with that class's own forward, by the names of everything that
+it holds, and by the values that the flat pass takes for granted. What is not named here is unknown.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from colrow.layers.activation import ACTIVATIONS
+from colrow.layers.attention import ParallelAttention
+from colrow.layers.block import ParallelBlock
+from colrow.layers.column import FusedColumnParallelLinear, QKVParallelLinear
+from colrow.layers.decoding import BlasKernel, Kernel, PackedKernel
+from colrow.layers.dropout import ParallelDropout
+from colrow.layers.grouped_query import group_sizes
+from colrow.layers.mlp import ParallelMLP
+from colrow.layers.norm import LayerNorm, RMSNorm
+from colrow.layers.options import RopeConfig
+from colrow.layers.row import RowParallelLinear
+from colrow.models.pipeline import Blocks
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a module of one class holds.
+
+    Attributes:
+        attributes: names beside those of every module; parameters, buffers and children too.
+        children: the classes that each child may have.
+        fits: whether the values are those that the flat pass knows.
+    """
+
+    attributes: frozenset[str]
+    children: dict[str, tuple[type[nn.Module], ...]]
+    fits: Callable[[Any], bool]
+    forward: Any
+
+
+def _kind(
+    cls: type[nn.Module],
+    attributes: str,
+    fits: Callable[[Any], bool],
+    **children: type[nn.Module] | tuple[type[nn.Module], ...],
+) -> _Kind:
+    found = {k: v if isinstance(v, tuple) else (v,) for k, v in children.items()}
+    return _Kind(frozenset([*attributes.split(), *found]), found, fits, cls.forward)
+
+
+def _attention_fits(attention: ParallelAttention) -> bool:
+    inner = group_sizes(attention.runs)[1:-1]
+    return (
+        type(attention.rope) is RopeConfig
+        and attention.window is None
+        and attention.alibi is False
+        and attention.query_norm is None
+        and attention.key_norm is None
+        and attention.slopes is None
+        and attention.sequence_parallel is False
+        and all(size == max(group_sizes(attention.runs)) for size in inner)
+    )
+
+
+def _linear_fits(layer: Any) -> bool:
+    kernels = (type(None), Kernel, BlasKernel, PackedKernel)
+    return layer.sequence_parallel is False and type(layer.kernel) in kernels
+
+
+def _row_fits(layer: Any) -> bool:
+    return _linear_fits(layer) and layer.input_is_parallel is True
+
+
+def _norm_fits(norm: Any) -> bool:
+    return bool(norm.applied_to == "all")
+
+
+def _mlp_fits(mlp: ParallelMLP) -> bool:
+    return mlp.activation in ACTIVATIONS and type(mlp.gated) is bool
+
+
+_LINEAR = (
+    "weight bias weight_spec bias_spec tp layer in_features out_features sequence_parallel "
+    "chunk_bytes overlap kernel "
+)
+_COLUMN = _LINEAR + "_shared_rows keep_gathered_input"
+_NORM = "weight bias weight_spec bias_spec tp layer size eps applied_to"
+_NORMS = (RMSNorm, LayerNorm)
+
+_KINDS: dict[type[nn.Module], _Kind] = {
+    ParallelBlock: _kind(
+        ParallelBlock,
+        "tp parallel_residual own_bucket _shared_layers",
+        lambda block: type(block.parallel_residual) is bool,
+        attention_norm=_NORMS,
+        attention=ParallelAttention,
+        mlp_norm=_NORMS,
+        mlp=ParallelMLP,
+        dropout=ParallelDropout,
+    ),
+    ParallelAttention: _kind(
+        ParallelAttention,
+        "heads head_dim tp rope window layer_index sequence_parallel q_heads kv_heads runs alibi "
+        "query_norm key_norm _shared_layers padded unpadded kv_of_query slopes frequencies",
+        _attention_fits,
+        qkv=QKVParallelLinear,
+        output=RowParallelLinear,
+        dropout=ParallelDropout,
+    ),
+    ParallelMLP: _kind(
+        ParallelMLP,
+        "activation gated partition",
+        _mlp_fits,
+        up=FusedColumnParallelLinear,
+        down=RowParallelLinear,
+    ),
+    QKVParallelLinear: _kind(QKVParallelLinear, _COLUMN, _linear_fits),
+    FusedColumnParallelLinear: _kind(FusedColumnParallelLinear, _COLUMN, _linear_fits),
+    RowParallelLinear: _kind(
+        RowParallelLinear, f"{_LINEAR} partition input_is_parallel", _row_fits
+    ),
+    RMSNorm: _kind(RMSNorm, _NORM, _norm_fits),
+    LayerNorm: _kind(LayerNorm, _NORM, _norm_fits),
+    ParallelDropout: _kind(ParallelDropout, "p", lambda _: True),
+}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_pre_hooks,
+)
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def known(block: nn.Module | None) -> bool:
+    """Whether a block is one that the flat pass is written out for, as it is now."""
+    return type(block) is ParallelBlock and _known(block)
+
+
+def _known(module: nn.Module) -> bool:
+    kind, held = _KINDS.get(type(module)), vars(module)
+    if kind is None or type(module).forward is not kind.forward:
+        return False
+    tensors = (*module._parameters, *module._buffers, *module._modules)
+    if {*held, *tensors} - _OF_EVERY_MODULE != kind.attributes:
+        return False
+    if module._modules.keys() != kind.children.keys():
+        return False
+    if not all(
+        _plain(p, getattr(module, f"{n}_spec"), module) for n, p in module._parameters.items()
+    ):
+        return False
+    children = module._modules.items()
+    return kind.fits(module) and all(
+        child is not None and type(child) in kind.children[name] and _known(child)
+        for name, child in children
+    )
+
+
+def _plain(parameter: Tensor | None, spec: Any, module: Any) -> bool:
+    """Whether a parameter is of the ordinary class, on the CPU, and of the shape that it says."""
+    return parameter is None or (
+        type(parameter) is nn.Parameter
+        and parameter.is_cpu
+        and parameter.layout == torch.strided
+        and tuple(parameter.shape) == spec.local_shape(module.tp.rank)
+    )
+
+
+class Unchanged:
+    """Whether blocks are what they were when this was made; takes a few microseconds a block."""
+
+    def __init__(self, blocks: Blocks) -> None:
+        modules = list(blocks.modules())
+        self._modules = modules
+        self._classes = [type(module) for module in modules]
+        held = [vars(module) for module in modules]
+        self._held_by = held
+        self._counts = [len(found) for found in held]
+        alike: dict[
+            tuple[type, frozenset[str]], list[dict[str, Any]]
+        ] = {}  # with attributes of the same names
+        for cls, found in zip(self._classes, held, strict=True):
+            alike.setdefault((cls, frozenset(found)), []).append(found)
+        self._attributes = []
+        for (_, names), group in alike.items():
+            own = sorted(names - _OF_EVERY_MODULE)
+            read = operator.itemgetter("training", "_modules", *own)
+            self._attributes.append((read, group, [*map(read, group)]))
+        self._hooks = [vars(m)[hooks] for m in modules for hooks in _HOOKS]
+        self._children = [m._modules for m in modules]
+        self._had = [dict(children) for children in self._children]
+        self._tensors = [found for m in modules for found in (m._parameters, m._buffers) if found]
+        self._held = list(_values(self._tensors))
+        self._count = len(self._held)
+        self._parameters = [p for m in modules for p in m._parameters.values() if p is not None]
+
+    def __call__(self) -> bool:
+        """Whether their classes, attributes, children and tensors are the same objects."""
+        return (
+            all(map(operator.is_, map(type, self._modules), self._classes))
+            and [*map(len, self._held_by)] == self._counts
+            and all([*map(read, held)] == were for read, held, were in self._attributes)
+            and all(map(operator.eq, self._children, self._had))
+            and sum(map(len, self._tensors)) == self._count
+            and all(map(operator.is_, _values(self._tensors), self._held))
+        )
+
+    def runs_as_written(self, dtype: torch.dtype) -> bool:
+        """Whether nothing else would run with them, and all is of this dtype and on the CPU."""
+        return (
+            not any(_GLOBAL_HOOKS)
+            and not any(self._hooks)
+            and all(cls.forward is kind.forward for cls, kind in _KINDS.items())
+            and all(p.dtype is dtype and p.is_cpu for p in self._parameters)
+        )
+
+
+def _values(held: Iterable[dict[str, Any]]) -> Iterable[Any]:
+    return chain.from_iterable(found.values() for found in held)
