@@ -181,7 +181,7 @@ def run_world(n: int, function: Callable[..., Any], *args: Any, timeout: float =
         function,
         args,
         ranks=n,
-        threads=1,
+        threads="1",
         max_restarts=0,
         timeout_seconds=timeout,
         quiet=True,

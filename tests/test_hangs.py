@@ -114,6 +114,13 @@ def test_what_the_launcher_did_is_not_the_cause(tmp_path: Path) -> None:
     assert root_cause(evidence).rank == 2
     evidence.exit_codes[2] = -signal.SIGBUS
     assert str(root_cause(evidence)).startswith("rank 2 was killed by SIGBUS")
+    assert "/dev/shm" in str(root_cause(evidence))
+    evidence.exit_codes[2] = -signal.SIGKILL
+    assert str(root_cause(evidence)) == "rank 2 was killed by SIGKILL; the other ranks were stopped"
+    evidence.oom_kills = -1
+    assert "rank 2 was killed by SIGKILL: the kernel had no memory left" in str(
+        root_cause(evidence)
+    )
     error(tmp_path, 1, "no such layer", lost=False)
     assert root_cause(evidence).message == "no such layer"
 

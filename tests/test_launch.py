@@ -173,6 +173,13 @@ def test_bad_arguments_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         launch(os.getpid, ranks=2)
 
 
+def test_a_thread_count_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("abc", "0", "-1", "2;3"):
+        monkeypatch.setenv("OMP_NUM_THREADS", value)
+        with pytest.raises(ValueError, match=f"OMP_NUM_THREADS is '{value}': set it to a number"):
+            launch(meet, ranks=2)
+
+
 def announce_and_sleep() -> None:
     print("ready", flush=True)
     time.sleep(60)
@@ -263,7 +270,8 @@ def test_launchers_are_recognised(
     ("variables", "message"),
     [
         ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK is 'one', not a whole number"),
-        ({"RANK": "2", "WORLD_SIZE": "2"}, "says rank 2 of 2"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "says rank 2 of 2.*if they are left over, unset them"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "says rank 0 of 0"),
         ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "set LOCAL_RANK and LOCAL_WORLD_SIZE"),
     ],
 )

@@ -71,7 +71,7 @@ def run_ranks(
     args: tuple[object, ...],
     *,
     ranks: int,
-    threads: int,
+    threads: str,
     max_restarts: int,
     timeout_seconds: float | None,
     quiet: bool,
@@ -158,7 +158,7 @@ class _Agent(LocalElasticAgent):
         self,
         spec: WorkerSpec,
         directory: Path,
-        threads: int,
+        threads: str,
         timeout_seconds: float | None,
         seconds_to_stop: float,
         hang_seconds: float | None,
@@ -181,7 +181,7 @@ class _Agent(LocalElasticAgent):
         directory = Path(tempfile.mkdtemp(prefix="attempt-", dir=self._directory))
         environment = {
             STORE_VARIABLE: str(directory / "store"),
-            "OMP_NUM_THREADS": str(self._threads),
+            "OMP_NUM_THREADS": self._threads,
             **allocator_variables(),
             "TORCHELASTIC_SIGNALS_TO_HANDLE": ",".join(
                 number.name for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN

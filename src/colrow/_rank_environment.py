@@ -37,6 +37,16 @@ class RankEnvironment:
     local_rank: int
     local_world_size: int
 
+    @property
+    def remedy(self) -> str:
+        """What to add to a complaint when the variables may be left over from something else."""
+        if self.launcher != "torchrun" or has_variables("TORCHELASTIC_RUN_ID"):
+            return ""
+        return (
+            " (RANK and WORLD_SIZE are set in the environment, and no torchrun runs: if they are "
+            "left over, unset them)"
+        )
+
     def __post_init__(self) -> None:
         for what, number, size in (
             ("rank", self.rank, self.world_size),
@@ -45,7 +55,7 @@ class RankEnvironment:
             if not 0 <= number < size:
                 raise ValueError(
                     f"{self.launcher}'s environment says {what} {number} of {size}: "
-                    f"a {what} is at least 0 and below the number of ranks"
+                    f"a {what} is at least 0 and below the number of ranks{self.remedy}"
                 )
 
 

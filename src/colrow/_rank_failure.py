@@ -10,6 +10,7 @@ import json
 import signal
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ class Evidence:
         hung: the ranks that the others waited for in vain, and what each was doing.
         hung_seconds: for how long.
         places: where the ranks were then.
+        oom_kills: of the kernel, when the ranks started.
         started_at: as time.monotonic(), when the first rank that failed was noticed.
     """
 
@@ -43,6 +45,7 @@ class Evidence:
     hung_seconds: float = 0.0
     places: dict[int, Place | None] = field(default_factory=dict)
     started_at: float | None = None
+    oom_kills: int = field(default_factory=lambda: _oom_kills())
 
     def complete(self, exit_codes: Mapping[int, int | None]) -> bool:
         """Takes the exit codes of now; whether the cause can be told by now.
@@ -74,6 +77,10 @@ class Evidence:
             self.hung_seconds = max((self.started_at - p.since for p in waits), default=0.0)
         return True
 
+    def out_of_memory(self) -> bool:
+        """Whether the kernel killed a process for want of memory since the ranks started."""
+        return _oom_kills() > self.oom_kills
+
     def errors(self) -> dict[int, dict[str, Any]]:
         """What ranks raised."""
         found = {}
@@ -103,14 +110,34 @@ def root_cause(evidence: Evidence) -> RankFailure:
     ]
     if not own and not died and evidence.hung:
         return _hung(evidence, places)
-    for rank in died if not own else []:
-        return RankFailure(rank, codes[rank])
+    if died and not own:
+        return _died(died[0], codes[died[0]], evidence.out_of_memory())
     if not errors:
         rank = min((r for r, code in codes.items() if code is not None), default=0)
         return RankFailure(rank, codes.get(rank))
     rank = min(own or errors, key=lambda r: errors[r]["time_ns"])
     fields = ("error_type", "message", "traceback", "bad_input")
     return RankFailure(rank, codes.get(rank), **{name: errors[rank][name] for name in fields})
+
+
+def _died(rank: int, code: int | None, out_of_memory: bool) -> RankFailure:
+    why = ""
+    if code == -signal.SIGKILL and out_of_memory:
+        why = "rank {} was killed by SIGKILL: the kernel had no memory left; use smaller batches, "
+        why += "shorter sequences or more devices"
+    elif code == -signal.SIGBUS:
+        why = "rank {} was killed by SIGBUS: a file that it maps was cut short, or its file system "
+        why += "is full, such as /dev/shm (in a container: --shm-size)"
+    return RankFailure(rank, code, message=why.format(rank))
+
+
+def _oom_kills() -> int:
+    """How many processes the kernel has killed for want of memory, since it started."""
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/vmstat").read_text().splitlines():
+            if line.startswith("oom_kill "):
+                return int(line.split()[1])
+    return 0
 
 
 def _hung(evidence: Evidence, places: Mapping[int, Place | None]) -> RankFailure:
@@ -123,6 +150,10 @@ def _hung(evidence: Evidence, places: Mapping[int, Place | None]) -> RankFailure
         if other not in evidence.hung and place is not None and place.waiting_in:
             message += f"; rank {other} waited in {place.waiting_in}"
             break
+    for other, error in sorted(evidence.errors().items()):
+        said = " ".join(error["message"].split())
+        message += f"; rank {other} failed: {error['error_type']}: {said}"
+        break
     return RankFailure(rank, None, message=message)
 
 

@@ -7,6 +7,7 @@ there is anything to compute.
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -144,6 +145,13 @@ def launch(
         raise RuntimeError(
             f"this process is already rank {environment.rank} of {environment.world_size}, "
             f"started by {environment.launcher}: call {function.__name__} directly"
+            f"{environment.remedy}"
+        )
+    users = os.environ.get("OMP_NUM_THREADS", "")
+    if users and not re.fullmatch(r"\s*[1-9]\d*\s*(,\s*[1-9]\d*\s*)*", users):
+        raise ValueError(
+            f"the environment variable OMP_NUM_THREADS is {users!r}: set it to a number of threads "
+            "for each rank, or unset it"
         )
     from colrow._rank_agent import run_ranks
 
@@ -152,7 +160,7 @@ def launch(
         function,
         tuple(args),
         ranks=ranks,
-        threads=int(os.environ.get("OMP_NUM_THREADS") or threads),
+        threads=os.environ.get("OMP_NUM_THREADS") or str(threads),
         max_restarts=max_restarts,
         timeout_seconds=timeout_seconds,
         seconds_to_stop=seconds_to_stop,

@@ -246,6 +246,28 @@ def test_settings_that_no_run_has(text: str, message: str, tmp_path: Path) -> No
         load_settings(file, {"model": "m", "data": "d", "output": str(tmp_path / "o")})
 
 
+def test_a_size_on_the_command_line_replaces_the_layout_of_the_file(inputs: Path) -> None:
+    from colrow.train.settings import load_settings, to_toml
+
+    file, said = inputs / "settings.toml", list[str]()
+    before = settings_for(inputs, "run", tp=2, dp=2, sequence_parallel=True, tensor_split="2,1")
+    file.write_text(to_toml(before))
+    found = load_settings(file, {"tp": 1, "pp": 2}, said.append)
+    assert (found.tp, found.dp, found.pp, found.ranks) == (1, 1, 2, 2)
+    assert (found.sequence_parallel, found.tensor_split) == (False, "")
+    assert said[0].startswith(
+        "the layout is that of the command line (--pp, --tp): pp 2 x dp 1 x tp 1; "
+    )
+    assert f"{file} has dp = 2, tensor_split = '2,1', sequence_parallel = True, which" in said[0]
+    kept = load_settings(file, {"dp": 4, "tp": 2, "tensor_split": "3,1"}, said.append)
+    assert (kept.tp, kept.dp, kept.tensor_split) == (2, 4, "3,1")
+    # Without a size the layout is the file's.
+    assert load_settings(file, {"steps": 7, "tensor_split": "3,1"}, said.append).ranks == 4
+    file.write_text(to_toml(settings_for(inputs, "run")))
+    assert load_settings(file, {"pp": 2}, said.append).ranks == 2
+    assert len(said) == 2
+
+
 def disagree(world: Any, what: Callable[[int], dict[str, object]]) -> None:
     from colrow.train.faults import check_agreement
     from tests.train.layouts import Layout, make_mesh

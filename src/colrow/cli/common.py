@@ -212,7 +212,7 @@ def run_on_ranks(function: Callable[..., T], *args: object, ranks: int) -> T | N
     if environment.world_size != ranks:
         raise ValueError(
             f"{environment.launcher} started {environment.world_size} ranks, but the sizes that "
-            f"are asked for (--tp and others) make {ranks}: make them the same"
+            f"are asked for (--tp and others) make {ranks}: make them the same{environment.remedy}"
         )
     result = function(*args)
     return result if environment.rank == 0 else None

@@ -8,8 +8,8 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from colrow.cli.common import add_json, run_on_ranks, write_json
-from colrow.launch import RankFailure, launch, launched_by
+from colrow.cli.common import add_json, run_on_ranks, say, write_json
+from colrow.launch import RankFailure, launch, launched_by, rank_environment
 from colrow.train.settings import TrainSettings, load_settings, to_toml
 
 if TYPE_CHECKING:
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 HELP = "fine-tune a model, or train one from a configuration"
 DESCRIPTION = """\
 Trains on --tp x --dp x --pp ranks and gives the loss curve that one device would give. Every
-setting is a key of the TOML file SETTINGS and an option; options win. The resolved settings,
+setting is a key of the TOML file SETTINGS and an option; options win. One of --tp, --dp and --pp
+replaces the file's whole layout. The resolved settings,
 checkpoints, logs and a plot of the loss are written to --output. A run that finds checkpoints there
 continues from the newest, exactly on the same ranks, and up to rounding on others. SIGTERM and
 SIGINT (Ctrl-C) save and stop.
@@ -63,7 +64,9 @@ def run(args: argparse.Namespace) -> int:
     """Trains, or shows what training would be."""
     names = {entry.name for entry in dataclasses.fields(TrainSettings)}
     overrides = {name: value for name, value in vars(args).items() if name in names}
-    settings = load_settings(args.settings, overrides)
+    environment = rank_environment()
+    first = environment is None or environment.rank == 0
+    settings = load_settings(args.settings, overrides, say if first else lambda line: None)
     if args.dry_run:
         return _dry_run(settings, args.json)
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -17,6 +17,20 @@ PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
 OPTIMIZERS = {"adamw": 3e-4, "sgd": 0.1, "muon": 3e-4, "adafactor": 1e-3}
 RECOMPUTE = ("none", "selective", "full")
 _MOST = {"tp": 1 << 16, "dp": 1 << 16, "pp": 1 << 16, "sequence": 1 << 28, "global_batch": 1 << 30}
+
+
+# The sizes of the grid of ranks, and what else says how it divides a model.
+SIZES = frozenset({"tp", "dp", "pp"})
+LAYOUT = (
+    "tp",
+    "dp",
+    "pp",
+    "tensor_split",
+    "layer_split",
+    "sequence_parallel",
+    "schedule",
+    "stages_per_rank",
+)
 
 
 def _option(default: Any, help: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -208,8 +222,20 @@ class TrainSettings:
         return self.model.endswith(".json")
 
 
-def load_settings(file: str | Path | None, overrides: Mapping[str, Any]) -> TrainSettings:
+def load_settings(
+    file: str | Path | None,
+    overrides: Mapping[str, Any],
+    say: Callable[[str], None] = lambda line: None,
+) -> TrainSettings:
     """The TOML file's settings, with those of the command line in their place.
+
+    Where the command line gives one of the sizes tp, dp and pp, it gives the layout: what the file
+    says of the others, and of how they divide, does not count.
+
+    Args:
+        file: may be missing.
+        overrides: what the command line says.
+        say: is told which of the file's settings were left out, and why.
 
     Raises:
         ValueError: a file that is not TOML, an unknown key, a value of the wrong type.
@@ -231,6 +257,19 @@ def load_settings(file: str | Path | None, overrides: Mapping[str, Any]) -> Trai
         elif type(value) is not types[name]:
             raise ValueError(
                 f"{file}: {name}={shown(value)} should be of type {types[name].__name__}"
+            )
+    given = sorted(SIZES & overrides.keys())
+    if given:
+        left_out = {name: values.pop(name) for name in LAYOUT if name in values.keys() - overrides}
+        defaults = {entry.name: entry.default for entry in dataclasses.fields(TrainSettings)}
+        others = [name for name, value in left_out.items() if value != defaults[name]]
+        if others:
+            layout = " x ".join(f"{name} {overrides.get(name, 1)}" for name in ("pp", "dp", "tp"))
+            said = ", ".join(f"{name} = {shown(left_out[name])}" for name in others)
+            options = ", ".join(f"--{name}" for name in given)
+            say(
+                f"the layout is that of the command line ({options}): {layout}; {file} has {said}, "
+                "which belongs to another layout: give it as an option to keep it"
             )
     return TrainSettings(**{**values, **overrides})
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from colrow._rank_environment import inherited_environment
+from colrow.comm.engine import against_shared_memory
 from colrow.comm.mpi.peers import Peers
 
 if TYPE_CHECKING:
@@ -101,9 +102,12 @@ def _start(store: Store, rank: int, size: int) -> None:
     if own:
         # torchrun's ranks keep the store when they are started again.
         key = f"colrow/pmi_port/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        if rank == 0:
-            store.set(key, str(_serve(size)))
-        variables |= {"PMI_PORT": f"127.0.0.1:{store.get(key).decode()}", "PMI_ID": str(rank)}
+        if rank == 0:  # which looks before any rank takes its share
+            store.set(key, against_shared_memory(size, free=True) or str(_serve(size)))
+        port = store.get(key).decode()
+        if not port.isdecimal():
+            raise ValueError(f"MPI cannot start: {port}; free some, or use engine='gloo'")
+        variables |= {"PMI_PORT": f"127.0.0.1:{port}", "PMI_ID": str(rank)}
     with inherited_environment(variables):  # not for the processes that this one will start
         mpi = _mpi()
     mpi.COMM_WORLD.Barrier()  # all ranks have opened the shared memory
