@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import colrow
 from colrow.comm import compat, primitives
+from colrow.comm import engine as engine_module
 from colrow.comm.engine import choose_engine
 from colrow.launch import RankFailure, launch
 from tests.comm.endings import dies, late
@@ -325,5 +327,12 @@ def test_which_engine_is_chosen_and_why(monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(ValueError, match=message):
             choose_engine(engine, device, ranks, local, 2)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "SHARED_BYTES_PER_RANK", 1 << 50)
+        small = choose_engine(None, "cpu", 2, 2, 2)
+        assert small.name == "gloo"
+        assert re.match(r"/dev/shm has [\d.]+ MB and MPI's 2 ranks need \d+ MB", small.why)
+        with pytest.raises(ValueError, match=r"engine='mpi' is not possible: /dev/shm has"):
+            choose_engine("mpi", "cpu", 2, 2, 2)
     missing = choose_engine(None, "cpu", 2, 2, 2)
     assert missing.name == "gloo" and "pip install 'colrow[cpu]'" in missing.why
