@@ -318,6 +318,13 @@ def test_which_engine_is_chosen_and_why(monkeypatch: pytest.MonkeyPatch) -> None
     assert name("mpi", "cpu", 3, 3, 2) == "mpi"
     crowded = choose_engine(None, "cpu", 3, 3, 2)
     assert str(crowded) == "gloo (3 ranks on 2 cores: MPI's ranks wait by polling)"
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_module, "SHARED_BYTES_PER_RANK", 1 << 50)
+        small = choose_engine(None, "cpu", 2, 2, 2)
+        assert small.name == "gloo"
+        assert re.match(r"/dev/shm has [\d.]+ MB and MPI's 2 ranks need \d+ MB", small.why)
+        with pytest.raises(ValueError, match=r"engine='mpi' is not possible: /dev/shm has"):
+            choose_engine("mpi", "cpu", 2, 2, 2)
     for engine, device, ranks, local, message in (
         ("mpi", "cuda", 2, 2, "it serves CPU ranks alone"),
         ("mpi", "cpu", 4, 2, "the 4 ranks are on several hosts"),
@@ -327,12 +334,5 @@ def test_which_engine_is_chosen_and_why(monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(ValueError, match=message):
             choose_engine(engine, device, ranks, local, 2)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with monkeypatch.context() as patch:
-        patch.setattr(engine_module, "SHARED_BYTES_PER_RANK", 1 << 50)
-        small = choose_engine(None, "cpu", 2, 2, 2)
-        assert small.name == "gloo"
-        assert re.match(r"/dev/shm has [\d.]+ MB and MPI's 2 ranks need \d+ MB", small.why)
-        with pytest.raises(ValueError, match=r"engine='mpi' is not possible: /dev/shm has"):
-            choose_engine("mpi", "cpu", 2, 2, 2)
     missing = choose_engine(None, "cpu", 2, 2, 2)
     assert missing.name == "gloo" and "pip install 'colrow[cpu]'" in missing.why
