@@ -41,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         number=number,
         case=case,
         shrink=not options.no_shrink,
+        stop_at_first=options.first,
         seconds_per_case=options.seconds_per_case,
         progress=shown.case,
         found=shown.finding,
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         "--case", metavar="KIND:JSON", help="this case, as a finding prints it, and no other"
     )
     parser.add_argument("--no-shrink", action="store_true", help="leave what is wrong as drawn")
+    parser.add_argument("--first", action="store_true", help="stop at the first that is wrong")
     parser.add_argument("--seconds-per-case", type=float, default=SECONDS_PER_CASE, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
     parser.add_argument("--verbose", action="store_true", help="a line for every case")

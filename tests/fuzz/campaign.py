@@ -49,7 +49,8 @@ class Result:
 
     Attributes:
         counts: by kind, how many cases got which word of :class:`tests.fuzz.pool.Verdict`.
-        refusals, not_run: by sentence, how often.
+        refusals, not_run: by kind and sentence, how often.
+        first: by sentence, the first case that it was said of.
     """
 
     ranks: int
@@ -59,18 +60,21 @@ class Result:
     findings: list[Finding] = field(default_factory=list)
     refusals: dict[str, Counter[str]] = field(default_factory=dict)
     not_run: dict[str, Counter[str]] = field(default_factory=dict)
+    first: dict[str, str] = field(default_factory=dict)
 
     @property
     def total(self) -> Counter[str]:
         """The counts of all kinds together."""
         return sum(self.counts.values(), Counter())
 
-    def add(self, kind: str, verdict: Verdict) -> None:
+    def add(self, kind: str, number: int, verdict: Verdict) -> None:
         """Counts a verdict."""
         self.counts.setdefault(kind, Counter())[verdict.word] += 1
         if verdict.word in ("refused", "not run"):
             said = self.refusals if verdict.word == "refused" else self.not_run
-            said.setdefault(kind, Counter())[" ".join(verdict.why)] += 1
+            sentence = " ".join(verdict.why)
+            said.setdefault(kind, Counter())[sentence] += 1
+            self.first.setdefault(sentence, f"{kind}:{number}")
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -102,6 +106,7 @@ def fuzz(
     number: int | None = None,
     case: Case | None = None,
     shrink: bool = True,
+    stop_at_first: bool = False,
     seconds_per_case: float,
     progress: Callable[[str, int, Verdict, Result], None],
     found: Callable[[Finding], None],
@@ -109,6 +114,7 @@ def fuzz(
     """Runs cases of these kinds; one alone when it is given, or its number.
 
     Args:
+        stop_at_first: stop when a case is wrong.
         progress: told of every case.
         found: told of each that is wrong.
     """
@@ -123,7 +129,7 @@ def fuzz(
             numbers[name] = numbers[name] + 1 if number is None else number
             drawn = case if case is not None else KINDS[name].draw(ranks, seed, numbers[name])
             verdict = pool.run(name, drawn)
-            result.add(name, verdict)
+            result.add(name, numbers[name], verdict)
             result.seconds = time.monotonic() - begin
             progress(name, numbers[name], verdict, result)
             if verdict.word == "wrong":
@@ -132,7 +138,8 @@ def fuzz(
                 result.findings.append(finding)
                 found(finding)
             result.seconds = time.monotonic() - begin
-            if number is not None or case is not None or result.seconds >= seconds:
+            enough = stop_at_first and bool(result.findings)
+            if enough or number is not None or case is not None or result.seconds >= seconds:
                 return result
 
 

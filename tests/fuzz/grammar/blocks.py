@@ -101,7 +101,7 @@ class _Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads = spec["heads"]
         self.size, self.style = spec["head_dim"], spec["style"]
-        self.window = 6
+        self.window = 18
         self.output = nn.Linear(self.heads * self.size, width)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

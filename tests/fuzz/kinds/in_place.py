@@ -17,7 +17,7 @@ from tests.fuzz.grammar.model import MODEL, batch, build
 FRESH = [
     (2, 6, 1.0, False),
     (3, 5, -1.0, True),
-    (1, 9, 6.0, False),
+    (1, 11, 6.0, False),
     (2, 1, 0.05, True),
     (2, 7, -4.0, False),
 ]
