@@ -165,7 +165,7 @@ def save_many(world: ParallelGroup, tokens: Path, directory: Path) -> list[list[
     for step in (1, 2, 3, 3):
         checkpoints.save(step, stepper.model, stepper.optimizer, {})
         checkpoints.wait()
-        seen.append(sorted(path.name for path in directory.iterdir()))
+        seen.append(sorted(path.name for path in directory.glob("step-*")))
         if world.group is not None:
             torch.distributed.barrier(world.group)
     return seen
