@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,17 @@ SIZES = {
 }
 
 
-def write(path: Path, family: str, keys: dict[str, Any], qtype: gguf.GGMLQuantizationType) -> None:
-    """A GGUF file of a random model, as the usual converter writes one."""
+def write(
+    path: Path,
+    family: str,
+    keys: dict[str, Any],
+    qtype: gguf.GGMLQuantizationType,
+    fields: Mapping[str, Any] | None = None,
+) -> colrow.Decoder:
+    """A GGUF file of a random model, as the usual converter writes one; returns the model.
+
+    ``fields`` are more of its metadata, in place of what it has; None takes one away.
+    """
     torch.manual_seed(0)
     model = colrow.from_config({"model_type": family, **keys}, seed=1)
     config = model.config
@@ -69,6 +79,14 @@ def write(path: Path, family: str, keys: dict[str, Any], qtype: gguf.GGMLQuantiz
         writer.add_layer_norm_eps(config.norm_eps)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([f"<{index}>" for index in range(config.vocab_size)])
+    for key, value in (fields or {}).items():
+        writer.kv_data[0].pop(key, None)
+        if value is not None:
+            single = value[0] if isinstance(value, list) else value
+            kind = gguf.GGUFValueType.get_type(single)
+            sub_type = kind if isinstance(value, list) else None
+            kind = gguf.GGUFValueType.ARRAY if isinstance(value, list) else kind
+            writer.add_key_value(key, value, kind, sub_type=sub_type)
     for name, value in model.state_dict().items():
         for target, tensor in renamed(name, value, config).items():
             array = tensor.detach().numpy()
@@ -80,6 +98,7 @@ def write(path: Path, family: str, keys: dict[str, Any], qtype: gguf.GGMLQuantiz
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return model
 
 
 def renamed(name: str, value: Tensor, config: colrow.ModelConfig) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -11,9 +12,25 @@ from colrow._leftovers import part_of
 from colrow.checkpoint.gguf_model import gguf_naming
 from colrow.checkpoint.naming import pieces
 from colrow.checkpoint.pretrained import pretrained_config
+from colrow.layers.options import RopeConfig
 from colrow.models.decoder import Decoder
 
 _DTYPES = (torch.float32, torch.float16)
+# Of training, of the tokenizer, or told by the tensors that are written.
+_NOT_IN_THE_FILE = {
+    *("embedding_dropout", "attention_dropout", "residual_dropout", "initializer_range"),
+    *("scaled_residual_init", "freeze_padding", "tie_embeddings"),
+    *("bos_token_id", "eos_token_ids", "pad_token_id"),
+}
+
+
+def _equal(lent: object, value: object) -> bool:
+    """Whether two settings are the same in fp32, in which GGUF files hold numbers."""
+    if isinstance(lent, RopeConfig) and isinstance(value, RopeConfig):
+        return all(_equal(getattr(lent, name), of) for name, of in vars(value).items())
+    if isinstance(lent, float) and isinstance(value, float | int):
+        return math.isclose(lent, value, rel_tol=1e-6)
+    return lent == value
 
 
 @torch.no_grad()
@@ -32,12 +49,13 @@ def write_gguf(model: Decoder, path: str | Path, like: str | Path, dtype: torch.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"a GGUF file is written in fp32 or fp16, not {str(dtype)[6:]}")
-    expected, config = pretrained_config(like), model.config
-    for name in ("family", "vocab_size", "hidden_size", "num_layers", "num_heads", "ffn_size"):
-        if getattr(expected, name) != getattr(config, name):
+    expected = pretrained_config(like)
+    for name, value in vars(model.config).items():
+        lent = getattr(expected, name)
+        if name not in _NOT_IN_THE_FILE and not _equal(lent, value):
             raise ValueError(
-                f"{like} is a model with {name}={getattr(expected, name)}, not "
-                f"{getattr(config, name)}: it cannot lend its configuration"
+                f"{like} is a model with {name}={lent!r}, not {value!r}: it cannot lend its "
+                "configuration"
             )
     try:
         import gguf

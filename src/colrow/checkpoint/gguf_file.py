@@ -117,6 +117,14 @@ class GGUFTensorReader:
         header = self._open_header()
         return header.value(key) if header.has(key) else default
 
+    def metadata_keys(self) -> frozenset[str]:
+        """The keys of all fields."""
+        return frozenset(self._fields)
+
+    def is_quantised(self) -> bool:
+        """Whether any tensor is stored in blocks with scales."""
+        return any(_block(tensor.tensor_type)[0] > 1 for tensor in self._tensors.values())
+
     def close(self) -> None:
         """Release the file. Tensors already read stay valid."""
         self._header = None

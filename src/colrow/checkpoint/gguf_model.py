@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from colrow.checkpoint.gguf_file import GGUFTensorReader
+from colrow.checkpoint.gguf_keys import check_keys, check_scale, check_vocabulary
 from colrow.checkpoint.gguf_limits import check_gguf_numbers
+from colrow.checkpoint.gguf_tokens import named_ends, token_id
 from colrow.checkpoint.naming import Naming
 from colrow.checkpoint.reader import TensorReader
 from colrow.layers.options import RopeConfig
@@ -58,6 +60,13 @@ _ARCHITECTURES: Mapping[str, dict[str, object]] = {
     },
 }
 
+# Of the llama architecture alone, whose files have them or not.
+_OPTIONAL_BIASES = {
+    "qkv_bias": "blk.0.attn_q.bias",
+    "output_bias": "blk.0.attn_output.bias",
+    "mlp_bias": "blk.0.ffn_gate.bias",
+}
+
 
 def gguf_naming(config: ModelConfig) -> Naming:
     """Names of the tensors in a GGUF file of this model."""
@@ -87,27 +96,50 @@ def config_from_gguf(reader: TensorReader) -> ModelConfig:
             "which is not supported; use the Hugging Face directory of the model"
         )
     check_gguf_numbers(reader, architecture)
+    check_keys(reader, architecture)
 
     def number(key: str, default: float | None = None) -> float:
         value = reader.metadata_value(f"{architecture}.{key}", default)
+        if isinstance(value, list) and value:  # a number for each layer
+            if len(set(value)) > 1:
+                raise ValueError(
+                    f"{reader.description} has {architecture}.{key}={value!r}: layers that differ "
+                    "are not supported"
+                )
+            value = value[0]
         if not isinstance(value, int | float):
             raise ValueError(f"{reader.description} has no number {architecture}.{key}")
         return value
 
+    def equal(key: str, expected: int, what: str) -> None:
+        if number(key, expected) != expected:
+            raise ValueError(
+                f"{reader.description} has {architecture}.{key}={number(key):g}, but {what} is "
+                f"{expected}"
+            )
+
     names = reader.names()
     hidden, heads = int(number("embedding_length")), int(number("attention.head_count"))
-    head_dim = int(number("attention.key_length", hidden // heads))
+    head_dim = int(number("attention.key_length", hidden // max(1, heads)))
+    vocab_size = reader.shape("token_embd.weight")[0]
+    equal("attention.value_length", head_dim, "the length of keys")
+    equal("vocab_size", vocab_size, "the number of rows of token_embd.weight")
+    check_vocabulary(reader, vocab_size)
+    check_scale(reader, architecture, head_dim)
     window = int(number("attention.sliding_window", 0))
     layers = int(number("block_count"))
     fields: dict[str, object] = dict(_ARCHITECTURES[architecture])
     if fields["position"] == "rope":
+        equal("rope.dimension_count", head_dim, "the size of a head")
         fields["rope"] = _rope(reader, architecture, head_dim)
+    if architecture == "llama":
+        for field, tensor in _OPTIONAL_BIASES.items():
+            fields[field] = tensor in names
     is_rms = fields["norm"] == "rmsnorm"
     epsilon = "layer_norm_rms_epsilon" if is_rms else "layer_norm_epsilon"
-    eos = reader.metadata_value("tokenizer.ggml.eos_token_id")
     return ModelConfig(
         family=architecture,
-        vocab_size=reader.shape("token_embd.weight")[0],
+        vocab_size=vocab_size,
         hidden_size=hidden,
         num_layers=layers,
         num_heads=heads,
@@ -118,29 +150,33 @@ def config_from_gguf(reader: TensorReader) -> ModelConfig:
         norm_eps=float(number(f"attention.{epsilon}")),
         tie_embeddings="output.weight" not in names,
         windows=(window,) * layers if window else (),
-        bos_token_id=_token(reader, "bos"),
-        eos_token_ids=(eos,) if isinstance(eos, int) else (),
-        pad_token_id=_token(reader, "padding"),
+        bos_token_id=token_id(reader, "bos"),
+        eos_token_ids=named_ends(reader),
+        pad_token_id=token_id(reader, "padding"),
         **fields,  # type: ignore[arg-type]
     )
 
 
-def _token(reader: GGUFTensorReader, name: str) -> int | None:
-    value = reader.metadata_value(f"tokenizer.ggml.{name}_token_id")
-    return value if isinstance(value, int) else None
-
-
 def _rope(reader: GGUFTensorReader, architecture: str, head_dim: int) -> RopeConfig:
-    def value(key: str, default: float) -> float:
-        found = reader.metadata_value(f"{architecture}.rope.{key}", default)
-        return float(found) if isinstance(found, int | float) else default
+    """A factor alone is of the linear kind, and older files call it ``rope.scale_linear``."""
 
-    kind = str(reader.metadata_value(f"{architecture}.rope.scaling.type", "none"))
+    def value(key: str, default: object = None) -> object:
+        return reader.metadata_value(f"{architecture}.rope.{key}", default)
+
+    def number(key: str, default: float) -> float:
+        found = value(key, default)
+        if not isinstance(found, int | float):
+            raise ValueError(f"{reader.description} has {architecture}.rope.{key}={found!r}")
+        return float(found)
+
+    kind = value("scaling.type", "linear")
     if kind not in ("none", "linear"):
         raise ValueError(f"{reader.description}: rope scaling {kind!r} is not supported")
+    factor = number("scaling.factor", number("scale_linear", 0.0)) or 1.0
+    scaled = kind == "linear" and factor != 1.0
     return RopeConfig(
-        theta=value("freq_base", 10000.0),
-        dims=int(value("dimension_count", head_dim)),
-        scaling="linear" if kind == "linear" else "default",
-        factor=value("scaling.factor", 1.0),
+        theta=number("freq_base", 10000.0),
+        dims=head_dim,
+        scaling="linear" if scaled else "default",
+        factor=factor if scaled else 1.0,
     )

@@ -15,7 +15,8 @@ from colrow.models.decoder import Decoder
 
 # Buffers that older checkpoints carry; the decoder computes what they hold.
 _IGNORED = re.compile(
-    r"(\.attn\.(bias|masked_bias)|\.attention\.(bias|masked_bias)|rotary_emb\.inv_freq)$"
+    r"(\.attn\.(bias|masked_bias)|\.attention\.(bias|masked_bias)|rotary_emb\.inv_freq|"
+    r"\.attn_rot_embd(\.\w+)?)$"
 )
 
 

@@ -146,6 +146,12 @@ def run(args: argparse.Namespace) -> int:
         for prompt in prompts
     ]
     RENDERER.close()
+    largest = max(max(prompt, default=0) for prompt in tokens)
+    if largest >= config.vocab_size:
+        raise ValueError(
+            f"the prompt has token {largest}, and the model's vocabulary ends at "
+            f"{config.vocab_size - 1}: tokenizer and weights do not belong together"
+        )
     longest = max(len(prompt) for prompt in tokens)
     room = config.max_positions - longest
     if room < 1:
@@ -159,7 +165,7 @@ def run(args: argparse.Namespace) -> int:
         tokenizer=pickle.dumps(tokenizer),
         max_new_tokens=min(args.max_new_tokens, room),
         sampling=sampling,
-        eos_token_ids=end_tokens(args.model, config.eos_token_ids),
+        eos_token_ids=end_tokens(args.model, config.eos_token_ids, tokenizer),
         tp=args.tp,
         pp=args.pp,
         layer_split=args.layer_split,

@@ -66,15 +66,14 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
         if (directory / name).exists():
             read_json(directory / name, INDEX_BYTES)
     try:
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
+        from transformers import AutoTokenizer
+
+        from colrow.generate.gguf_tokenizer import load_gguf_tokenizer
     except ModuleNotFoundError as cause:
         raise ValueError(_NEEDS_EXTRA.format(name=cause.name)) from cause
     try:
         if path.suffix == ".gguf":
-            # AutoTokenizer reads the whole metadata a second time, for seconds, to come to this.
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(
-                str(path.parent), gguf_file=path.name, local_files_only=True
-            )
+            tokenizer = load_gguf_tokenizer(path)
         else:
             tokenizer = AutoTokenizer.from_pretrained(
                 str(directory),
@@ -160,19 +159,42 @@ def _plain(value: object) -> object:
     return None if value is None else str(value)
 
 
-def end_tokens(path_or_id: str | Path, configured: tuple[int, ...]) -> tuple[int, ...]:
-    """Tokens that end an answer: the configuration's, and those of ``generation_config.json``."""
+def end_tokens(
+    path_or_id: str | Path, configured: tuple[int, ...], tokenizer: Tokenizer | None = None
+) -> tuple[int, ...]:
+    """Tokens that end an answer.
+
+    Those of the configuration, of ``generation_config.json`` and of the tokenizer; of a GGUF file
+    all that llama.cpp knows, by keys and by their text.
+
+    Args:
+        configured: the configuration's, which come first.
+        tokenizer: of the checkpoint.
+
+    Raises:
+        ValueError: a ``generation_config.json`` that is none.
+    """
     path = resolve_model_path(path_or_id)
+    own = getattr(tokenizer, "eos_token_id", None)
+    more = [own] if isinstance(own, int) else []
+    if path.suffix == ".gguf":
+        from colrow.checkpoint.gguf_file import GGUFTensorReader
+        from colrow.checkpoint.gguf_tokens import all_ends
+
+        with GGUFTensorReader(path) as reader:
+            return tuple(dict.fromkeys([*configured, *all_ends(reader), *more]))
     file = (path if path.is_dir() else path.parent) / "generation_config.json"
-    if path.suffix == ".gguf" or not file.is_file():
-        return configured
-    try:
-        found = read_json(file).get("eos_token_id")
-    except AttributeError as cause:
-        raise ValueError(f"{file} is not a generation configuration: {cause}") from cause
-    more = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(isinstance(token, int) and not isinstance(token, bool) for token in more):
-        raise ValueError(f"{file}: eos_token_id={shown(found)} should be a token or a list of them")
+    if file.is_file():
+        try:
+            found = read_json(file).get("eos_token_id")
+        except AttributeError as cause:
+            raise ValueError(f"{file} is not a generation configuration: {cause}") from cause
+        listed = found if isinstance(found, list) else [] if found is None else [found]
+        if not all(isinstance(token, int) and not isinstance(token, bool) for token in listed):
+            raise ValueError(
+                f"{file}: eos_token_id={shown(found)} should be a token or a list of them"
+            )
+        more = [*listed, *more]
     return tuple(dict.fromkeys([*configured, *more]))
 
 

@@ -14,6 +14,7 @@ from colrow.checkpoint.export_config import config_to_hf
 from colrow.checkpoint.locate import resolve_model_path
 from colrow.checkpoint.pretrained import from_pretrained, pretrained_config
 from colrow.files import check_inside
+from colrow.generate.tokenizer import end_tokens
 from colrow.layers.dropout import ParallelDropout
 from colrow.mesh import Mesh
 from colrow.models.build import from_config
@@ -168,6 +169,9 @@ def copy_model_files(model: str | Path, directory: Path) -> None:
     if path.suffix == ".gguf":
         config = config_to_hf(pretrained_config(path))
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if ends := end_tokens(path, pretrained_config(path).eos_token_ids):
+            text = json.dumps({"eos_token_id": list(ends)}, indent=2)
+            (directory / "generation_config.json").write_text(text + "\n")
     else:
         source = path if path.is_dir() else path.parent
         check_inside(source / "config.json", source)
