@@ -119,11 +119,12 @@ class GGUFTensorReader:
 
     def metadata_keys(self) -> frozenset[str]:
         """The keys of all fields."""
-        return frozenset(self._fields)
+        return frozenset(self._open_header().keys())
 
     def is_quantised(self) -> bool:
         """Whether any tensor is stored in blocks with scales."""
-        return any(_block(tensor.tensor_type)[0] > 1 for tensor in self._tensors.values())
+        tensors = self._open_header().tensors.values()
+        return any(_block(tensor.kind)[0] > 1 for tensor in tensors)
 
     def close(self) -> None:
         """Release the file. Tensors already read stay valid."""
