@@ -12,7 +12,7 @@ from colrow.checkpoint.naming import hf_naming, pieces
 from colrow.checkpoint.same import Held, check_same
 from colrow.comm import primitives
 from colrow.inplace.assemble import assemble
-from colrow.inplace.record import record_of
+from colrow.inplace.record import record_for
 from colrow.mesh import ParallelGroup
 from colrow.models.config import parameter_specs
 from colrow.models.decoder import Decoder
@@ -47,7 +47,7 @@ def full_grads(model: nn.Module) -> dict[str, Tensor]:
 def _assemble(
     model: nn.Module, value: Callable[[nn.Parameter], Tensor | None], *, rounds: bool = False
 ) -> dict[str, Tensor]:
-    if (record := record_of(model)) is not None:
+    if (record := record_for(model)) is not None:
         return assemble(model, record, value, rounds=rounds)
     if not isinstance(model, Decoder):
         raise TypeError(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from colrow.inplace.record import record_of
+from colrow.inplace.record import record_for, record_of
 from colrow.mesh import ParallelGroup
 from colrow.partition import Range, ShardSpec
 
@@ -129,8 +129,8 @@ def placements(module: nn.Module) -> dict[str, Placement]:
     known = {name for name, _ in module.named_parameters(remove_duplicate=False)}  # tied ones too
     in_place: dict[str, ShardSpec] = {}
     whole: set[str] = set()
-    for prefix, child in module.named_modules():
-        record = record_of(child)
+    records = [(prefix, record_of(child)) for prefix, child in module.named_modules()]
+    for prefix, record in [("", record_for(module)), *records]:
         for name, divided in record.specs.items() if record is not None else ():
             full = f"{prefix}.{name}" if prefix else name
             if full not in known:
@@ -192,7 +192,8 @@ def tensor_parallel_group(module: nn.Module) -> ParallelGroup:
         ValueError: when its layers have different groups.
     """
     handles = [getattr(child, "tp", None) for child in module.modules()]
-    handles += [record.tp for child in module.modules() if (record := record_of(child))]
+    records = [record_for(module), *map(record_of, module.modules())]
+    handles += [record.tp for record in records if record is not None]
     groups = [handle for handle in handles if isinstance(handle, ParallelGroup)]
     if any(group.group is not groups[0].group for group in groups):
         raise ValueError("the layers of this module have different tensor-parallel groups")

@@ -13,11 +13,8 @@ from torch import nn
 from colrow.comm.steps import watch
 from colrow.inplace.attempt import split_checked
 from colrow.inplace.capture import evaluating
-from colrow.inplace.check import (
-    Observation,
-    check_equal_weights,
-    observe,
-)
+from colrow.inplace.check import Observation, observe
+from colrow.inplace.equal_weights import check_equal_weights
 from colrow.inplace.fused import without_fused_kernels
 from colrow.inplace.inputs import compare_inputs
 from colrow.inplace.load import checked_names, fill, open_weights

@@ -21,6 +21,7 @@ from colrow.inplace.modules import (
     Sum,
     become,
 )
+from colrow.inplace.pairs import Pair
 from colrow.inplace.parameters import (
     LessMixin,
     ParametersMixin,
@@ -39,32 +40,55 @@ from colrow.partition import Partition, ShardSpec
 
 
 class Applier:
-    """Splits parameters and changes modules of one model, and keeps what would undo it."""
+    """Splits parameters and changes modules of one model, and keeps what would undo it.
 
-    def __init__(self, model: nn.Module, record: Record) -> None:
+    Args:
+        model: the model, or a part of it.
+        name: of the part in the model.
+    """
+
+    def __init__(self, model: nn.Module, record: Record, name: str = "") -> None:
         self.model, self.record = model, record
         self.tp = record.tp
         self._names: dict[int, list[str]] = {}
         for path, module in model.named_modules(remove_duplicate=False):
-            for name, parameter in module._parameters.items():
+            for last, parameter in module._parameters.items():
                 if parameter is not None:
-                    full = f"{path}.{name}" if path else name
+                    full = _path(_path(name, path) if path else name, last)
                     self._names.setdefault(id(parameter), []).append(full)
-        record.names = frozenset(name for names in self._names.values() for name in names)
-        self._split: set[int] = set()
+        record.names |= frozenset(name for names in self._names.values() for name in names)
+        self._split: dict[int, ShardSpec] = {}
+        self._meant: set[tuple[int, str]] = set()
         self._dropping: dict[int, bool] = {}  # configurations
         self._specs: dict[Any, tuple[ShardSpec, Rows]] = {}  # the rows stay, so that ids are unique
 
     def split(self, module: nn.Module, name: str, dim: int, rows: Rows) -> None:
         """Keeps this rank's indices of a parameter, wherever it is tied to."""
+        self.mean(module, name)
         whole = module._parameters[name]
         if whole is None or id(whole) in self._split:
             return
         spec = self._spec(tuple(whole.shape), dim, rows)
         self.record.undo.append(keep_part(whole, spec, self.tp.rank))
-        self._split.add(id(whole))
+        self._split[id(whole)] = spec
         for full in self._names[id(whole)]:
             self.record.specs[full] = spec
+
+    def mean(self, module: nn.Module, name: str) -> None:
+        """Notes that a module knows that this parameter of its is divided."""
+        self._meant.add((id(module), name))
+
+    def is_meant(self, module: nn.Module, name: str) -> bool:
+        """Whether the module knows it."""
+        return (id(module), name) in self._meant
+
+    def spec_of(self, parameter: nn.Parameter | None) -> ShardSpec | None:
+        """How a parameter has been divided; None for one that is whole."""
+        return self._split.get(id(parameter))
+
+    def names_of(self, module: nn.Module, name: str) -> list[str]:
+        """All names of a parameter that has been divided."""
+        return self._names[id(module._parameters[name])]
 
     def _spec(self, shape: tuple[int, ...], dim: int, rows: Rows) -> ShardSpec:
         """Computed once for all blocks of one kind, which share their rows."""
@@ -108,6 +132,11 @@ class Applier:
         names = argument_names(module)
         entries: dict[str, Entry] = {}
         stream = Stream(self.tp) if drops_out(module, self._dropping) else None
+        pair = None
+        if group.columns and group.rows:
+            pair = Pair(name, bool(proof.settings[rank]))
+            self.hook(module.register_forward_pre_hook(pair.enter))
+            self.hook(module.register_forward_hook(pair.leave))
         entered = [c for c in group.columns if c not in proof.cuts.uncut]
         for layer, rows in group.columns.items():
             self._column(name, module, layer, rows, proof, entries, alone=len(entered) == 1)
@@ -116,13 +145,13 @@ class Applier:
             kind = linear_kind(target)
             assert kind is not None
             self.split(target, "weight", 1 - output_dim(kind), rows)
-            how = Row(self.tp, _path(name, layer), kind == "conv1d", stream=stream)
+            how = Row(self.tp, _path(name, layer), kind == "conv1d", stream=stream, pair=pair)
             self.attach(target, "colrow", how)
             self.change_class(target, RowMixin)
         for layer in group.columns:
             column = module.get_submodule(layer).__dict__.get("colrow")
             if isinstance(column, Column):
-                column.stream = stream
+                column.stream, column.pair = stream, pair
         for path, (dim, rows) in group.parameters.items():
             owner, _, last = path.rpartition(".")
             self.split(module.get_submodule(owner), last, dim, rows)
@@ -130,7 +159,9 @@ class Applier:
             entry = Entry(self.tp, _path(name, layer))
             self.hook(module.get_submodule(layer).register_forward_hook(OutputCut(entry)))
         for path in sorted(proof.shared):
-            self._share(name, module, path, once=path in proof.once)
+            owner, _, last = path.rpartition(".")
+            target = module.get_submodule(owner)
+            self.share(target, last, _path(name, path), once=path in proof.once)
         if proof.less and rank:
             self.attach(module, "colrow_less", proof.less)
             self.change_class(module, LessMixin)
@@ -179,12 +210,10 @@ class Applier:
         )
         self.change_class(target, ColumnMixin)
 
-    def _share(self, name: str, module: nn.Module, path: str, *, once: bool) -> None:
-        owner, _, last = path.rpartition(".")
-        target = module.get_submodule(owner)
-        self._directly(target)
-        shared = target.__dict__["colrow_shared"]
-        shared[last] = Shared(self.tp, _path(name, path), once)
+    def share(self, owner: nn.Module, name: str, path: str, *, once: bool) -> None:
+        """Sums the gradient of a parameter of which every rank sees a part."""
+        self._directly(owner)
+        owner.__dict__["colrow_shared"][name] = Shared(self.tp, path, once)
 
     def spread(self, owner: nn.Module, name: str, path: str, dim: int) -> None:
         """Divides a parameter that is gathered whenever its owner uses it."""

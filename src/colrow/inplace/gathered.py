@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from colrow.inplace.apply import Applier
 from colrow.inplace.calls import ModuleCall
 from colrow.inplace.infer import Inference
+from colrow.inplace.tuners import inside_adapter_layers
 from colrow.inplace.unit import linear_kind, output_dim
 from colrow.inplace.vocabulary import plain_table, rows_of, split_table
 from colrow.inplace.whole_results import Gathered, GatheredMixin
@@ -63,12 +64,19 @@ def gathered_layers(
             shared |= {id(module.get_parameter(n)) for n in proof.shared}
     total = sum(p.numel() for p in model.parameters())
     found = GatheredLayers({}, {}, {})
+    wrapped = inside_adapter_layers(model)  # they may read weights, or merge into them
+    for name, kind_of_adapter in wrapped.items():
+        inference.reasons.setdefault(
+            name, f"inside an adapter of a kind ({kind_of_adapter}) that is not split"
+        )
     holders: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
         holders[id(parameter)] = holders.get(id(parameter), 0) + 1
     for name, module in model.named_modules():
         own = [p for p in module._parameters.values() if p is not None]
         kind = linear_kind(module)
+        if name in wrapped:
+            continue
         if kind is None or name not in calls:
             if not {name, name.rpartition(".")[0]} & calls.keys():
                 continue

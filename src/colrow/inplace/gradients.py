@@ -51,3 +51,30 @@ def sum_rows(x: Tensor, tp: ParallelGroup, rows: SharedRows, dim: int, layer: st
         return x
     result: Tensor = apply(_SumRows, x, tp, rows, dim, layer)
     return result
+
+
+class _SumTogether(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tp: ParallelGroup, layer: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.tp, ctx.layer = tp, layer
+        ctx.likes = [(x.shape, x.dtype, x.device) for x in tensors]
+        return tuple(x.view_as(x) for x in tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        parts = [
+            torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
+            for grad, (shape, dtype, device) in zip(grads, ctx.likes, strict=True)
+        ]
+        buffer = torch.cat([part.flatten() for part in parts])
+        total = primitives.all_reduce(
+            buffer, ctx.tp, layer=ctx.layer, phase="backward", in_place=True
+        )
+        sums = total.split([part.numel() for part in parts])
+        return None, None, *(x.view(part.shape) for x, part in zip(sums, parts, strict=True))
+
+
+def sum_together(tensors: list[Tensor], tp: ParallelGroup, layer: str) -> list[Tensor]:
+    """The tensors, of one dtype; in backward the gradients of all are summed in one all-reduce."""
+    return list(apply(_SumTogether, tp, layer, *tensors))

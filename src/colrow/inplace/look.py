@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from colrow.inplace.adapters import adapted_layers, split_adapters, without_adapters
 from colrow.inplace.apply import Applier
 from colrow.inplace.attention_weights import refuse_attention_weights
 from colrow.inplace.between import keep_what_is_decided_by, local_loss_is_right
@@ -29,6 +30,7 @@ from colrow.inplace.record import Record
 from colrow.inplace.sequence import Stack, find_stacks
 from colrow.inplace.sequence_modules import split_stacks
 from colrow.inplace.styles import SPLIT
+from colrow.inplace.unseen import guard_unseen
 from colrow.inplace.vocabulary import (
     VocabularyLayers,
     split_loss,
@@ -45,7 +47,7 @@ class _Context:
 
     Attributes:
         runnable: what is run in place of ``model`` where that has no values, inside ``running``.
-        results: of the model for the first batch.
+        results: of the model for the first batch; None where it was run without its adapters.
         reserved: layers that have one row for each token.
         allowed: whether a layer may be split; None where all may.
     """
@@ -55,7 +57,7 @@ class _Context:
     running: Callable[[], AbstractContextManager[None]]
     batches: list[Mapping[str, Any]]
     calls: Mapping[str, ModuleCall]
-    results: list[Tensor]
+    results: list[Tensor] | None
     vocabulary: VocabularyLayers
     reserved: set[str]
     ranks: int
@@ -64,6 +66,10 @@ class _Context:
 
     def complete(self, inference: Inference) -> Look:
         """Everything else that follows from this inference."""
+        with without_adapters(self.model, self.runnable):
+            return self._complete(inference)
+
+    def _complete(self, inference: Inference) -> Look:
         model, ranks = self.model, self.ranks
         gathered = gathered_layers(model, self.calls, inference, self.reserved, ranks)
         if self.allowed is not None:
@@ -96,14 +102,18 @@ class Look:
         return self.context.batches
 
     @property
-    def results(self) -> list[Tensor]:
-        """The whole model's floating-point results for the first of them, as it was run."""
+    def results(self) -> list[Tensor] | None:
+        """The whole model's floating-point results for the first of them, where they are known."""
         return self.context.results
 
     @property
     def vocabulary(self) -> VocabularyLayers:
         """Layers that may be divided over the vocabulary."""
         return self.context.vocabulary
+
+    def run_with_adapters(self) -> Look:
+        """The same for a model whose results are others than those without its adapters."""
+        return replace(self, context=replace(self.context, results=None))
 
     def only(self, classes: Collection[str], reason: str) -> Look:
         """The same with pairs inside modules of these classes only; other layers get the reason."""
@@ -137,6 +147,25 @@ def look(
         ValueError: as :func:`colrow.parallelize`.
     """
     runnable = model if runnable is None else runnable
+    with without_adapters(model, runnable) as adapted:
+        if adapted and sequence_parallel:
+            raise ValueError(
+                "sequence_parallel=True does not go with LoRA adapters: merge them first, or leave "
+                "it out"
+            )
+        found = _look(model, ranks, plan, example_inputs, runnable, running, sequence_parallel)
+    return found.run_with_adapters() if adapted else found
+
+
+def _look(
+    model: nn.Module,
+    ranks: int,
+    plan: str | Mapping[str, str],
+    example_inputs: Mapping[str, Any] | None,
+    runnable: nn.Module,
+    running: Callable[[], AbstractContextManager[None]],
+    sequence_parallel: bool,
+) -> Look:
     if plan == "transformers":
         plan = transformers_plan(model)
         if not plan:
@@ -204,13 +233,17 @@ def carry_out(
     record = Record(tp)
     model.__dict__["colrow_record"] = record
     applier = Applier(model, record)
-    for name, proofs in found.inference.proofs.items():
-        for proof in proofs:
-            applier.proof(name, proof)
-    split_gathered(applier, found.gathered)
-    split_vocabulary(applier, vocabulary)
-    split_loss(applier, vocabulary)
-    split_stacks(applier, found.stacks)
+    adapted = adapted_layers(model)
+    with without_adapters(model):
+        for name, proofs in found.inference.proofs.items():
+            for proof in proofs:
+                applier.proof(name, proof)
+        split_gathered(applier, found.gathered)
+        split_vocabulary(applier, vocabulary)
+        split_loss(applier, vocabulary)
+        split_stacks(applier, found.stacks)
+    split_adapters(applier, adapted, found.context.calls)
+    guard_unseen(applier)
     refuse_what_needs_whole_weights(applier)
     avoid_fused_kernels(applier)
     if any(proof.local_results for proofs in found.inference.proofs.values() for proof in proofs):

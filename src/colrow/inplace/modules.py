@@ -6,9 +6,10 @@ Names of modules and parameters, hooks and training flags stay; ``isinstance`` h
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +18,9 @@ from torch.utils import _pytree as pytree
 
 from colrow.comm import collectives
 from colrow.inplace.calls import Key, ModuleCall
-from colrow.inplace.gradients import sum_rows
+from colrow.inplace.gradients import sum_rows, sum_together
 from colrow.inplace.nested import by_features
+from colrow.inplace.pairs import Pair
 from colrow.inplace.simulate import take_periodic
 from colrow.inplace.streams import Stream
 from colrow.layers.fused import column_linear, row_linear
@@ -41,29 +43,91 @@ def become(module: nn.Module, mixin: type, *, first: bool = True) -> None:
     module.__class__ = _derived(mixin, own, first)
 
 
+class Inner(Protocol):
+    """A layer that multiplies the input of another one as well: an adapter's first matrices."""
+
+    def inner(self, x: Tensor) -> dict[str, Tensor]:
+        """What it makes of ``x``, by name: of each a rank sees a part of the gradient."""
+        ...
+
+
+@dataclass
+class _Entered:
+    """A tensor that has been entered.
+
+    Attributes:
+        source: the tensor as it was given, and its version then.
+        alias: the same, with the gradient summed.
+        inner: what others make of it, by their ids.
+        users: ids of the layers that have got it.
+    """
+
+    source: tuple[weakref.ref[Tensor], int]
+    alias: Tensor
+    inner: dict[int, dict[str, Tensor]]
+    users: set[int]
+
+    def is_for(self, x: Tensor, user: object) -> bool:
+        """Whether this layer may get it for ``x``: once, and only while ``x`` is what it was."""
+        if self.alias is x:
+            return True
+        source, version = self.source
+        return source() is x and x._version == version and id(user) not in self.users
+
+
 class Entry:
     """Where replicated activations enter layers whose ranks each see a part of the gradient.
 
-    Layers with one entry that get the same tensor share one all-reduce.
+    Layers with one entry that get the same tensor share one all-reduce, and so do adapters of
+    theirs.
     """
 
     def __init__(self, tp: ParallelGroup, layer: str) -> None:
         self.tp, self.layer = tp, layer
-        self._last: tuple[Any, Any] | None = None
+        self._last: _Entered | None = None
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """``x``, with the gradient summed over the ranks."""
-        if not x.requires_grad or not torch.is_grad_enabled():
+    def __call__(self, x: Tensor, user: object, others: Sequence[Inner] = ()) -> Tensor:
+        """``x``, with the gradient summed over the ranks.
+
+        Args:
+            user: the layer that gets it.
+            others: what else is computed from ``x`` whose gradient is to be summed.
+        """
+        if not torch.is_grad_enabled() or not (others or x.requires_grad):
             return x
         if torch.compiler.is_compiling():
             return collectives.copy_to_tp(x, self.tp, layer=self.layer)
-        if self._last is not None:
-            source, alias = self._last[0](), self._last[1]()
-            if source is x and alias is not None:
-                return alias  # type: ignore[no-any-return]
-        alias = collectives.copy_to_tp(x, self.tp, layer=self.layer)
-        self._last = weakref.ref(x), weakref.ref(alias)
-        return alias
+        return self.enter(x, user, others)[0]
+
+    def enter(
+        self, x: Tensor, user: object, others: Sequence[Inner]
+    ) -> tuple[Tensor, dict[int, dict[str, Tensor]]]:
+        """``x`` and what the others make of it, by their ids; gradients summed in one all-reduce.
+
+        The same again for each layer that gets the same tensor.
+        """
+        if (last := self._last) is not None and last.is_for(x, user):
+            last.users.add(id(user))
+            return last.alias, last.inner
+        inner = {id(other): other.inner(x) for other in others}
+        places = [(one, name) for one in inner.values() for name in one]
+        tensors = [x, *(one[name] for one, name in places)]
+        for dtype in dict.fromkeys(y.dtype for y in tensors):
+            some = [i for i, y in enumerate(tensors) if y.dtype == dtype and y.requires_grad]
+            if some:
+                summed = sum_together([tensors[i] for i in some], self.tp, self.layer)
+                for i, y in zip(some, summed, strict=True):
+                    tensors[i] = y
+        alias, *rest = tensors
+        for (one, name), y in zip(places, rest, strict=True):
+            one[name] = y
+        source = weakref.ref(x, self._forget)
+        self._last = _Entered((source, x._version), alias, inner, {id(user)})
+        return alias, inner
+
+    def _forget(self, source: Any) -> None:
+        if self._last is not None and self._last.source[0] is source:
+            self._last = None
 
     def __deepcopy__(self, memo: Any) -> Entry:
         return Entry(self.tp, self.layer)
@@ -101,6 +165,8 @@ class Column:
         alone: whether no other layer uses that entry.
         region: where the gradient of its input is summed otherwise while tokens are divided.
         stream: random numbers between it and the row-parallel layer; None without dropout.
+        pair: what must follow it.
+        others: adapters of this layer, and of those of the same entry with the same input.
     """
 
     tp: ParallelGroup
@@ -111,6 +177,8 @@ class Column:
     alone: bool
     region: Region | None = None
     stream: Stream | None = None
+    pair: Pair | None = None
+    others: tuple[Inner, ...] = ()
 
 
 class ColumnMixin(nn.Module):
@@ -125,6 +193,8 @@ class ColumnMixin(nn.Module):
         if input.is_nested:
             return by_features(self.forward, input)
         how, x = self.colrow, input
+        if how.pair is not None:
+            how.pair.column(how.layer)
         weight, bias = self.weight, self.bias
         if how.stream is not None and self.training:
             how.stream.part(x)
@@ -137,7 +207,7 @@ class ColumnMixin(nn.Module):
             return F.linear(x, weight, bias)
         if how.alone:
             return column_linear(x, weight, bias, how.tp, layer=how.layer)
-        return F.linear(how.entry(x), weight, bias)
+        return F.linear(how.entry(x, self, how.others), weight, bias)
 
     def extra_repr(self) -> str:
         """Rank and local shape."""
@@ -160,6 +230,7 @@ class Row:
     transposed: bool
     region: Region | None = None
     stream: Stream | None = None
+    pair: Pair | None = None
 
 
 class RowMixin(nn.Module):
@@ -177,6 +248,8 @@ class RowMixin(nn.Module):
         if input.is_nested:
             return by_features(self.forward, input)
         how, x = self.colrow, input
+        if how.pair is not None:
+            how.pair.row()
         if how.stream is not None:
             how.stream.join(x)
         weight = self.weight.t() if how.transposed else self.weight
@@ -208,7 +281,7 @@ class OutputCut:
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """The output."""
-        return self.entry(output)
+        return self.entry(output, self)
 
 
 class Sum:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from colrow.mesh import ParallelGroup
 from colrow.partition import ShardSpec
+
+REACH_IT = (
+    "give colrow.parallelize example_inputs that reach it, or a plan that leaves these layers whole"
+)
 
 
 @dataclass(eq=False)
@@ -35,6 +40,21 @@ class Record:
         """Lets go of what the model was, and of its memory."""
         self.undo.clear()
 
+    def renamed(self, before: nn.Module, after: nn.Module) -> Record:
+        """The same for a model that has the same parameters under other names."""
+        known = {
+            id(parameter): self.specs[name]
+            for name, parameter in before.named_parameters(remove_duplicate=False)
+            if name in self.specs
+        }
+        return self.following(known, after)
+
+    def following(self, known: Mapping[int, ShardSpec], model: nn.Module) -> Record:
+        """The record of a model some of whose parameters, by id, are known to be divided."""
+        named = dict(model.named_parameters(remove_duplicate=False))
+        specs = {n: known[id(p)] for n, p in named.items() if id(p) in known}
+        return Record(self.tp, specs, frozenset(named))
+
     def restore(self) -> None:
         """Makes the model what it was."""
         for step in reversed(self.undo):
@@ -46,6 +66,30 @@ def record_of(model: nn.Module) -> Record | None:
     """The record of a parallelised model; None for any other."""
     found = model.__dict__.get("colrow_record")
     return found if isinstance(found, Record) else None
+
+
+def inside_wrappers(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel and torch.compile."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(inner := model._modules.get("_orig_mod"), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def record_for(model: nn.Module) -> Record | None:
+    """The record of a parallelised model, or for a part of one: with the names that it has there.
+
+    Only the model that was split, and those around it, know parameters that were replaced since.
+    """
+    if (found := record_of(model)) is not None:
+        return found
+    outer: Any = model.__dict__.get("colrow_inside")
+    whole: nn.Module | None = None if outer is None else outer()
+    record = None if whole is None else record_of(whole)
+    return None if whole is None or record is None else record.renamed(whole, model)
 
 
 def check_whole(model: nn.Module) -> None:

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from colrow.comm import primitives
 from colrow.inplace.assemble import assemble
-from colrow.inplace.record import record_of
+from colrow.inplace.record import inside_wrappers, record_for, record_of
 
 
 def save_pretrained(model: nn.Module, directory: str | Path, **options: Any) -> None:
     """Writes a parallelised model of transformers: weights in safetensors, and its configuration.
 
-    The files are those that the whole model's own ``save_pretrained`` writes, bit for bit.
+    The files are those that the whole model's own ``save_pretrained`` writes, bit for bit: of a
+    model of PEFT its adapters, for ``PeftModel.from_pretrained``.
 
     Communicates: every rank sends its shards to rank 0, which writes; all ranks of the tp group
     must call it, and return when the files are there.
@@ -30,15 +31,21 @@ def save_pretrained(model: nn.Module, directory: str | Path, **options: Any) -> 
         ValueError: when only a part of it has been parallelised.
         RuntimeError: rank 0 could not write; rank 0 itself raises the reason.
     """
+    model = inside_wrappers(model)
     if not hasattr(model, "save_pretrained"):
         raise TypeError(
             f"{type(model).__name__} has no save_pretrained of its own; "
             "colrow.full_state_dict gives its whole weights on rank 0"
         )
-    record = record_of(model)
+    record = record_for(model)
     writer: Any = model
     if record is None:
         for name, module in model.named_modules():
+            if record_of(module) is not None and hasattr(model, "peft_config"):
+                raise ValueError(
+                    f"the adapters of this {type(model).__name__} were added to a model that had "
+                    "been split: add them before colrow.parallelize"
+                )
             if record_of(module) is not None:
                 raise ValueError(
                     f"only the part {name!r} of this {type(model).__name__} has been parallelised: "

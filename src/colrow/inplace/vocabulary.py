@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from colrow.inplace.apply import Applier
+from colrow.inplace.tuners import inside_adapter_layers
 from colrow.inplace.whole_results import EmbeddingMixin, HeadMixin, Vocabulary
 from colrow.layers.loss import vocab_parallel_cross_entropy
 from colrow.partition import Partition
@@ -54,6 +55,7 @@ class VocabularyLayers:
 
 def vocabulary_layers(model: nn.Module, called: set[str], ranks: int) -> VocabularyLayers:
     """The token embedding and the head, with everything that is tied to them."""
+    called = called - inside_adapter_layers(model).keys()
     modules = {n: m for n, m in model.named_modules() if n in called}
     tables = [m for m in modules.values() if isinstance(m, nn.Embedding)]
     embedding = _asked(model, "get_input_embeddings")
@@ -131,10 +133,17 @@ def rows_of(partition: Partition) -> list[list[int]]:
 
 def knows_loss(model: nn.Module, layers: VocabularyLayers) -> bool:
     """Whether the model computes a loss that can be computed from each rank's logits."""
+    model = _without_wrapper(model)
     code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
     if len(layers.heads) != 1 or code is None or "loss_function" not in code.co_names:
         return False
     return getattr(getattr(model, "loss_function", None), "__name__", "") in _LOSSES
+
+
+def _without_wrapper(model: nn.Module) -> nn.Module:
+    """The model that PEFT has put its own around, which hands all arguments on to it."""
+    inner = getattr(model, "get_base_model", None)
+    return inner() if hasattr(model, "peft_config") and callable(inner) else model
 
 
 def split_loss(applier: Applier, layers: VocabularyLayers) -> None:
@@ -143,22 +152,24 @@ def split_loss(applier: Applier, layers: VocabularyLayers) -> None:
     Then, while gradients are recorded, a forward with ``labels`` gathers no logits, and has none
     in its result.
     """
-    model: Any = applier.model
-    if not layers.local_loss or not knows_loss(model, layers):
+    outer: Any = applier.model
+    if not layers.local_loss or not knows_loss(outer, layers):
         return
+    model: Any = _without_wrapper(outer)
     loss = model.loss_function
     (head,) = layers.heads.values()
     before = model.__dict__.get("_loss_function")
     how: Any = head.colrow
     model.loss_function = _LocalLoss(how, loss, shifts=loss.__name__ == "ForCausalLMLoss")
     applier.record.undo.append(lambda: _put_back(model, before))
-    applier.hook(model.register_forward_pre_hook(_open, with_kwargs=True))
-    applier.hook(model.register_forward_hook(_close, always_call=True))
+    applier.hook(outer.register_forward_pre_hook(_open, with_kwargs=True))
+    applier.hook(outer.register_forward_hook(_close, always_call=True))
 
 
 @contextmanager
 def given_loss(model: Any, change: Callable[[Any], Any]) -> Iterator[None]:
     """For a while the model's loss is what ``change`` makes of it."""
+    model = _without_wrapper(model)
     before = model.__dict__.get("_loss_function")
     model.loss_function = change(model.loss_function)
     try:

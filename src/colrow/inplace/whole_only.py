@@ -1,19 +1,28 @@
-"""Methods of transformers' models that read whole weights, which no rank has any more."""
+"""Methods of transformers' and PEFT's models that read whole weights, which no rank has now."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from colrow.inplace.apply import Applier
-from colrow.inplace.record import Record
+from colrow.inplace.record import Record, record_for, record_of
+from colrow.partition import ShardSpec
 
 _INSTEAD = {
     "resize_token_embeddings": "resize the model before it is parallelised",
     "save_pretrained": "call colrow.save_pretrained(model, directory) on all ranks",
+    "add_adapter": "add adapters before the model is parallelised",
+    "load_adapter": "add adapters before the model is parallelised",
 }
+_OF_TRANSFORMERS = ("add_adapter", "load_adapter")
+
+
+def _is_of_transformers(method: Any) -> bool:
+    return str(method.__func__.__module__).startswith("transformers.")
 
 
 class _WholeOnly:
@@ -22,11 +31,10 @@ class _WholeOnly:
     Args:
         own: the method of the model.
         name: of the method.
-        record: of the model that is split, whose weights may be given; None for a part of it.
     """
 
-    def __init__(self, own: Callable[..., Any], name: str, record: Record | None) -> None:
-        self._own, self._name, self._record = own, name, record
+    def __init__(self, own: Callable[..., Any], name: str) -> None:
+        self._own, self._name = own, name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The method's result.
@@ -34,28 +42,67 @@ class _WholeOnly:
         Raises:
             ValueError: without whole weights, as ``state_dict``.
         """
-        given = kwargs.get("state_dict")
-        if self._record is None or given is None or not self._is_whole(given, self._record):
+        model: nn.Module = self._own.__self__  # type: ignore[attr-defined]
+        given, record = kwargs.get("state_dict"), record_for(model)
+        if record is None or given is None or not _is_whole(given, record):
             raise ValueError(
                 f"{self._name}: this model is split, and a rank has parts of its weights only; "
                 f"{_INSTEAD[self._name]}"
             )
         return self._own(*args, **kwargs)
 
-    @staticmethod
-    def _is_whole(given: Any, record: Record) -> bool:
-        return all(
-            tuple(given[name].shape) == spec.shape
-            for name, spec in record.specs.items()
-            if name in given
-        )
+
+def _is_whole(given: Any, record: Record) -> bool:
+    return all(
+        tuple(given[name].shape) == spec.shape
+        for name, spec in record.specs.items()
+        if name in given
+    )
+
+
+class _Unload:
+    """PEFT's methods that take its layers out: the model that is left knows how it is split.
+
+    Args:
+        own: the method.
+        model: what was split.
+    """
+
+    def __init__(self, own: Callable[..., Any], model: nn.Module) -> None:
+        self._own, self._model = own, weakref.ref(model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The method's result."""
+        model = self._model()
+        record = None if model is None else record_of(model)
+        known: dict[int, ShardSpec] = {}
+        if model is not None and record is not None:
+            for name, parameter in model.named_parameters(remove_duplicate=False):
+                if name in record.specs:
+                    known[id(parameter)] = record.specs[name]
+        left = self._own(*args, **kwargs)
+        if model is not None and record is not None:
+            left.__dict__["colrow_record"] = record.following(known, left)
+            if left is not model:
+                model.__dict__.pop("colrow_record")
+        return left
 
 
 def refuse_what_needs_whole_weights(applier: Applier) -> None:
     """For the model and its parts."""
-    for module in applier.model.modules():
+    whole = applier.model
+    for module in whole.modules():
         for name in _INSTEAD:
             own = getattr(module, name, None)
-            if callable(own) and not isinstance(own, nn.Module):
-                record = applier.record if module is applier.model else None
-                applier.attach(module, name, _WholeOnly(own, name, record))
+            # A method of this object: PEFT's models hand on those of the model inside.
+            if not callable(own) or getattr(own, "__self__", None) is not module:
+                continue
+            # PEFT's own way to add adapters splits them.
+            if name not in _OF_TRANSFORMERS or _is_of_transformers(own):
+                applier.attach(module, name, _WholeOnly(own, name))
+                if module is not whole:
+                    applier.attach(module, "colrow_inside", weakref.ref(whole))
+        for name in ("merge_and_unload", "unload"):
+            own = getattr(module, name, None)
+            if getattr(own, "__self__", None) is module and callable(own):
+                applier.attach(module, name, _Unload(own, whole))

@@ -1,0 +1,206 @@
+"""Modules that hold a divided parameter and were not seen running, and readers of such parameters.
+
+A parameter is divided for the modules that the sample batch called. Another module may hold it too,
+by tying: the head of another mode, or the embedding that LoRA has set aside for when its adapters
+are off. Such a layer is split like one that was called; what cannot be is refused when it is used.
+Code that reads the weight of a divided layer itself would get a shard: it gets a tensor that tells
+its dtype and device, and refuses to be computed with, but for being scaled.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from colrow.inplace.apply import Applier
+from colrow.inplace.modules import ColumnMixin, RowMixin
+from colrow.inplace.record import REACH_IT
+from colrow.inplace.unit import linear_kind, output_dim
+from colrow.inplace.vocabulary import plain_table, split_table
+from colrow.inplace.whole_results import EmbeddingMixin, Gathered, GatheredMixin, HeadMixin
+from colrow.partition import ShardSpec
+
+_FRAMES = 8
+# Methods of these files hand parameters on to whoever asks, or move them.
+_KEEPERS = ("torch/nn/modules/module.py", "transformers/modeling_utils.py")
+
+
+def guard_unseen(applier: Applier) -> None:
+    """Splits or refuses every module that holds a divided parameter and is not split itself."""
+    for name, module in list(applier.model.named_modules()):
+        held = {
+            last: spec
+            for last, parameter in module._parameters.items()
+            if parameter is not None and not applier.is_meant(module, last)
+            if (spec := applier.spec_of(parameter)) is not None
+        }
+        if held and not _split_alike(applier, name, module, held):
+            last = next(iter(held))
+            full = f"{name}.{last}" if name else last
+            others = [other for other in applier.names_of(module, last) if other != full]
+            applier.attach(module, "colrow_refused", (full, others))
+            applier.change_class(module, RefusedMixin)
+    members = frozenset(id(module) for module in applier.model.modules())
+    for name, module in applier.model.named_modules():
+        if isinstance(module, _LAYERS):
+            applier.attach(module, "colrow_unread", (name, members))
+            applier.change_class(module, UnreadMixin)
+
+
+def _split_alike(
+    applier: Applier, name: str, module: nn.Module, held: dict[str, ShardSpec]
+) -> bool:
+    """Splits a layer whose weight is divided by output features or rows of a table."""
+    kind, spec = linear_kind(module), held.get("weight")
+    if spec is None or len(spec.blocks) != 1 or spec.blocks[0].shared:
+        return False
+    if isinstance(module, nn.Embedding):
+        if spec.dim != 0 or not plain_table(module) or not _asks_its_base(module):
+            return False
+        split_table(applier, name, module)
+        return True
+    if kind is None or spec.dim != output_dim(kind):
+        return False
+    partition = spec.blocks[0]
+    rows = [list(range(start, stop)) for start, stop in partition.bounds]
+    applier.mean(module, "weight")
+    if module._parameters.get("bias") is not None:
+        applier.split(module, "bias", 0, rows)
+    applier.attach(module, "colrow", Gathered(applier.tp, name, kind == "conv1d", partition))
+    applier.change_class(module, GatheredMixin)
+    return True
+
+
+def _asks_its_base(module: nn.Embedding) -> bool:
+    """Whether an embedding looks its vectors up with nn.Embedding's own forward and no other way.
+
+    Tried with a table of which the module holds nothing: what it does with the vectors is its own.
+    """
+    if type(module).forward is nn.Embedding.forward:
+        return True
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(5, module.embedding_dim, generator=generator)
+    ids = torch.tensor([[0, 1], [4, 2]])
+
+    class Asked(nn.Embedding):
+        def forward(self, input: Tensor) -> Tensor:
+            return F.embedding(input, table)
+
+    def result(weight: Tensor, *bases: type) -> Tensor:
+        twin = copy.copy(module)
+        parameters = module._parameters | {"weight": nn.Parameter(weight, requires_grad=False)}
+        twin.__dict__["_parameters"] = parameters
+        for number in ("num_embeddings", "padding_idx"):
+            twin.__dict__[number] = 5 if number == "num_embeddings" else None
+        twin.__class__ = type(type(module).__name__, (type(module), *bases), {})
+        found: Tensor = type(twin).forward(twin, ids)
+        return found
+
+    try:
+        return torch.equal(result(table), result(table[:1] + 1, Asked))
+    except Exception:  # whatever its code raises
+        return False
+
+
+class RefusedMixin(nn.Module):
+    """A module that holds a divided parameter and does not know it."""
+
+    colrow_refused: tuple[str, list[str]]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises ValueError: what it would compute is wrong."""
+        name, others = self.colrow_refused
+        shared = f", which it shares with {others[0]}," if others else ""
+        raise ValueError(
+            f"{name}{shared} is divided over the ranks, but its module was not seen running when "
+            f"the model was split; {REACH_IT}"
+        )
+
+
+class UnreadMixin(nn.Module):
+    """A layer whose divided parameters are for its own forward only."""
+
+    colrow_unread: tuple[str, frozenset[int]]
+
+    def __getattr__(self, name: str) -> Any:
+        value: Any = super().__getattr__(name)
+        if name not in ("weight", "bias") or torch.compiler.is_compiling():
+            return value
+        frame = sys._getframe(1)
+        if frame.f_code in _OWN or value is None or not self._is_read_elsewhere(frame):
+            return value
+        return _Unread.of(value, f"{self.colrow_unread[0]}.{name}")
+
+    def _is_read_elsewhere(self, frame: FrameType | None) -> bool:
+        """Whether code of another module of the model asks."""
+        for _ in range(_FRAMES):
+            if frame is None:
+                return False
+            reader = frame.f_locals.get("self")
+            if isinstance(reader, nn.Module):
+                if reader is self or frame.f_code.co_filename.endswith(_KEEPERS):
+                    return False
+                known = "colrow_adapted" in reader.__dict__
+                return id(reader) in self.colrow_unread[1] and not known
+            frame = frame.f_back
+        return False
+
+
+_LAYERS = (ColumnMixin, RowMixin, GatheredMixin, HeadMixin, EmbeddingMixin, RefusedMixin)
+_OWN = {layer.forward.__code__ for layer in _LAYERS}
+
+
+class _Unread(Tensor):
+    """A shard that is read by code that takes it for the whole."""
+
+    colrow_name: str
+
+    @classmethod
+    def of(cls, shard: Tensor, name: str) -> Tensor:
+        """Tells what the shard is of, and refuses to be computed with."""
+        unread = shard.detach().as_subclass(cls)
+        unread.colrow_name = name
+        return unread
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Any,
+        types: Any,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """The tensor's own answer about itself, and for anything else a ValueError."""
+        leaves = pytree.tree_leaves((args, kwargs))
+        scales = func in _SCALES and all(isinstance(x, int | float) for x in leaves[1:])
+        if scales or func in _DESCRIBES:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        name = next((x.colrow_name for x in leaves if isinstance(x, cls)), "a weight")
+        raise ValueError(
+            f"{name} is divided over the ranks, and code that is not its layer's own computes with "
+            f"it ({getattr(func, '__name__', func)}); {REACH_IT}"
+        )
+
+
+# With numbers, these do to a shard what they do to the whole.
+_SCALES: frozenset[Any] = frozenset({Tensor.mul_, Tensor.div_, Tensor.zero_, Tensor.fill_})
+_GETTERS = (
+    *("dtype", "device", "layout", "shape", "ndim", "itemsize", "requires_grad", "is_leaf"),
+    *("is_meta", "is_cuda", "is_cpu", "is_sparse", "is_quantized", "is_mkldnn"),
+)
+_DESCRIBES: frozenset[Any] = frozenset(getattr(Tensor, name).__get__ for name in _GETTERS) | {
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.is_floating_point,
+    Tensor.element_size,
+}
