@@ -35,6 +35,20 @@ class ScaledEmbedding(nn.Embedding):
         return super().forward(input) * 3.0
 
 
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 20, 16))
+        self.down = nn.Parameter(torch.randn(3, 16, 20))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(torch.einsum("bsi,eif->besf", x, self.up))
+        return torch.einsum("besf,efo->bso", h, self.down)
+
+    def one(self, x: Tensor, number: int) -> Tensor:
+        return torch.tanh(x @ self.up[number]) @ self.down[number]
+
+
 class Modes(nn.Module):
     """A tied language model with ways that its plain forward does not go."""
 
@@ -42,12 +56,13 @@ class Modes(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(31, 20)
         self.scaled = ScaledEmbedding(31, 20, padding_idx=2)
+        self.experts = Experts()
         self.mlp, self.head = Mlp(), nn.Linear(20, 31, bias=False)
         self.branches = nn.ModuleList([Mlp(), Mlp(), Mlp(partial(torch.softmax, dim=-1))])
         self.scores = nn.Linear(20, 31)
         self.again, self.back = nn.Linear(20, 26), nn.Linear(26, 20)
         self.head.weight = self.scaled.weight = self.embedding.weight
-        self.scores.weight = self.embedding.weight
+        self.scores.weight = self.table = self.embedding.weight
         self.again.weight, self.back.weight = self.mlp.up.weight, self.mlp.down.weight
 
     def forward(self, ids: Tensor, mode: str = "") -> Tensor:
@@ -60,9 +75,14 @@ class Modes(nn.Module):
             x = x + self.back(self.again(x))
         if mode == "again":
             return self.again(x)
+        x = x + self.experts(x)
         x = x + self.mlp(x) + self.branches[{"second": 1, "softmax": 2}.get(mode, 0)](x)
         if mode == "table":
             return F.linear(x, self.embedding.weight)
+        if mode == "expert":
+            return x + self.experts.one(x, 1)
+        if mode == "own table":
+            return F.linear(x, self.table)
         if mode == "lookup":
             return x + F.embedding(ids // 4, self.embedding.weight)
         if mode == "dtype":
@@ -92,13 +112,16 @@ REFUSED = {
     "outside": "mlp.up holds some output features on each rank and was called from outside of mlp",
     "back": "back.weight, which it shares with mlp.down.weight, is divided",
     "table": "embedding.weight is divided over the ranks, and code that is not its layer's",
+    "expert": "experts.up is divided over the ranks, and code that is not its layer's",
+    "own table": "table is divided over the ranks, and code that is not its layer's",
     "lookup": "embedding.weight is divided over the ranks, and code that is not its layer's",
 }
 
 
 def split_modes(tp: ParallelGroup) -> dict[str, tuple[Tensor, dict[str, Tensor]] | str]:
     model = colrow.parallelize(made(), mesh_of(tp), example_inputs={"ids": IDS})
-    assert "column-parallel" in repr(model)
+    assert "column-parallel" in repr(model.mlp)
+    assert model.get_parameter("experts.up").shape[2] < 16
     found: dict[str, tuple[Tensor, dict[str, Tensor]] | str] = {}
     for mode in RIGHT:
         result = model(IDS, mode)

@@ -183,6 +183,10 @@ def lived(model: Any, directory: Path, tp: ParallelGroup | None) -> tuple[list[T
     model.load_adapter(str(directory / "adapter"), "third", low_cpu_mem_usage=tp is None)
     model.set_adapter("third")
     look()
+    inputs = batch(case.architecture, model)["input_ids"]
+    with torch.no_grad(), full_precision():
+        mixed = ["default", "third"] * (len(inputs) // 2)
+        seen.append(model.eval()(inputs, adapter_names=mixed).logits)
     model.delete_adapter("default")
     look()
     if tp is not None:

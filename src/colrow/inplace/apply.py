@@ -51,13 +51,18 @@ class Applier:
         self.model, self.record = model, record
         self.tp = record.tp
         self._names: dict[int, list[str]] = {}
+        self.paths: dict[int, str] = {}  # of modules, by id
         for path, module in model.named_modules(remove_duplicate=False):
+            self.paths.setdefault(id(module), path)
             for last, parameter in module._parameters.items():
                 if parameter is not None:
                     full = _path(_path(name, path) if path else name, last)
                     self._names.setdefault(id(parameter), []).append(full)
         record.names |= frozenset(name for names in self._names.values() for name in names)
         self._split: dict[int, ShardSpec] = {}
+        self.members = frozenset(self.paths)
+        # Of proofs: parameters that are used without a layer, with their owner and the pair.
+        self.used_directly: dict[int, tuple[nn.Module, set[str], Pair | None]] = {}
         self._meant: set[tuple[int, str]] = set()
         self._dropping: dict[int, bool] = {}  # configurations
         self._specs: dict[Any, tuple[ShardSpec, Rows]] = {}  # the rows stay, so that ids are unique
@@ -133,8 +138,8 @@ class Applier:
         entries: dict[str, Entry] = {}
         stream = Stream(self.tp) if drops_out(module, self._dropping) else None
         pair = None
-        if group.columns and group.rows:
-            pair = Pair(name, bool(proof.settings[rank]))
+        if group.columns or group.parameters:
+            pair = Pair(name, bool(group.rows and proof.settings[rank]))
             self.hook(module.register_forward_pre_hook(pair.enter))
             self.hook(module.register_forward_hook(pair.leave))
         entered = [c for c in group.columns if c not in proof.cuts.uncut]
@@ -154,7 +159,9 @@ class Applier:
                 column.stream, column.pair = stream, pair
         for path, (dim, rows) in group.parameters.items():
             owner, _, last = path.rpartition(".")
-            self.split(module.get_submodule(owner), last, dim, rows)
+            target = module.get_submodule(owner)
+            self.split(target, last, dim, rows)
+            self.used_directly.setdefault(id(target), (target, set(), pair))[1].add(last)
         for layer in proof.cuts.outputs:
             entry = Entry(self.tp, _path(name, layer))
             self.hook(module.get_submodule(layer).register_forward_hook(OutputCut(entry)))

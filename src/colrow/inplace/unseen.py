@@ -12,16 +12,19 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree as pytree
 
 from colrow.inplace.apply import Applier
 from colrow.inplace.modules import ColumnMixin, RowMixin
+from colrow.inplace.pairs import Pair
 from colrow.inplace.record import REACH_IT
 from colrow.inplace.unit import linear_kind, output_dim
 from colrow.inplace.vocabulary import plain_table, split_table
@@ -42,17 +45,35 @@ def guard_unseen(applier: Applier) -> None:
             if parameter is not None and not applier.is_meant(module, last)
             if (spec := applier.spec_of(parameter)) is not None
         }
-        if held and not _split_alike(applier, name, module, held):
+        if not held or _split_alike(applier, name, module, held):
+            continue
+        if not isinstance(module, nn.Linear | nn.Embedding | _ConvNd) and not linear_kind(module):
+            _guard(applier, name, module, frozenset(held))
+        else:
             last = next(iter(held))
             full = f"{name}.{last}" if name else last
             others = [other for other in applier.names_of(module, last) if other != full]
             applier.attach(module, "colrow_refused", (full, others))
             applier.change_class(module, RefusedMixin)
-    members = frozenset(id(module) for module in applier.model.modules())
     for name, module in applier.model.named_modules():
         if isinstance(module, _LAYERS):
-            applier.attach(module, "colrow_unread", (name, members))
-            applier.change_class(module, UnreadMixin)
+            _guard(applier, name, module, frozenset({"weight", "bias"}), own=True)
+    for owner, names, pair in applier.used_directly.values():
+        _guard(applier, applier.paths[id(owner)], owner, frozenset(names), pair=pair)
+
+
+def _guard(
+    applier: Applier,
+    name: str,
+    module: nn.Module,
+    names: frozenset[str],
+    *,
+    own: bool = False,
+    pair: Pair | None = None,
+) -> None:
+    if "colrow_guard" not in module.__dict__:
+        applier.attach(module, "colrow_guard", Guard(name, applier.members, names, own, pair))
+        applier.change_class(module, GuardMixin)
 
 
 def _split_alike(
@@ -125,33 +146,61 @@ class RefusedMixin(nn.Module):
         )
 
 
-class UnreadMixin(nn.Module):
-    """A layer whose divided parameters are for its own forward only."""
+@dataclass(frozen=True)
+class Guard:
+    """Whose divided parameters may be read by whom.
 
-    colrow_unread: tuple[str, frozenset[int]]
+    Attributes:
+        layer: the name of the module that holds them.
+        members: the ids of all modules of the model; other code reads what it likes.
+        names: the parameters.
+        own: whether the module itself may read them.
+        pair: inside its module's forward anybody may; None for no such module.
+    """
 
-    def __getattr__(self, name: str) -> Any:
-        value: Any = super().__getattr__(name)
-        if name not in ("weight", "bias") or torch.compiler.is_compiling():
-            return value
-        frame = sys._getframe(1)
-        if frame.f_code in _OWN or value is None or not self._is_read_elsewhere(frame):
-            return value
-        return _Unread.of(value, f"{self.colrow_unread[0]}.{name}")
+    layer: str
+    members: frozenset[int]
+    names: frozenset[str]
+    own: bool
+    pair: Pair | None
 
-    def _is_read_elsewhere(self, frame: FrameType | None) -> bool:
-        """Whether code of another module of the model asks."""
+    def refuses(self, holder: nn.Module, frame: FrameType | None) -> bool:
+        """Whether the code of this frame may not read a parameter of ``holder``."""
+        if self.pair is not None and (self.pair.inside or not self.pair.module):
+            return False
         for _ in range(_FRAMES):
             if frame is None:
                 return False
             reader = frame.f_locals.get("self")
             if isinstance(reader, nn.Module):
-                if reader is self or frame.f_code.co_filename.endswith(_KEEPERS):
+                if frame.f_code.co_filename.endswith(_KEEPERS):
                     return False
+                if reader is holder:
+                    if self.own:
+                        return False
+                    if isinstance(holder, nn.ParameterDict | nn.ParameterList):
+                        frame = frame.f_back
+                        continue
                 known = "colrow_adapted" in reader.__dict__
-                return id(reader) in self.colrow_unread[1] and not known
+                return id(reader) in self.members and not known
             frame = frame.f_back
         return False
+
+
+class GuardMixin(nn.Module):
+    """A module whose divided parameters are for its own forward only, or for another module's."""
+
+    colrow_guard: Guard
+
+    def __getattr__(self, name: str) -> Any:
+        value: Any = super().__getattr__(name)
+        guard: Guard | None = self.__dict__.get("colrow_guard")
+        if guard is None or name not in guard.names or torch.compiler.is_compiling():
+            return value
+        frame = sys._getframe(1)
+        if frame.f_code in _OWN or value is None or not guard.refuses(self, frame):
+            return value
+        return _Unread.of(value, f"{guard.layer}.{name}" if guard.layer else name)
 
 
 _LAYERS = (ColumnMixin, RowMixin, GatheredMixin, HeadMixin, EmbeddingMixin, RefusedMixin)
