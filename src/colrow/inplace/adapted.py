@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,19 @@ class LoadCut:
             state[key] = take(state[key], spec.dim, indices_of(spec, self.rank))
 
 
+def refuse_mixed(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """A forward pre-hook: PEFT takes the adapters of a mixed batch in an order of each process.
+
+    Raises:
+        ValueError: for an adapter for each row.
+    """
+    if kwargs.get("adapter_names") is not None:
+        raise ValueError(
+            "adapter_names: a model that is split takes one choice of adapters for a batch: call "
+            "set_adapter, and run the rows of each adapter as a batch"
+        )
+
+
 @dataclass
 class Adapted:
     """How a LoRA layer is split.
@@ -96,6 +110,7 @@ class AdaptedMixin(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The layer's result with its adapters'. Sends what the layer sends, a little wider."""
+        refuse_mixed(self, (x, *args), kwargs)
         own: Any = self
         base = own.base_layer
         if args or kwargs or own.disable_adapters or own.merged:
@@ -244,6 +259,7 @@ class AdaptedEmbeddingMixin(AdaptedMixin):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The layer's result with its adapters'."""
+        refuse_mixed(self, (x, *args), kwargs)
         return super(AdaptedMixin, self).forward(x, *args, **kwargs)
 
     def _embed(self, input: Tensor, weight: Tensor, *_: Any, **__: Any) -> Tensor:

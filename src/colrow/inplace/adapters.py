@@ -13,7 +13,7 @@ embedding           the layer's range of the vocabulary   whole
 ==================  ====================================  ====================================
 
 Each piece gives the right values and gradients by itself, so that every way of PEFT's own forward
-through them does: adapters off, several at once, one for each row of a batch. In the common way
+through them does: adapters off, several at once. In the common way
 the pieces of a layer send together with the layer itself (:mod:`colrow.inplace.adapted`).
 """
 
@@ -34,6 +34,7 @@ from colrow.inplace.adapted import (
     DoraRowMixin,
     LoadCut,
     When,
+    refuse_mixed,
 )
 from colrow.inplace.apply import Applier
 from colrow.inplace.atoms import indices_of
@@ -130,6 +131,8 @@ def split_adapters(
         entry = Entry(applier.tp, name) if whole else None
         applier.attach(module, "colrow_adapted", Adapted(applier.record, name, spec, entry))
         applier.change_class(module, AdaptedEmbeddingMixin if table else AdaptedMixin)
+    if hasattr(applier.model, "peft_config"):
+        applier.hook(applier.model.register_forward_pre_hook(refuse_mixed, with_kwargs=True))
     _send_together(applier, layers, calls)
 
 

@@ -34,6 +34,8 @@ from colrow.partition import ShardSpec
 _FRAMES = 8
 # Methods of these files hand parameters on to whoever asks, or move them.
 _KEEPERS = ("torch/nn/modules/module.py", "transformers/modeling_utils.py")
+# PEFT's, which choose what is trained.
+_CHOOSERS = ("set_adapter", "enable_adapters", "set_requires_grad", "delete_adapter")
 
 
 def guard_unseen(applier: Applier) -> None:
@@ -173,7 +175,8 @@ class Guard:
                 return False
             reader = frame.f_locals.get("self")
             if isinstance(reader, nn.Module):
-                if frame.f_code.co_filename.endswith(_KEEPERS):
+                code = frame.f_code
+                if code.co_filename.endswith(_KEEPERS) or code.co_name in _CHOOSERS:
                     return False
                 if reader is holder:
                     if self.own:
@@ -194,11 +197,12 @@ class GuardMixin(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         value: Any = super().__getattr__(name)
-        guard: Guard | None = self.__dict__.get("colrow_guard")
-        if guard is None or name not in guard.names or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or (frame := sys._getframe(1)).f_code in _OWN:
             return value
-        frame = sys._getframe(1)
-        if frame.f_code in _OWN or value is None or not guard.refuses(self, frame):
+        guard: Guard | None = self.__dict__.get("colrow_guard")
+        if guard is None or value is None or name not in guard.names:
+            return value
+        if not guard.refuses(self, frame):
             return value
         return _Unread.of(value, f"{guard.layer}.{name}" if guard.layer else name)
 
@@ -228,7 +232,7 @@ class _Unread(Tensor):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """The tensor's own answer about itself, and for anything else a ValueError."""
-        leaves = pytree.tree_leaves((args, kwargs))
+        leaves = pytree.tree_leaves((args, kwargs or {}))
         scales = func in _SCALES and all(isinstance(x, int | float) for x in leaves[1:])
         if scales or func in _DESCRIBES:
             with torch._C.DisableTorchFunctionSubclass():
