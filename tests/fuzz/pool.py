@@ -18,6 +18,8 @@ SECONDS_PER_CASE = 90.0
 _TASKS_PER_LIFE = 300
 _REFUSALS = ("ValueError", "TypeError", "RuntimeError", "NotImplementedError", "LeftAloneError")
 _SOURCE = str(Path(colrow.__file__).parent)
+# Every rank of a case is given the same: whoever says otherwise has seen wrong numbers.
+_BLAMES = re.compile("drifted apart|different (batches|weights|seeds|ways|splits)|another rank")
 _FRAME = re.compile(r'^  File "(.+?)", line \d+, in .+\n    (.*)$', re.MULTILINE)
 
 
@@ -94,6 +96,8 @@ def why_unclear(raised: Raised) -> str:
         return "not raised on purpose"
     if not 20 <= len(raised.message) <= 900 or len(raised.message.split()) < 4:
         return f"{len(raised.message)} characters are no sentence"
+    if _BLAMES.search(raised.message):
+        return "the ranks were given the same"
     return ""
 
 

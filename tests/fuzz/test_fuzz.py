@@ -62,6 +62,7 @@ def test_what_counts_as_a_refusal() -> None:
         _raised("ValueError", sentence, "torch/nn/functional.py", "raise ValueError("),
         _raised("RuntimeError", sentence, ours, "y = x @ weight"),
         _raised("ValueError", "3", ours, "raise ValueError("),
+        _raised("ValueError", "the ranks were given different batches", ours, "raise ValueError("),
     ):
         assert why_unclear(bad)
         assert judged(TaskFailure("", bad, on_all_ranks=True)).word == "wrong"

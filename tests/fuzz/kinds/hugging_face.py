@@ -45,6 +45,7 @@ def fields(ranks: int) -> Fields:
             "length": OneOf([9, 4, 1, 17]),
             "mask": OneOf([False, True]),
             "train": OneOf([False, True]),
+            "generate": OneOf([False, True]),
         }
     )
 
@@ -59,6 +60,7 @@ def run(world: World, case: Case) -> list[str]:
         raise NotRunError(f"{case['model']}: {type(error).__name__}: {error}") from error
     if not all(bool(loss.isfinite()) for _, loss, _ in expected):
         raise NotRunError(f"{case['model']}: its loss is not finite")
+    tokens = _generated(whole, every[0], case, architecture, may_fail=True)
     with quiet_transformers(), full_precision():
         colrow.parallelize(model, world.mesh(), sequence_parallel=case["sequence_parallel"])
     wrong: list[str] = []
@@ -71,7 +73,36 @@ def run(world: World, case: Case) -> list[str]:
         if world.rank == 0:
             what = f"batch {number}: gradient of"
             wrong += compare.gradients(what, my_grads, grads, _LIMIT)
+    if tokens is not None:
+        mine = _generated(model, every[0], case, architecture)
+        if mine != tokens:
+            wrong.append(f"greedy tokens are {mine}, not {tokens}")
     return wrong
+
+
+def _generated(
+    model: Any,
+    inputs: dict[str, Any],
+    case: Case,
+    architecture: Architecture,
+    *,
+    may_fail: bool = False,
+) -> list[list[int]] | None:
+    """Greedy tokens with the model's own cache; None where they are not asked for."""
+    if not case["generate"] or not architecture.is_causal_lm:
+        return None
+    given = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+    model.eval()
+    try:
+        with quiet_transformers(), full_precision(), torch.no_grad():
+            found: Tensor = model.generate(
+                **given, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0
+            )
+    except Exception:
+        if may_fail:
+            return None
+        raise
+    return found.tolist()
 
 
 def _build(case: Case) -> tuple[Architecture, nn.Module]:

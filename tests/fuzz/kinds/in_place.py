@@ -71,7 +71,7 @@ def run(world: World, case: Case) -> list[str]:
     try:
         for number, (how, seen) in enumerate(zip(fresh, expected, strict=True)):
             if seen is not None:
-                wrong += _compared(model, case, number, how, seen, world)
+                _compare(model, case, number, how, seen, world, wrong)
         _step(model, case, optimiser)
         weights = colrow.full_state_dict(model)
         if world.rank == 0:
@@ -86,7 +86,7 @@ def run(world: World, case: Case) -> list[str]:
             if name in buffers and buffers[name].shape == value.shape:
                 wrong += compare.difference(f"the buffer {name}", buffers[name], value, _LIMIT)
         if after is not None:
-            wrong += _compared(model, case, last, FRESH[0], after, world, 1e-6)
+            _compare(model, case, last, FRESH[0], after, world, wrong, 1e-6)
     except Exception:
         if wrong:  # a number that was wrong before is worse than what was refused then
             return wrong
@@ -130,28 +130,29 @@ def _run(model: nn.Module, case: Case, inputs: dict[str, Tensor]) -> Seen:
     return Seen(result, alone, loss.detach(), {})
 
 
-def _compared(
+def _compare(
     model: nn.Module,
     case: Case,
     number: int,
     how: tuple[int, int, float, bool],
     whole: Seen,
     world: World,
+    wrong: list[str],
     limit: float = _LIMIT,
-) -> list[str]:
+) -> None:
+    """Adds to ``wrong`` what differs."""
     rows, length, scale, train = how
     what = f"batch {number} ({rows}x{length}, scale {scale:g}, {'train' if train else 'eval'})"
     model.train(train)
     model.zero_grad()
     seen = _run(model, case, batch(case, number, rows, length, scale))
-    wrong = compare.results(f"{what}: result", seen.result, whole.result, limit)
+    wrong += compare.results(f"{what}: result", seen.result, whole.result, limit)
     wrong += compare.results(f"{what}: result in no_grad", seen.alone, whole.alone, limit)
     wrong += compare.difference(f"{what}: loss", seen.loss, whole.loss, limit, 1.0)
     grads = colrow.full_grads(model)
     model.zero_grad()
     if world.rank == 0:
         wrong += compare.gradients(f"{what}: gradient of", grads, whole.grads, limit)
-    return wrong
 
 
 def _step(model: nn.Module, case: Case, make: Any) -> None:
