@@ -6,12 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import colrow
+from colrow.inplace.keep import keep_part
 from colrow.inplace.load import allocate
 from colrow.inplace.look import carry_out, look
 from colrow.mesh import ParallelGroup
+from colrow.partition import Partition, ShardSpec
+from colrow.reference import FullPrecision
 from tests.inplace.test_parallelize import OwnModel, mesh_of
 from tests.ranks import RankPool
 
@@ -143,3 +147,16 @@ def check_ddp(tp: ParallelGroup) -> None:
 
 def test_ddp_that_was_made_before_is_refused(ranks: RankPool) -> None:
     ranks(2, check_ddp)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_parameter_forgets_the_shape_it_had_in_an_earlier_result(dtype: torch.dtype) -> None:
+    """Also where everything is computed in fp64, as in references."""
+    weight = nn.Parameter(torch.ones(6, 2, dtype=dtype))
+    x = torch.ones(1, 2, dtype=dtype)
+    with FullPrecision():
+        undo = keep_part(weight, ShardSpec((6, 2), 0, (Partition.even(6, 2),)), 0)
+        earlier = F.linear(x, weight)
+        undo()
+        (grad,) = torch.autograd.grad(F.linear(x, weight).sum(), [weight])
+    assert grad.shape == (6, 2) and earlier.shape == (1, 3)

@@ -91,9 +91,10 @@ def _set_data(parameter: nn.Parameter, data: Tensor) -> None:
     """Gives a parameter data of another shape.
 
     Its node in the autograd graph remembers the shape and is alive while an earlier result is. A
-    change of dtype on the way makes torch forget the node.
+    change of dtype on the way makes torch forget the node: to one of 16 bits, since references
+    that compute in fp64 turn fp32 into it.
     """
-    other = torch.float64 if data.dtype != torch.float64 else torch.float32
+    other = torch.bfloat16 if data.dtype != torch.bfloat16 else torch.float16
     parameter.data = data.new_empty(0, dtype=other)
     parameter.data = data
 
