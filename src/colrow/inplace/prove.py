@@ -18,6 +18,8 @@ from colrow.inplace.simulate import Cuts, Observed, Simulation, take, watched_gr
 from colrow.inplace.unit import Unit, UnitError, output_features
 from colrow.inplace.watch import Style, Watch
 
+_QUERY_GROUPS = frozenset({"num_key_value_groups"})
+
 
 class NotProvenError(Exception):
     """The parts do not make up the whole; the message says where."""
@@ -164,7 +166,8 @@ def _settings(
             except (UnitError, NotProvenError) as error:
                 last = str(error)
                 continue
-            known[sizes] = _needed(simulation, whole, rank, setting)
+            needed = _needed(simulation, whole, rank, setting)
+            known[sizes] = needed | _query_groups(numbers, needed, sizes)
             found.append(known[sizes])
             break
         else:
@@ -188,6 +191,28 @@ def _needed(simulation: Simulation, whole: Observed, rank: int, setting: Setting
             continue
         setting = fewer
     return setting
+
+
+def _query_groups(
+    numbers: list[Number], setting: Setting, sizes: frozenset[tuple[int, int]]
+) -> Setting:
+    """How many query heads share a KV head, where only batches with a mask ask for it.
+
+    transformers' attention leaves the sharing to torch where there is no mask.
+    """
+    found: Setting = {}
+    for number in numbers:
+        if number.name not in _QUERY_GROUPS or number in setting:
+            continue
+        local = {
+            queries // keys
+            for queries, all_queries in sizes
+            for keys, all_keys in sizes
+            if all_queries == number.value * all_keys and queries % keys == 0
+        }
+        if len(local) == 1 and local != {number.value}:
+            found[number] = local.pop()
+    return found
 
 
 def _sizes(simulation: Simulation, rank: int) -> frozenset[tuple[int, int]]:
