@@ -77,12 +77,12 @@ def test_bad_usage_is_one_line(arguments: str, capsys: pytest.CaptureFixture[str
 
 
 def test_a_wrong_number_a_hang_and_a_crash_are_found() -> None:
-    with Ranks(2, seconds_per_case=4) as pool:
+    with Ranks(2, seconds_per_case=8) as pool:
         for does, why in [
             ("right", ""),
             ("wrong number", "rank 1 says so"),
             ("raises alone", "rank 1 alone raised ValueError: only here"),
-            ("hangs", "not done after 4 s"),
+            ("hangs", "not done after 8 s"),
             ("dies", "rank 1 died (3)"),
             ("right", ""),
         ]:
