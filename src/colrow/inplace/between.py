@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from colrow.inplace.calls import tensors_of
-from colrow.inplace.capture import evaluating, run_example, without_cache
+from colrow.inplace.capture import arithmetic_of, evaluating, run_example, without_cache
 from colrow.inplace.infer import Inference
 from colrow.inplace.vocabulary import VocabularyLayers, given_loss, knows_loss
 from colrow.inplace.watch import Watch
@@ -50,32 +50,104 @@ def watched_between(
             handle.remove()
 
 
-def keep_what_is_decided_by(
-    model: nn.Module, batch: Mapping[str, Any], inference: Inference
+def keep_what_is_used_elsewhere(
+    model: nn.Module, batch: Mapping[str, Any], inference: Inference, layers: VocabularyLayers
 ) -> Inference:
-    """Modules that give away a part of their features are split only if nothing depends on it.
+    """Modules whose divided features other code gets are split only if nothing depends on it.
 
-    Such results are attention weights, or a table of positions that one layer makes for all.
+    Such are attention weights, a table of positions that one layer makes for all, activations that
+    a module keeps for a penalty in training. What is computed of them in eval mode without a
+    decision is compared later, with the whole model's results.
     """
-    modules: dict[str, Divided] = {}
-    local: set[str] = set()
-    for name, proofs in inference.proofs.items():
-        numbers = {number for proof in proofs for number in proof.local_results}
-        modules[name] = _numbered(numbers)
-        if numbers:
-            local.add(name)
-    if not local:
+    giving = {
+        name
+        for name, proofs in inference.proofs.items()
+        if any(proof.local_results or proof.keeps for proof in proofs)
+    }
+    if not giving:
         return inference
-    watch = Watch()
-    with torch.no_grad(), watched_between(model, watch, modules):
+    watch, training = Watch(), Watch()
+    with torch.no_grad(), _followed_through(model, watch, inference):
         run_example(model, batch)
-    if not (reason := watch.problem or watch.decided):
+    reason = watch.problem or watch.decided
+    if not reason:
+        given = dict(batch)
+        if "input_ids" in batch and knows_loss(model, layers):
+            given["labels"] = batch["input_ids"]
+        with _as_in_training(model), _followed_through(model, training, inference):
+            try:
+                model(**given)
+            except Exception:  # whatever the model's code raises: it is not for training
+                training.touched.clear()
+        if more := sorted(training.touched - watch.touched):
+            reason = f"in training it computes with divided values: {more[0]}"
+    if not reason:
         return inference
-    return inference.only(inference.proofs.keys() - local, f"the model's own code: {reason}")
+    return inference.only(inference.proofs.keys() - giving, f"the model's own code: {reason}")
 
 
-def _numbered(numbers: Collection[int]) -> Divided:
-    return lambda output: [x for i, x in enumerate(tensors_of(output)) if i in numbers]
+@contextmanager
+def _as_in_training(model: nn.Module) -> Iterator[None]:
+    """Training mode, of which nothing is left afterwards: no statistics, no random numbers."""
+    states = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    values = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+    with (
+        torch.no_grad(),
+        evaluating(model),
+        arithmetic_of(model),
+        without_cache(model),
+        torch.random.fork_rng(devices=[]),
+    ):
+        try:
+            for module in model.modules():
+                module.training = True
+            yield
+        finally:
+            for module, attributes, buffers in states:
+                for name in vars(module).keys() - attributes.keys():
+                    del module.__dict__[name]
+                module.__dict__.update(attributes)
+                module._buffers.clear()
+                module._buffers.update(buffers)
+            for buffer, value in values:
+                buffer.copy_(value)
+
+
+@contextmanager
+def _followed_through(model: nn.Module, watch: Watch, inference: Inference) -> Iterator[None]:
+    """Forward passes inside it are watched, with what each group of layers divides."""
+    handles: list[Any] = []
+
+    def on(name: str, before: Callable[[Any], None], after: Callable[[Any], None]) -> None:
+        module = model.get_submodule(name)
+        handles.append(module.register_forward_pre_hook(lambda _, args: before(args)))
+        handles.append(module.register_forward_hook(lambda _, args, y: after(y), always_call=True))
+
+    def finish(numbers: Collection[int]) -> Callable[[Any], None]:
+        def after(output: Any) -> None:
+            watch.end_proven()
+            for number, x in enumerate(tensors_of(output)):
+                watch.mark(x) if number in numbers else watch.unmark(x)
+
+        return after
+
+    for name, proofs in inference.proofs.items():
+        prefix = f"{name}." if name else ""
+        numbers = {number for proof in proofs for number in proof.local_results}
+        on(name, lambda _: watch.begin_proven(), finish(numbers))
+        for proof in proofs:
+            for column in proof.group.columns:
+                on(prefix + column, lambda _: None, watch.mark)
+            for row in proof.group.rows:
+                on(prefix + row, lambda _: watch.begin_elsewhere(), lambda _: watch.end_elsewhere())
+            for parameter in proof.group.parameters:
+                watch.mark(model.get_parameter(prefix + parameter))
+    try:
+        with watch:
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def local_loss_is_right(

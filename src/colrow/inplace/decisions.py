@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from colrow.inplace.unit import UnitError
+from colrow.inplace.unit import Unit, UnitError
 from colrow.inplace.watch import Style, Watch
 
 Run = TypeVar("Run")
@@ -69,6 +70,41 @@ def check_decisions(
                 raise DecisionError(f"{wrong} depends on values of other ranks")
             found.append((style, base))
     return found
+
+
+def check_memory(unit: Unit, run: Callable[[Watch], object]) -> bool:
+    """Looks whether forward passes use what earlier ones kept of divided values.
+
+    Such are running statistics, a scale for the next pass, a list of results outside of the module.
+
+    Args:
+        run: a forward of the whole that is watched.
+
+    Returns:
+        Whether something divided is kept, for others to use.
+
+    Raises:
+        DecisionError: when a pass uses it, in training or not.
+    """
+    before, kept = unit.training, False
+    with torch.no_grad():
+        try:
+            for unit.training in (False, True):
+                watch = Watch()
+                with suppress(UnitError):
+                    run(watch)
+                kept |= watch.outlives()
+            earlier: Watch | None = None
+            for unit.training in (False, False, True, True, False) if kept else ():
+                watch = Watch(after=earlier)
+                with suppress(UnitError):
+                    run(watch)
+                if watch.problem:
+                    raise DecisionError(watch.problem)
+                earlier = watch
+        finally:
+            unit.training = before
+    return kept
 
 
 def _answered(run: Callable[[Watch, Run | None], Run]) -> Iterator[tuple[Style, Watch, Run]]:

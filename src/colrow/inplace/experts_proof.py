@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from colrow.inplace.calls import Key
 from colrow.inplace.equal import close, near, placed, sum_of
 from colrow.inplace.locals import Setting, settings, watching
-from colrow.inplace.prove import NotProvenError, Proof, undecided
+from colrow.inplace.prove import NotProvenError, Proof, keeps_divided, undecided
 from colrow.inplace.search import Group
 from colrow.inplace.simulate import Observed, Simulation, take
 from colrow.inplace.unit import Unit, UnitError
@@ -82,6 +82,7 @@ def prove_experts(unit: Unit, last: str, dim: int, group: Group, ranks: int) -> 
             raise NotProvenError("the parts do not add up to the whole")
     proof = _gradients(group, whole, parts, found, once)
     proof.less = less
+    proof.keeps = keeps_divided(simulation)
     return proof
 
 

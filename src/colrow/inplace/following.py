@@ -62,10 +62,19 @@ class Operations(TorchDispatchMode):
         """Computes what is asked for, and marks what comes of divided values."""
         watch, options = self.watch, dict(kwargs or {})
         leaves = pytree.tree_leaves((args, options)) if watch.follows else []
+        if leaves and watch.remembers and not operations.looks_only(func):
+            watch.sees_earlier(leaves, args[:1] if operations.overwrites(func) else ())
         mine = [x for x in leaves if watch.is_divided(x)]
         if not mine or operations.uses_shape_only(func):
             return func(*args, **options)
         name = operations.name_of(func)
+        if not watch.judges:
+            result = func(*args, **options)
+            for x in (*pytree.tree_leaves(result), *_written(func, args)):
+                if isinstance(x, Tensor):
+                    watch.mark(x)
+            return result
+        watch.touched.add(f"{name}{spoken_place()}")
         if operations.reads(func):
             watch.reads("a number from divided values")
         sized = any(map(watch.is_divided, operations.sizing(func, tuple(args))))
@@ -154,8 +163,11 @@ class Functions(TorchFunctionMode):
         result = func(*args, **options)
         if not watch.follows:
             return result
-        mine = [x for x in pytree.tree_leaves((args, options)) if watch.is_divided(x)]
-        if not mine:
+        given = pytree.tree_leaves((args, options))
+        mine = [x for x in given if watch.is_divided(x)]
+        if watch.remembers and not mine:
+            mine = [x for x in given if watch.is_earlier(x)]
+        if not (mine and watch.judges):
             return result
         if any(map(watch.is_ragged, mine)) and operations.tells_size(func):
             watch.reads("a size that depends on divided values")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from colrow.inplace.adapters import adapted_layers, split_adapters, without_adapters
 from colrow.inplace.apply import Applier
 from colrow.inplace.attention_weights import refuse_attention_weights
-from colrow.inplace.between import keep_what_is_decided_by, local_loss_is_right
+from colrow.inplace.between import keep_what_is_used_elsewhere, local_loss_is_right
 from colrow.inplace.calls import ModuleCall
 from colrow.inplace.capture import capture_calls
 from colrow.inplace.examples import example_batches
@@ -194,7 +194,7 @@ def _look(
     may = None if matcher is None else allowed
     inference = infer(runnable, calls, ranks, reserved, may)
     with running():
-        inference = keep_what_is_decided_by(runnable, batches[0], inference)
+        inference = keep_what_is_used_elsewhere(runnable, batches[0], inference, vocabulary)
         if not local_loss_is_right(runnable, batches[0], vocabulary):
             vocabulary = replace(vocabulary, local_loss=False)
     context = _Context(

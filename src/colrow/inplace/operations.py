@@ -90,6 +90,16 @@ def uses_shape_only(operation: Any) -> bool:
     return name_of(operation) in _SHAPE_ONLY
 
 
+def overwrites(operation: Any) -> bool:
+    """Whether it writes into its first argument, whatever that held."""
+    return operation.name().startswith("aten::") and name_of(operation) in ("copy", "fill", "zero")
+
+
+def looks_only(operation: Any) -> bool:
+    """Whether its result is another look at its input's memory, or depends on no values."""
+    return bool(operation.is_view) or name_of(operation) == "detach" or uses_shape_only(operation)
+
+
 def gives_truth(operation: Any) -> bool:
     """Whether it gives a truth value for each element, if its result is one."""
     return name_of(operation) in _TRUTH

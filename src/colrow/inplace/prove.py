@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from colrow.inplace.calls import Key
-from colrow.inplace.decisions import DecisionError, check_decisions
+from colrow.inplace.decisions import DecisionError, check_decisions, check_memory
 from colrow.inplace.equal import close, near, placed, sum_of
 from colrow.inplace.locals import Number, Setting, settings, watching
 from colrow.inplace.search import Group
@@ -40,6 +40,7 @@ class Proof:
         once: parameters of ``shared`` that every rank adds: they count 1/ranks on each.
         less: the parameter without which all ranks but the first compute their result once more,
             to subtract it; "" where there is nothing to subtract.
+        keeps: whether the module keeps divided values, where other code may find them.
     """
 
     group: Group
@@ -51,6 +52,7 @@ class Proof:
     summed: bool = False
     once: set[str] = field(default_factory=set)
     less: str = ""
+    keeps: bool = False
 
 
 def prove(unit: Unit, group: Group, ranks: int) -> Proof:
@@ -76,7 +78,20 @@ def prove(unit: Unit, group: Group, ranks: int) -> Proof:
         except _MixedError as again:
             raise NotProvenError(str(again)) from None
     _prove_training(simulation, proof, ranks)
+    proof.keeps = keeps_divided(simulation)
     return proof
+
+
+def keeps_divided(simulation: Simulation) -> bool:
+    """As :func:`check_memory`, for a group of layers.
+
+    Raises:
+        NotProvenError: when a forward uses what an earlier one kept of divided values.
+    """
+    try:
+        return check_memory(simulation.unit, lambda watch: simulation.whole(watch=watch))
+    except DecisionError as error:
+        raise NotProvenError(str(error)) from None
 
 
 def undecided(simulation: Simulation, survey: Watch, ranks: int) -> list[tuple[Style, Observed]]:
@@ -295,7 +310,11 @@ def _gradients(
     for name, grad in expected.items():
         kind = name[0]
         if kind == "direct":
-            raise NotProvenError(f"{name[1]} is used other than by its layer")
+            layer = name[1].rpartition(".")[0]
+            alike = all(name in g and near(g[name], grad, scale) for g in got)
+            if layer in group.columns or layer in group.rows or not alike:
+                raise NotProvenError(f"{name[1]} is used other than by its layer")
+            continue
         mine = [g[name] for g in got]
         if kind in ("weight", "bias"):
             _check_layer(simulation, name, grad, mine, scale)

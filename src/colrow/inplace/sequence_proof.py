@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from colrow.inplace.calls import Key, ModuleCall
-from colrow.inplace.decisions import DecisionError, check_decisions
+from colrow.inplace.decisions import DecisionError, check_decisions, check_memory
 from colrow.inplace.equal import close, near, sum_of
 from colrow.inplace.prove import Proof
 from colrow.inplace.sequence_boundary import Boundary, shorten
@@ -168,6 +168,8 @@ def _check_decisions(
     survey = Watch()
     run(survey, None)
     try:
+        if check_memory(unit, lambda watch: run(watch, None)):
+            raise SequenceError("it keeps values of tokens, where other code may find them")
         answered = check_decisions(survey, len(partition.bounds), run, differs)
     except DecisionError as error:
         raise SequenceError(str(error)) from None

@@ -9,6 +9,7 @@ What changes for every rank depends on more than any of them holds.
 
 from __future__ import annotations
 
+import gc
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from colrow.inplace.following import Functions, Operations, spoken_place
 
@@ -69,11 +71,20 @@ class Watch:
         backward: whether it is the backward pass that runs now.
         ragged: whether it has tensors whose size depends on divided values.
         places: where it compares.
+        touched: where values that are divided are used, outside of what is proven.
     """
 
     def __init__(
-        self, style: Style | None = None, base: Watch | None = None, rank: int | None = None
+        self,
+        style: Style | None = None,
+        base: Watch | None = None,
+        rank: int | None = None,
+        after: Watch | None = None,
     ) -> None:
+        """
+        Args:
+            after: the watch over an earlier pass, of which nothing divided may be used.
+        """
         self.style, self.base, self.rank = style, base, rank
         self.problem, self.decided, self.ragged = "", "", False
         self.backward = False
@@ -83,8 +94,12 @@ class Watch:
         self._divided: dict[int, Tensor] = {}  # by storage, which lives as long as the tensor
         self._ragged: dict[int, Tensor] = {}
         self._sources = 0
+        self._earlier: dict[int, Tensor] = {}
+        if after is not None:
+            self._earlier = after._earlier | after._divided
+        self.touched: set[str] = set()
         self._modes = ExitStack()
-        self._elsewhere = 0
+        self._elsewhere = self._proven = 0
 
     def __enter__(self) -> Watch:
         """The forward pass happens inside it."""
@@ -127,6 +142,19 @@ class Watch:
         """The end of what is not followed."""
         self._elsewhere -= 1
 
+    def begin_proven(self) -> None:
+        """From here on divided values are followed, and may be used, until the end of it."""
+        self._proven += 1
+
+    def end_proven(self) -> None:
+        """The end of what is proven."""
+        self._proven -= 1
+
+    @property
+    def judges(self) -> bool:
+        """Whether uses of divided values are to be noted."""
+        return not self._proven
+
     @property
     def follows(self) -> bool:
         """Whether operations are to be looked at."""
@@ -135,6 +163,49 @@ class Watch:
     def is_divided(self, x: Any) -> bool:
         """Whether a rank has a part of this, or computes it from its part."""
         return isinstance(x, Tensor) and _key(x) in self._divided
+
+    def unmark(self, x: Tensor) -> None:
+        """From now on this is not divided: every rank has all of it."""
+        self._divided.pop(_key(x), None)
+
+    def outlives(self) -> bool:
+        """Whether something divided is kept when nothing of this pass is used any more.
+
+        The watch itself forgets what was divided.
+        """
+        kept = [StorageWeakRef(x.untyped_storage()) for x in self._divided.values()]
+        self._divided.clear()
+        self._ragged.clear()
+        self._compared.clear()
+        self.records.clear()
+        if all(ref.expired() for ref in kept):
+            return False
+        gc.collect()
+        return not all(ref.expired() for ref in kept)
+
+    @property
+    def remembers(self) -> bool:
+        """Whether an earlier pass left something behind."""
+        return bool(self._earlier)
+
+    def is_earlier(self, x: Any) -> bool:
+        """Whether an earlier pass left this behind."""
+        return isinstance(x, Tensor) and _key(x) in self._earlier
+
+    def sees_earlier(self, leaves: Sequence[Any], written: Sequence[Any]) -> None:
+        """Notes the use of what an earlier pass left behind.
+
+        Args:
+            leaves: what an operation is given.
+            written: what of it is overwritten, whatever it was.
+        """
+        for x in leaves:
+            if not self.is_earlier(x):
+                continue
+            if not any(x is y for y in written):
+                self.reads("what an earlier call kept of divided values")
+            elif x.numel() * x.element_size() == x.untyped_storage().nbytes():
+                del self._earlier[_key(x)]
 
     def is_ragged(self, x: Any) -> bool:
         """Whether its size depends on divided values."""
