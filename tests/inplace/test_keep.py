@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import colrow
-from colrow.inplace.keep import keep_part
+from colrow.comm.steps import watch
+from colrow.inplace.keep import keep_part, note_replaced
 from colrow.inplace.load import allocate
 from colrow.inplace.look import carry_out, look
 from colrow.mesh import ParallelGroup
@@ -160,3 +161,22 @@ def test_a_parameter_forgets_the_shape_it_had_in_an_earlier_result(dtype: torch.
         undo()
         (grad,) = torch.autograd.grad(F.linear(x, weight).sum(), [weight])
     assert grad.shape == (6, 2) and earlier.shape == (1, 3)
+
+
+def test_compiled_steps_are_looked_at_too() -> None:
+    layer, spec = nn.Linear(4, 6, bias=False), ShardSpec((6, 4), 0, (Partition.even(6, 2),))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5, momentum=0.9)
+    layer.weight.grad = torch.ones(6, 4)
+    optimizer.step()
+    keep_part(layer.weight, spec, 0)
+    before = layer.weight.detach().clone()
+    torch.compile(optimizer.step, backend="eager")()
+    torch.testing.assert_close(layer.weight, before - 0.5 * 1.9)
+    layer.weight_spec = spec  # type: ignore[assignment]
+    watch(layer, ParallelGroup(torch.distributed.GroupMember.NON_GROUP_MEMBER, 0, 2))  # type: ignore[arg-type]
+    whole = torch.optim.Muon(layer.parameters())
+    with pytest.raises(ValueError, match=r"use colrow\.Muon"):
+        torch.compile(whole.step, backend="eager")()
+    note_replaced(layer.weight)
+    with pytest.raises(ValueError, match="make the optimiser after"):
+        torch.compile(optimizer.step, backend="eager")()

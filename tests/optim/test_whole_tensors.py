@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.optim.models import decoder_steps, expected, in_place_steps
+from colrow.mesh import ParallelGroup
+from tests.optim.models import MAKERS, batch, decoder, decoder_steps, expected, in_place_steps
 from tests.ranks import RankPool
-from tests.train.layouts import Layout
+from tests.train.layouts import Layout, make_mesh
 
 DECODERS = [
     ("qwen2", Layout()),
@@ -59,3 +60,17 @@ def test_models_that_were_split_in_place(ranks: RankPool, name: str, optimizer: 
 def test_stacked_experts(ranks: RankPool) -> None:
     right = expected("mixtral", "adafactor", "transformers")
     compare(ranks(2, in_place_steps, "mixtral", "adafactor", False)[0], right)
+
+
+def with_other_gradients(world: ParallelGroup) -> None:
+    model = decoder("qwen2", make_mesh(world, Layout(tp=world.size)), Layout())
+    model(batch()).sum().backward()
+    if world.rank:
+        model.get_parameter("blocks.0.mlp.down.weight").grad = None
+    for name in ("muon", "adafactor"):
+        with pytest.raises(ValueError, match="have gradients for different parameters"):
+            MAKERS[name](model, True)[0].step()
+
+
+def test_ranks_with_gradients_of_other_parameters_are_refused(ranks: RankPool) -> None:
+    ranks(2, with_other_gradients)

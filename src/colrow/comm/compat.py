@@ -1,13 +1,25 @@
-"""Ways into torch.distributed: names that changed from torch 2.11 to 2.13, and shorter ways."""
+"""Ways into torch: names that changed from torch 2.11 to 2.13, and shorter ways."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
+
+Called = TypeVar("Called", bound=Callable[..., Any])
+
+
+def uncompiled(function: Called) -> Called:
+    """A function that torch.compile calls between its graphs instead of tracing it.
+
+    As torch.compiler.disable, which imports the compiler at once.
+    """
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return function
+
 
 # 2.12 renamed the single-tensor collectives; the old names warn from then on.
 all_gather_single: Callable[..., dist.Work | None] = (

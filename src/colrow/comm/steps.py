@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from colrow import rng
+from colrow.comm.compat import uncompiled
 from colrow.mesh import ParallelGroup
 from colrow.partition import ShardSpec
 
@@ -111,6 +112,7 @@ def steps_of(tp: ParallelGroup) -> Steps:
     return _steps.setdefault(tp, Steps())
 
 
+@uncompiled
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     """Raises for an optimiser or a scaler that is not right on shards; notes the step.
 
@@ -118,8 +120,6 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
         ValueError: an optimiser that is known to look at whole tensors.
         RuntimeError: a gradient scaler that does not ask the other ranks.
     """
-    if torch.compiler.is_compiling():
-        return
     count = sum(len(group["params"]) for group in optimizer.param_groups)
     holding = _holdings.get(optimizer)
     if holding is None or holding.parameters != count:

@@ -58,7 +58,8 @@ class _SumTogether(torch.autograd.Function):
     def forward(ctx: Any, tp: ParallelGroup, layer: str, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.tp, ctx.layer = tp, layer
         ctx.likes = [(x.shape, x.dtype, x.device) for x in tensors]
-        return tuple(x.view_as(x) for x in tensors)
+        # Not views, which would keep the tensors alive.
+        return tuple(x.detach() for x in tensors)
 
     @staticmethod
     @once_differentiable

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from colrow.comm.compat import uncompiled
 from colrow.partition import ShardSpec
 
 _SPLIT, _REPLACED = "colrow_split", "colrow_replaced"
@@ -108,6 +109,7 @@ def _watch_optimizers() -> None:
     register_optimizer_step_pre_hook(_before_step)
 
 
+@uncompiled
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:

@@ -197,7 +197,7 @@ class GuardMixin(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         value: Any = super().__getattr__(name)
-        if torch.compiler.is_compiling() or (frame := sys._getframe(1)).f_code in _OWN:
+        if torch.compiler.is_compiling() or id((frame := sys._getframe(1)).f_code) in _OWN:
             return value
         guard: Guard | None = self.__dict__.get("colrow_guard")
         if guard is None or value is None or name not in guard.names:
@@ -208,7 +208,8 @@ class GuardMixin(nn.Module):
 
 
 _LAYERS = (ColumnMixin, RowMixin, GatheredMixin, HeadMixin, EmbeddingMixin, RefusedMixin)
-_OWN = {layer.forward.__code__ for layer in _LAYERS}
+# By id, since this is asked for every weight in every pass, and a code's hash reads all of it.
+_OWN = {id(layer.forward.__code__) for layer in _LAYERS}
 
 
 class _Unread(Tensor):

@@ -16,7 +16,7 @@ from colrow.checkpoint.training_placement import (
     tensor_parallel_group,
 )
 from colrow.comm import primitives
-from colrow.optim.whole import Part, WholeTensor, members
+from colrow.optim.whole import Part, WholeTensor, check_same_have_gradients, members
 
 
 @dataclass(frozen=True)
@@ -134,12 +134,18 @@ class Adafactor(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Updates every parameter that has a gradient; all ranks of tp and FSDP2 take part."""
+        """Updates every parameter that has a gradient; all ranks of tp and FSDP2 take part.
+
+        Raises:
+            ValueError: tp ranks that have gradients for different parameters.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._examine()
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        check_same_have_gradients(parameters, tensor_parallel_group(self._module), "adafactor")
         work = [
             (group, parameter, share)
             for group in self.param_groups
@@ -158,7 +164,7 @@ class Adafactor(torch.optim.Optimizer):
         # Twice computed rather than kept: an update is as large as its parameter.
         norms = []
         for group, parameter, share in work:
-            total = found = sums[0].new_zeros(1)
+            total = sums[0].new_zeros(1)
             for part in share.owned:
                 update = self._update(parameter, group, share, part)
                 total = total + update.to(total.dtype).square().sum()

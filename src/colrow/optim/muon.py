@@ -17,9 +17,14 @@ from colrow.checkpoint.training_placement import (
     tensor_parallel_group,
 )
 from colrow.comm import primitives
-from colrow.comm.agreement import require_same
 from colrow.mesh import ParallelGroup
-from colrow.optim.whole import Member, Part, WholeTensor, members
+from colrow.optim.whole import (
+    Member,
+    Part,
+    WholeTensor,
+    check_same_have_gradients,
+    members,
+)
 from colrow.partition import Partition
 
 _ADJUSTMENTS = ("original", "match_rms_adamw")
@@ -140,16 +145,7 @@ class Muon(torch.optim.Optimizer):
         self._examine()
         tp, dp = tensor_parallel_group(self._module), data_parallel_group(self._module)
         parameters = self._parameters()
-        if tp.size > 1 and parameters:
-            bits = sum((p.grad is not None) << (n % 62) for n, p in enumerate(parameters))
-            require_same(
-                bits % (1 << 62),
-                tp,
-                "the ranks of this tp group have gradients for different matrices: give every rank "
-                "of a group the same batch",
-                layer="muon",
-                device=local_tensor(parameters[0]).device,
-            )
+        check_same_have_gradients(parameters, tp, layer="muon")
         for group in self.param_groups:
             jobs = []
             for parameter in group["params"]:

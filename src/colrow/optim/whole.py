@@ -8,14 +8,17 @@ model's parameters under their names.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from colrow import rng
 from colrow.checkpoint.naming import hf_naming, pieces
-from colrow.checkpoint.training_placement import Placement, placements, unwrap
+from colrow.checkpoint.training_placement import Placement, local_tensor, placements, unwrap
+from colrow.comm.agreement import require_same
 from colrow.inplace.record import record_of
+from colrow.mesh import ParallelGroup
 from colrow.models.decoder import Decoder
 from colrow.partition import Partition, ShardSpec
 
@@ -131,6 +134,28 @@ def members(module: nn.Module, parameters: Iterable[Tensor], optimizer: str) -> 
         own = tensors.get(name) or _blocks(name, place.spec, name in whole)
         found[id(parameter)] = Member(name, place, own)
     return found
+
+
+def check_same_have_gradients(parameters: Sequence[Tensor], tp: ParallelGroup, layer: str) -> None:
+    """Makes sure that the same parameters have gradients on all tp ranks, which send for each.
+
+    Args:
+        layer: for the ledger.
+
+    Raises:
+        ValueError: on every rank, when they differ.
+
+    Communicates: one all-reduce of 16 bytes.
+    """
+    if parameters:
+        require_same(
+            rng.stream_key(0, *(p.grad is not None for p in parameters)),
+            tp,
+            f"the ranks of this {tp.name} group have gradients for different parameters: give "
+            "every rank of a group the same batch",
+            layer=layer,
+            device=local_tensor(parameters[0]).device,
+        )
 
 
 def _decoders(module: nn.Module) -> dict[str, tuple[WholeTensor, ...]]:

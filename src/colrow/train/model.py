@@ -167,9 +167,10 @@ def copy_model_files(model: str | Path, directory: Path) -> None:
     """The configuration and the tokenizer of a checkpoint; a GGUF file's are translated."""
     path = resolve_model_path(model)
     if path.suffix == ".gguf":
-        config = config_to_hf(pretrained_config(path))
+        known = pretrained_config(path)
+        config = config_to_hf(known)
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if ends := end_tokens(path, pretrained_config(path).eos_token_ids):
+        if ends := end_tokens(path, known.eos_token_ids):
             text = json.dumps({"eos_token_id": list(ends)}, indent=2)
             (directory / "generation_config.json").write_text(text + "\n")
     else:
