@@ -24,7 +24,6 @@ from colrow.models.config_limits import check_any_config
 from colrow.models.hf_config import config_from_file
 from colrow.planner.config_json import model_from_config_json
 from colrow.zoo.architectures import saved_architecture
-from tests.generate import models
 
 HUGE = 1 << 62
 
@@ -324,18 +323,6 @@ def test_keys_of_other_families(change: dict[str, Any], message: str, tmp_path: 
 
 
 # what fits no memory, or not the weights beside it
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("bombs") / "model"
-    models.save_chat_model(directory)
-    return directory
-
-
-@pytest.fixture
-def model(original: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(original, tmp_path / "model"))
 
 
 def change(directory: Path, values: dict[str, Any]) -> None:

@@ -27,21 +27,8 @@ from colrow.planner import model_from_config_json
 from colrow.planner.machine_file import load_machine
 from colrow.train.sources import documents
 from colrow.train.tokens import Encoded, TokenFile, write_tokens
-from tests.generate import models
 
 SHARD = "model-00001-of-00001.safetensors"
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("outside") / "model"
-    models.save_chat_model(directory)
-    return directory
-
-
-@pytest.fixture
-def model(original: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(original, tmp_path / "model"))
 
 
 @pytest.fixture
