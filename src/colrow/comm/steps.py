@@ -63,6 +63,8 @@ class Steps:
             grad = parameter.grad
             if grad is not None and not grad.is_sparse:
                 local = grad.to_local() if isinstance(grad, DTensor) else grad
+                if local.is_cuda and torch.cuda.is_current_stream_capturing():
+                    continue  # its value would be that of the graph's last replay, if any
                 norm = torch.linalg.vector_norm(local.detach()).double()
                 self.norm = norm if self.norm is None else self.norm + norm
 
