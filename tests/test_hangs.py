@@ -81,6 +81,16 @@ def test_the_rank_that_hangs_is_named_in_time(
     assert (caught.value.rank, caught.value.signal_name) == (1, None)
 
 
+def stop_self() -> None:
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def test_ranks_that_are_all_stopped_do_not_wait_for_each_other() -> None:
+    message = "rank 0 did not respond for [3-6] s: it is stopped by a signal such as SIGSTOP"
+    with pytest.raises(RankFailure, match=message):
+        launch(stop_self, (), ranks=2, hang_seconds=3, timeout_seconds=60)
+
+
 def wait_long(limit: float) -> None:
     mesh = colrow.init_mesh(tp=2, device="cpu", engine="gloo")
     if mesh.tp.rank == 1:

@@ -20,7 +20,7 @@ from colrow.launch import (
     rank_environment,
     rendezvous_arguments,
 )
-from tests.ranks import run_world
+from tests.ranks import child_ranks, run_world
 from tests.sockets import beyond_loopback, open_sockets
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -206,6 +206,26 @@ def test_an_interrupt_stops_the_ranks() -> None:
     assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
     os.killpg(process.pid, signal.SIGINT)
     assert process.communicate(timeout=30) == ("interrupted\n", "")
+
+
+def test_ranks_whose_launcher_died_while_they_started_do_not_run() -> None:
+    code = (
+        "from colrow.launch import launch\n"
+        "from tests.test_launch import announce_and_sleep\n"
+        "launch(announce_and_sleep, ranks=2)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    while len(child_ranks(process.pid)) < 2:
+        time.sleep(0.02)
+    time.sleep(0.2)
+    process.kill()
+    assert process.communicate(timeout=120)[0] == ""  # when the last rank has ended
 
 
 def test_fresh_ranks_for_tests() -> None:

@@ -273,9 +273,7 @@ class _Agent(LocalElasticAgent):
             if process is not None and process.exitcode is None
         }
         halted = [rank for rank, process in running.items() if stopped(process)]
-        if len(halted) == len(running):  # with this process, by the terminal
-            halted = []
-        # At most a look's time: this process may have been stopped itself.
+        # At most a look's time: the terminal may have stopped this process too.
         elapsed = min(elapsed, 2 * _SECONDS_BETWEEN_LOOKS)
         seconds = {rank: self._stopped_seconds.get(rank, 0.0) + elapsed for rank in halted}
         self._stopped_seconds = seconds

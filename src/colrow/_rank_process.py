@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import pickle
 import re
@@ -32,6 +33,10 @@ def run_rank(function: Callable[..., object], args: tuple[object, ...]) -> bytes
     """Calls the function; the result is pickled here, so that a failure to is reported."""
     # A rank inside a collective runs no Python handler; it has nothing to tidy up either.
     end_on_sigint()
+    # The system interrupts a rank whose launcher dies, but not one that is still starting.
+    launcher = multiprocessing.parent_process()
+    if launcher is not None and launcher.pid != os.getppid():
+        os._exit(1)
     # Nobody listens there.
     os.environ.pop("MASTER_ADDR", None)
     os.environ.pop("MASTER_PORT", None)

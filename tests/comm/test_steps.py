@@ -120,3 +120,22 @@ def test_ranks_that_part_are_found_out(ranks: RankPool, in_place: bool) -> None:
         for loop, pattern in ENDS.items():
             end = found[loop.__name__]
             assert re.match(pattern, end), f"{loop.__name__}: {end}"
+
+
+def split_after_a_step(world: ParallelGroup) -> str:
+    mesh = make_mesh(world, Layout(tp=world.size))
+    colrow.parallelize(of_transformers("phi3"), mesh)  # from now on torch's hook is there
+    model: Any = of_transformers("phi3")
+    ids, optimizer = batch(), torch.optim.Muon(hidden_matrices(model)[0])
+    for _ in range(2):
+        model(input_ids=ids, labels=ids).loss.backward()
+        try:
+            optimizer.step()
+        except ValueError as error:
+            return str(error)
+        model = colrow.parallelize(model, mesh)
+    return "nothing"
+
+
+def test_an_optimiser_that_stepped_before_the_split_is_looked_at_again(ranks: RankPool) -> None:
+    assert all("use colrow.Muon" in found for found in ranks(2, split_after_a_step))

@@ -13,7 +13,7 @@ from torch import nn
 import colrow
 from colrow.checkpoint.training import TrainingCheckpoints
 from colrow.mesh import ParallelGroup
-from colrow.optim.check import ELEMENTWISE
+from colrow.optim.check import ELEMENTWISE, refuse_on_shards
 from colrow.reference import precision
 from tests.optim import models
 from tests.optim.models import decoder, expected, take_steps
@@ -95,6 +95,22 @@ REFUSED = {
     "Lamb": "AdamW",
     "PagedAdamW8bit": "AdamW",
 }
+NAMES = [
+    *("SingleDeviceMuonWithAuxAdam", "NorMuon", "ForeachSOAP", "PSGDKron", "ScalableShampoo"),
+    *("GaLoreAdamW", "APOLLOAdamW", "DAdaptAdam", "ProdigyPlusScheduleFree", "SGDLars"),
+    *("EKFACOptimizer", "Adam_mini"),
+]
+UNKNOWN = ["Lion", "AdamWScheduleFree", "Sophia", "Lambda", "Adan"]
+
+
+def test_optimisers_of_other_libraries_are_known_by_their_names() -> None:
+    parameters = [nn.Parameter(torch.ones(2))]
+    for name in NAMES:
+        with pytest.raises(ValueError, match=f"^{name} .*shards of tensors"):
+            refuse_on_shards(type(name, (LaProp,), {})(parameters))
+    for name in UNKNOWN:
+        with pytest.warns(UserWarning, match=f"does not know the optimiser {name}"):
+            refuse_on_shards(type(name, (LaProp,), {})(parameters))
 
 
 def verdicts(world: ParallelGroup, directory: Path) -> dict[str, str]:

@@ -82,10 +82,12 @@ class _Holding:
 
     Attributes:
         parameters: how many it had when that was found out.
+        watched: how many modules had been watched by then.
         replicated: by group, a few parameters that all its ranks hold whole.
     """
 
     parameters: int
+    watched: int
     replicated: dict[ParallelGroup, list[Tensor]] = field(default_factory=dict)
 
 
@@ -93,6 +95,7 @@ _modules: dict[int, tuple[weakref.ref[nn.Module], ParallelGroup]] = {}  # by id;
 _steps: weakref.WeakKeyDictionary[ParallelGroup, Steps] = weakref.WeakKeyDictionary()
 _holdings: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Holding] = weakref.WeakKeyDictionary()
 _hooked: list[Any] = []
+_watched = 0  # modules ever
 
 
 def watch(module: nn.Module, tp: ParallelGroup) -> None:
@@ -101,8 +104,10 @@ def watch(module: nn.Module, tp: ParallelGroup) -> None:
     Args:
         module: a layer whose parameters ``tp`` divides or holds whole, or a model split in place.
     """
+    global _watched
     if tp.size == 1:
         return
+    _watched += 1
     key = id(module)
     _modules[key] = weakref.ref(module, lambda _: _modules.pop(key, None)), tp
     if not _hooked:
@@ -124,7 +129,8 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
     """
     count = sum(len(group["params"]) for group in optimizer.param_groups)
     holding = _holdings.get(optimizer)
-    if holding is None or holding.parameters != count:
+    # An optimiser that has stepped before may hold parameters that were divided since.
+    if holding is None or (holding.parameters, holding.watched) != (count, _watched):
         holding = _holdings[optimizer] = _found(optimizer, count)
     if not holding.replicated:
         return
@@ -137,7 +143,7 @@ def _found(optimizer: torch.optim.Optimizer, count: int) -> _Holding:
     from colrow.optim.check import refuse_on_shards
 
     ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    holding = _Holding(count)
+    holding = _Holding(count, _watched)
     for reference, tp in list(_modules.values()):
         module = reference()
         if module is None:

@@ -34,16 +34,20 @@ _INSTEAD = "an elementwise one such as torch.optim.AdamW, or colrow.Muon or colr
 # By what their classes are called, in any library: what they do with a whole tensor, and what to
 # take in their place.
 _WHOLE: tuple[tuple[str, str, str], ...] = (
-    ("muon|dion", "makes whole matrices orthogonal", "colrow.Muon(matrices, model, ...)"),
+    (".*muon.*|dion", "makes whole matrices orthogonal", "colrow.Muon(matrices, model, ...)"),
     (
-        "adafactor|came|adalomo",
+        ".*adafactor.*|came|adalomo",
         "takes means along whole rows and columns",
         "colrow.Adafactor(parameters, model, ...)",
     ),
-    ("(nv)?lamb|lars|larc|novograd", "takes norms of whole tensors", _INSTEAD),
-    ("sm3|adammini", "takes maxima or means along whole dimensions", _INSTEAD),
-    ("shampoo|soap|kfac|psgd|kron|galore|apollo", "takes products of whole matrices", _INSTEAD),
-    ("prodigy|dadapt", "takes a step size from sums over all parameters", _INSTEAD),
+    (".*(lamb|lars|larc)|lars.*|novograd", "takes norms of whole tensors", _INSTEAD),
+    ("sm3|adammini.*", "takes maxima or means along whole dimensions", _INSTEAD),
+    (
+        ".*(shampoo|soap|psgd|kron)|e?kfac.*|(q|ld)?(galore|apollo).*",
+        "takes products of whole matrices",
+        _INSTEAD,
+    ),
+    ("prodigy.*|dadapt.*", "takes a step size from sums over all parameters", _INSTEAD),
     ("g?sam|asam", "takes a step along the norm of all gradients", _INSTEAD),
     ("lbfgs", "takes products of vectors of all parameters", _INSTEAD),
     (
@@ -52,7 +56,7 @@ _WHOLE: tuple[tuple[str, str, str], ...] = (
         "torch.optim.AdamW, or colrow.Adafactor(parameters, model, ...) for less memory",
     ),
 )
-_PREFIXES = "(distributed|dist|fused|paged|scaled|single|multi|torch|cpu|scheduled?free)?"
+_PREFIXES = "(distributed|dist|fused|foreach|paged|scaled|single|multi|torch|cpu|scheduled?free)?"
 _checked: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
