@@ -20,6 +20,7 @@ from colrow.checkpoint.pretrained import pretrained_config
 from colrow.checkpoint.reader import open_reader
 from colrow.cli import main
 from colrow.generate.tokenizer import load_tokenizer
+from colrow.inplace.meta import model_of
 from colrow.models.config_limits import check_any_config
 from colrow.models.hf_config import config_from_file
 from colrow.planner.config_json import model_from_config_json
@@ -273,6 +274,19 @@ CONFIG_BOMBS: list[tuple[dict[str, Any], str]] = [
         for value in (NAN, INF, -INF, -1.0, "1", True, [1])
     ),
     ({"rope_theta": 0}, "rope_theta=0: must be above 0"),
+    ({"partial_rotary_factor": 0}, "partial_rotary_factor=0: must be above 0"),
+    (
+        {
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 4.0,
+                "high_freq_factor": 1.0,
+                "original_max_position_embeddings": 16,
+            }
+        },
+        "low_freq_factor=4.0 is above high_freq_factor=1.0",
+    ),
     ({"attention_dropout": 1.5}, "attention_dropout=1.5: must be finite, at least 0 and at most 1"),
     *(
         ({"rope_scaling": {"rope_type": "linear", "factor": value}}, "factor=.*: must be")
@@ -313,6 +327,7 @@ def test_a_configuration_with_numbers_that_no_model_has(
         ({"model_type": "qwen2", "use_sliding_window": 1}, "use_sliding_window=1: must be true"),
         ({"model_type": "qwen3", "layer_types": [1]}, "layer_types=.1.: must be a list of names"),
         ({"model_type": "gpt_neox", "rotary_pct": NAN}, "rotary_pct=nan: must be finite"),
+        ({"model_type": "gpt_neox", "rotary_pct": 0.0}, "rotary_pct=0.0: must be above 0"),
     ],
     ids=repr,
 )
@@ -378,6 +393,37 @@ def test_models_in_place(values: dict[str, Any], message: str, model: Path) -> N
             read()
 
 
+@pytest.mark.parametrize(
+    "named", [[1], [["x"]], [None], [], "abc", {"a": 1}, ["pipeline"], ["AutoModel"], ["x\ny"]]
+)
+def test_a_class_that_is_no_model(named: Any, model: Path) -> None:
+    change(model, {"architectures": named})
+    with pytest.raises(ValueError, match=r"is a model of class .*, which transformers lacks"):
+        model_of(model, None)
+
+
+@pytest.mark.parametrize("text", ["[]", "5", "null", '{"watermarking_config": 5}'])
+def test_a_generation_configuration_that_makes_no_sense(text: str, model: Path) -> None:
+    (model / "generation_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"generation_config\.json"):
+        model_of(model, None)
+
+
+def test_any_number_can_be_one_of_modules(model: Path) -> None:
+    """Experts, codebooks, labels: what has far more parameters than its file tensors."""
+    experts = {
+        "model_type": "switch_transformers",
+        "architectures": ["SwitchTransformersForConditionalGeneration"],
+        **{"num_experts": 10**7, "num_layers": 2, "num_sparse_encoder_layers": 1, "d_kv": 4},
+        **{"d_model": 8, "d_ff": 8, "num_heads": 2, "expert_capacity": 4},
+    }
+    change(model, experts)
+    with pytest.raises(ValueError, match=r"more than 10336 parameters, and its weights are 21 "):
+        model_of(model, None)
+    change(model, {"num_experts": 4})
+    assert sum(1 for _ in model_of(model, None).parameters()) > 21
+
+
 def test_configurations_in_place_that_are_right() -> None:
     check_any_config(
         {
@@ -385,6 +431,8 @@ def test_configurations_in_place_that_are_right() -> None:
             "max_length": 10**30,
             "output_hidden_states": True,
             "window_size": -1,
+            "vision_feature_layer": -2,  # of LLaVA, counted from the last
+            "vision_feature_layers": [-2, -5, -8, -11, 6],
             "num_hidden_layers": 512,
             "vocab_size": 1_000_000,
         }

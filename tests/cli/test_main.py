@@ -28,6 +28,8 @@ def run(args):
     from colrow.cli.common import run_on_ranks, write_json
     if args.how == "interrupt":
         raise KeyboardInterrupt
+    if args.how == "terminal":
+        raise ValueError("a\\n\\x1b[31mb\\u202e, \u00e9")
     if args.how == "open":
         open("no/such/file")
     value = run_on_ranks(int, args.how, ranks=args.tp)
@@ -58,6 +60,8 @@ def test_a_command_runs_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFi
         (["probe", "x"], "colrow probe: invalid literal for int() with base 10: 'x'"),
         # The same from a rank's process.
         (["probe", "x", "--tp", "2"], "colrow probe: invalid literal for int() with base 10: 'x'"),
+        # What a terminal would obey is shown instead.
+        (["probe", "terminal"], r"colrow probe: a \x1b[31mb\u202e, é"),
         (["probe", "open"], "colrow probe: no/such/file: No such file or directory"),
         (
             ["probe", "1", "--tp", "0"],

@@ -191,6 +191,32 @@ def test_what_normalisers_do_in_earnest(tmp_path: Path, fallback_tokenizer: Any)
     )
 
 
+def test_numbers_of_tokens(tmp_path: Path) -> None:
+    """A tokenizer goes to the ranks with every number up to the largest."""
+    models.save_byte_tokenizer(tmp_path)
+    values = json.loads((tmp_path / "tokenizer.json").read_text())
+    values["model"]["vocab"]["20001231 x"] = 9_999_999
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    load_tokenizer(tmp_path)
+    values["model"]["vocab"]["20001231 x"] = 2**31 - 1
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match="gives '20001231 x' the number 2147483647"):
+        load_tokenizer(tmp_path)
+
+
+def test_settings_of_a_tokenizer_that_make_no_sense(tmp_path: Path) -> None:
+    models.save_byte_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    values = json.loads(file.read_text())
+    file.write_text(json.dumps({**values, "model_max_length": "long"}))
+    with pytest.raises(ValueError, match="tokenizer cannot be used: TypeError"):
+        encode_prompt(load_tokenizer(tmp_path), "Hi")
+    file.write_text(json.dumps({**values, "chat_template": "{# nothing #}"}))
+    (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="makes no tokens of ''"):
+        encode_prompt(load_tokenizer(tmp_path), "Hi")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

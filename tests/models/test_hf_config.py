@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
+from colrow.checkpoint.export_config import config_to_hf
 from colrow.models.hf_config import config_from_hf
 
 PUBLISHED: dict[str, dict[str, Any]] = {
@@ -226,7 +227,15 @@ def test_settings_mean_what_transformers_reads(name: str, change: dict[str, Any]
     [
         ("Mistral-7B-v0.1", {"sliding_window": None}, ()),
         ("Mistral-7B-v0.1", {"sliding_window": 9}, (9,) * 32),
+        # With layer_types transformers makes it a Ministral, whose layers differ.
+        (
+            "Mistral-7B-v0.1",
+            {"sliding_window": 9, "layer_types": ["sliding_attention", "full_attention"] * 16},
+            (9, None) * 16,
+        ),
+        ("Mistral-7B-v0.1", {"layer_types": ["full_attention"] * 32}, ()),
         ("Qwen2-0.5B", {}, ()),
+        ("Qwen2-0.5B", {"use_sliding_window": True, "max_window_layers": 24}, ()),
         (
             "Qwen2-0.5B",
             {"use_sliding_window": True, "max_window_layers": 5},
@@ -237,7 +246,9 @@ def test_settings_mean_what_transformers_reads(name: str, change: dict[str, Any]
 def test_sliding_windows(
     name: str, change: dict[str, Any], windows: tuple[int | None, ...]
 ) -> None:
-    assert config_from_hf({**PUBLISHED[name], **change}).windows == windows
+    config = config_from_hf({**PUBLISHED[name], **change})
+    assert config.windows == windows
+    assert config_from_hf(config_to_hf(config)) == config
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
         values["sliding_window"] = windows[0] if windows else None
     if family.windows == "by_layer":
         values["use_sliding_window"] = bool(windows)
+    if family.windows == "by_layer" or len(windows) < len(config.windows):
         values["layer_types"] = [
             "sliding_attention" if config.window(layer) else "full_attention"
             for layer in range(config.num_layers)

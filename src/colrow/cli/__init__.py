@@ -102,7 +102,10 @@ def _run_command(argv: list[str]) -> int:
 
 
 def _fail(command: str, message: str, *, code: int) -> int:
-    print(f"colrow {command}: {' '.join(message.split())}", file=sys.stderr)
+    line = " ".join(message.split())
+    # A message repeats what files say, and a terminal obeys some characters.
+    plain = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in line)
+    print(f"colrow {command}: {plain}", file=sys.stderr)
     return code
 
 

@@ -9,7 +9,7 @@ from colrow.checkpoint.locate import resolve_model_path
 from colrow.checkpoint.reader import open_reader
 from colrow.files import INDEX_BYTES, read_json, shown
 from colrow.generate.template import RENDERER
-from colrow.generate.tokenizer_limits import check_growth, check_vocabulary
+from colrow.generate.tokenizer_limits import check_growth, check_numbers, check_vocabulary
 
 _REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not (yet) a character
 _FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
@@ -84,6 +84,7 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
         raise ValueError(
             f"no tokenizer could be read from {path}: {_reason(path, cause)}"
         ) from cause
+    check_numbers(tokenizer, directory)
     check_growth(tokenizer, path)
     return cast(Tokenizer, tokenizer)
 
@@ -118,10 +119,22 @@ def encode_prompt(
         if system is not None:
             why = "without a chat template" if chat else "when the chat template is not used"
             raise ValueError(f"a system message has no place {why}: put it into the prompt")
-        return list(tokenizer(prompt).input_ids)
+        return _tokens(tokenizer, prompt, add_special_tokens=True)
     messages = [] if system is None else [{"role": "system", "content": system}]
     messages.append({"role": "user", "content": prompt})
-    return list(tokenizer(render_chat(tokenizer, messages), add_special_tokens=False).input_ids)
+    return _tokens(tokenizer, render_chat(tokenizer, messages), add_special_tokens=False)
+
+
+def _tokens(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+    try:
+        tokens = list(tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
+    except Exception as error:  # of many classes, for settings of its files that make no sense
+        raise ValueError(
+            f"the model's tokenizer cannot be used: {type(error).__name__}: {error}"
+        ) from error
+    if not tokens:
+        raise ValueError(f"the model's tokenizer makes no tokens of {shown(text)}")
+    return tokens
 
 
 def render_chat(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import mmap
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from colrow.files import shown
 
 _CONTAINERS = 2_500_000  # a vocabulary of a million pieces, each with its score, has as many lists
 _GROWTH = 1_000
+_DIGITS = 7  # of the number of a token; the largest vocabularies have a million
+_NUMBERED = ("tokenizer.json", "vocab.json", "added_tokens.json", "tokenizer_config.json")
 _BLOCK = 1 << 20
 
 
@@ -25,6 +29,37 @@ def check_vocabulary(path: Path) -> None:
             found += block.count(b"[") + block.count(b"{")
             if found > _CONTAINERS:
                 raise ValueError(f"{path} holds more lists and tables than a tokenizer can need")
+
+
+def check_numbers(tokenizer: Any, directory: Path) -> None:
+    """Makes sure that the tokens of a vocabulary have numbers that tokens have.
+
+    A tokenizer that is sent to other processes lists every number up to the largest.
+
+    Raises:
+        ValueError: when the largest is beyond every model.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    # Asking for the numbers takes longer than looking for a long one in the files.
+    if backend is None or not any(_has_long_number(directory / name) for name in _NUMBERED):
+        return
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    token = max(vocabulary, key=lambda token: vocabulary[token], default="")
+    if vocabulary and vocabulary[token] >= 10**_DIGITS:
+        raise ValueError(
+            f"the tokenizer of {directory} gives {shown(token)} the number {vocabulary[token]}, "
+            "more than a vocabulary can have tokens"
+        )
+
+
+def _has_long_number(path: Path) -> bool:
+    if not path.exists() or not path.stat().st_size:
+        return False
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
+        return re.search(rb"\d{%d}" % (_DIGITS + 1), content) is not None
 
 
 def check_growth(tokenizer: Any, path: Path) -> None:

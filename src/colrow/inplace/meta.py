@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from colrow.checkpoint.locate import resolve_model_path
 from colrow.checkpoint.reader import open_reader
-from colrow.files import read_json
+from colrow.files import read_json, shown
 from colrow.inplace.file_names import FileNames
 from colrow.models.config_limits import check_any_config, number_of_layers
 from colrow.models.hf_config import read_config
 from colrow.reference import quiet_transformers
 
 _FEW_LAYERS = 200
+_PARAMETERS = 250_000
+"""Of a model without a file; published ones with an expert a module have some ten thousand."""
 
 
 def is_on_meta(model: nn.Module) -> bool:
@@ -69,20 +74,65 @@ def model_of(path: str | Path, dtype: torch.dtype | None) -> nn.Module:
             raise ValueError(f"{directory}/config.json: {error}") from error
         if getattr(config, "quantization_config", None) is not None:
             raise ValueError(f"{directory} holds quantised weights, which cannot be split in place")
-        name = (config.architectures or ["none"])[0]
-        cls: Any = getattr(transformers, name, None)
-        if cls is None:
-            raise ValueError(f"{directory} is a model of class {name}, which transformers lacks")
+        cls = _class_of(directory, values.get("architectures"))
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), few_parameters(len(sizes)):
                 model: Any = cls._from_config(config, dtype=dtype or config.dtype or torch.float32)
         except Exception as error:  # of many classes, for sizes that do not go together
             raise ValueError(f"{file}: transformers cannot make such a model: {error}") from error
         if model.can_generate() and (directory / "generation_config.json").is_file():
-            read_json(directory / "generation_config.json")
-            model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+            generation = directory / "generation_config.json"
+            if not isinstance(read_json(generation), dict):
+                raise ValueError(f"{generation} is not a generation configuration")
+            try:
+                model.generation_config = transformers.GenerationConfig.from_pretrained(directory)
+            except Exception as error:  # of many classes, for values that make no sense
+                raise ValueError(f"{generation}: {error}") from error
     check_shapes(file, model, sizes)
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _class_of(directory: Path, architectures: object) -> Any:
+    """The class of transformers that a configuration names."""
+    import transformers
+
+    names = architectures if isinstance(architectures, list) and architectures else ["none"]
+    found = getattr(transformers, names[0], None) if isinstance(names[0], str) else None
+    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+        raise ValueError(
+            f"{directory} is a model of class {shown(names[0])}, which transformers lacks"
+        )
+    return found
+
+
+@contextlib.contextmanager
+def few_parameters(stored: int) -> Iterator[None]:
+    """Stops the making of a model that has far more parameters than its file has tensors.
+
+    Any number of a configuration can be one of modules (experts, codebooks, labels), and each takes
+    time and memory even on the meta device. A file may hold several parameters in one tensor, or
+    none of the model at all.
+
+    Args:
+        stored: how many tensors the file has; 0 where there is no file.
+    """
+    most, made = (16 * stored + 10_000 if stored else _PARAMETERS), 0
+    maker = threading.get_ident()
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal made
+        made += parameter is not None and threading.get_ident() == maker
+        if made > most:
+            raise ValueError(
+                f"it would have more than {most} parameters"
+                + (f", and its weights are {stored} tensors" if stored else "")
+            )
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:

@@ -40,6 +40,11 @@ class RopeConfig:
                 raise ValueError(f"rope {name}={shown(value)}: must be a number")
             if not math.isfinite(value) or value <= 0:
                 raise ValueError(f"rope {name}={shown(value)}: must be finite and above 0")
+        if self.low_freq_factor > self.high_freq_factor:
+            raise ValueError(
+                f"rope low_freq_factor={self.low_freq_factor} is above high_freq_factor="
+                f"{self.high_freq_factor}: no wavelengths lie between the two"
+            )
         for name in ("dims", "original_max_positions"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):

@@ -149,6 +149,8 @@ def check_hf_values(values: Mapping[str, object], keys: Mapping[str, str]) -> No
         for key in ("partial_rotary_factor", "rotary_pct"):
             if table.get(key) is not None:
                 check_number(key, table[key], 1.0)
+                if not table[key]:
+                    raise ValueError(f"{key}={shown(table[key])}: must be above 0")
         if table.get("original_max_position_embeddings") is not None:
             key = "original_max_position_embeddings"
             check_whole(key, table[key], 1, SIZES["max_positions"])
@@ -171,6 +173,7 @@ _SIZES = re.compile(
 _NEVER_SWITCHES = re.compile(
     r"^num_\w*(layers|heads|experts)$|^(hidden|vocab|intermediate)_size$|^n_(layer|head|embd)$"
 )
+_COUNTS = re.compile(r"^num_|^n_|_num_")
 _ENDLESS = "time_step_limit"  # of state space models, whose default is infinite
 _MOST = 1 << 26
 
@@ -198,7 +201,9 @@ def check_any_config(values: object, key: str = "") -> None:
             raise ValueError(f"{key}={values}: must be a whole number")
     elif isinstance(values, int):
         most = SIZES["num_layers"] if _LAYERS.search(key) else _MOST
-        if most < _MOST or _SIZES.search(key):
+        if most < _MOST and not _COUNTS.search(key):
+            check_whole(key, values, -most, most)  # one of the layers, also from the last
+        elif most < _MOST or _SIZES.search(key):
             check_whole(key, values, -1, most)  # -1 stands for "none" here and there
 
 

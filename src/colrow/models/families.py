@@ -29,8 +29,9 @@ class Family:
         keys: field of :class:`ModelConfig` to key of the configuration.
         aliases: other spellings of keys, which published configurations use, to the key.
         fixed: fields that are the same for every model of the family.
-        windows: which layers the key ``sliding_window`` is about: none, all, or those that
-            ``layer_types`` or ``max_window_layers`` name when ``use_sliding_window`` is set.
+        windows: which layers the key ``sliding_window`` is about: none, all (or those that
+            ``layer_types`` names, where it is there), or those that ``layer_types`` or
+            ``max_window_layers`` name when ``use_sliding_window`` is set.
         defaults: what is assumed for keys that a configuration leaves out, and only then: a key
             that is null stays unset.
         refused: key to the only value that is supported.

@@ -125,7 +125,7 @@ def windows(
             f"layer_types asks for sliding_attention, and this {family.name} configuration has no "
             "sliding_window for it: set it and use_sliding_window, or leave layer_types out"
         )
-    return found
+    return found if any(window is not None for window in found) else ()
 
 
 def _windows(
@@ -138,11 +138,11 @@ def _windows(
         if used is False:
             return ()
         raise ValueError(f"{family.name} with sliding_window={window} is not supported")
-    if family.windows == "always":
-        return (window,) * num_layers
-    if not used:
-        return ()
     kinds = values.get("layer_types")
+    if family.windows == "always" and not isinstance(kinds, list):
+        return (window,) * num_layers
+    if family.windows == "by_layer" and not used:
+        return ()
     if not isinstance(kinds, list):
         first = int(str(values.get("max_window_layers", 28)))
         kinds = ["full_attention"] * first + ["sliding_attention"] * max(0, num_layers - first)
