@@ -101,6 +101,10 @@ def test_records_what_was_sent(ranks: RankPool, n: int) -> None:
 
 def test_assembling_sends_each_divided_parameter_once(ranks: RankPool) -> None:
     (received, _), (sent, held) = ranks(2, assembled)
+    # Before that, what all ranks hold is compared: 16 bytes, and 80 for each such tensor.
+    compared = [("all_reduce", "same", 16), ("all_reduce", "same", 3 * 80)]
+    assert received[:2] == sent[:2] == compared
+    received, sent = received[2:], sent[2:]
     assert [("recv", layer, size) for _, layer, size in sent] == received
     assert {op for op, _, _ in sent} == {"send"} and sum(size for _, _, size in sent) == held
 

@@ -215,7 +215,7 @@ def test_an_answer_ends_where_the_context_ends(
         ([" "], "the prompt is empty"),
         ([], "give either PROMPT or --prompt-file"),
         (["Hi", "--prompts", "file"], "give either PROMPT or --prompt-file or --prompts"),
-        (["--prompts", os.devnull], "has no prompt: each line of it should be one"),
+        (["--prompts", os.devnull], "is a device, not a regular file"),
         (
             ["Hi", "--tp", "2", "--tensor-split", "9,1"],
             "gives the ranks 4,0 of the model's 4 query",

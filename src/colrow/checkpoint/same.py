@@ -50,7 +50,7 @@ def problem_of(held: Iterable[Held], tp: ParallelGroup, *, rounds: bool = False)
     Args:
         rounds: whether undeclared ones may differ by rounding too, as gradients.
 
-    Communicates: two all-reduces, of 16 bytes, and of 64 bytes for each tensor.
+    Communicates: two all-reduces, of 16 bytes, and of 80 bytes for each tensor.
     """
     found = [one for one in held if one.tensor is None or not one.tensor.is_meta]
     if tp.size == 1 or not found:
