@@ -177,6 +177,7 @@ def test_collectives_of_gpus_are_asked_to_go_first(
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_PORT", "1")
     monkeypatch.setattr("colrow.mesh._choose_device", lambda *_: torch.device("cuda", 0))
+    monkeypatch.setattr("colrow.mesh.rendezvous_arguments", lambda *_: {})
     monkeypatch.setattr("torch.distributed.init_process_group", make_group)
     with pytest.raises(Stop):
         init_mesh(tp=2, engine="nccl")
