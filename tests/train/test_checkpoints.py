@@ -207,7 +207,7 @@ def test_a_full_disk_publishes_nothing(ranks: RankPool, tokens: Path, tmp_path: 
         assert "the checkpoint of step 1 could not be written" in message
         assert "rank 1" in message
         assert "File too large" in message
-    assert list((tmp_path / "run").iterdir()) == []
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 def test_another_model_is_refused(
@@ -226,4 +226,5 @@ def load_other(world: ParallelGroup, tokens: Path, directory: Path, config: dict
 
 def test_nothing_on_disk_is_a_pickle(saved: tuple[Path, dict[str, list[float]]]) -> None:
     files = [path for path in saved[0].rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    assert {path.suffix or path.name for path in files} == {".json", ".safetensors", ".lock"}
+    assert all(not path.stat().st_size for path in files if path.name == ".lock")
