@@ -7,13 +7,12 @@ planner's own choice: the fastest that fits.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 from colrow.planner.catalog import decoder, find_model
+from colrow.planner.data import read_table as table
 from colrow.planner.hardware import Hardware, find_hardware
 from colrow.planner.layout import Layout
 from colrow.planner.model import ModelShape
@@ -47,11 +46,9 @@ class Case:
     source: str = ""
 
 
-@cache
 def read_table(name: str) -> tuple[dict[str, str], ...]:
-    """The rows of ``data/<name>.csv``, each a mapping of column to text."""
-    text = (Path(__file__).parent / "data" / f"{name}.csv").read_text(encoding="utf-8")
-    return tuple(csv.DictReader(text.splitlines()))
+    """The rows of ``data/<name>.csv`` beside this file."""
+    return table(name, Path(__file__).parent / "data")
 
 
 def cases() -> list[Case]:

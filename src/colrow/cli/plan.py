@@ -232,7 +232,7 @@ def _measured(args: argparse.Namespace, console: Console) -> Hardware | None:
     import torch
 
     from colrow.bench.here import measure_here
-    from colrow.planner.command import DEFAULT_SEQUENCE, model_of
+    from colrow.planner.arguments import DEFAULT_SEQUENCE, model_of
     from colrow.planner.here import measured_hardware
     from colrow.planner.layout import DTYPE, Layout
 

@@ -21,7 +21,8 @@ class Sizes:
     Attributes:
         full: ``[tokens, hidden]``.
         residual: the same where norms and residuals work: divided with sequence parallelism.
-        query, key_value: of the local heads.
+        query, key_value: of the local heads; the latter of keys or of values, their mean where
+            they differ.
         ffn: ``[tokens, ffn_local]``, over the active experts.
         scores: elements (not bytes) of the attention scores of the local heads.
         item: bytes of an element.
@@ -49,19 +50,11 @@ class Sizes:
             full=full,
             residual=float(rows * config.hidden_size * item),
             query=float(tokens * heads * model.key_size * item),
-            key_value=float(tokens * _key_value_numbers(model, division, rank) * item),
+            key_value=tokens * model.key_value_numbers(division, rank) / 2 * item,
             ffn=float(tokens * model.active_experts * division.ffn.size(rank) * item),
             scores=float(layout.microbatch * heads * layout.local_sequence * keys),
             item=item,
         )
-
-
-def _key_value_numbers(model: ModelShape, division: Division, rank: int) -> float:
-    """Of keys or of values per token; with latent attention the mean of the two."""
-    if model.latent:
-        heads = division.heads.query.size(rank)
-        return heads * (model.key_size + model.value_size) / 2
-    return division.heads.key_value.size(rank) * model.config.head_dim
 
 
 def block_bytes(
@@ -70,14 +63,13 @@ def block_bytes(
     """What one block keeps without recomputing the block, by part."""
     config = model.config
     sizes = Sizes.of(model, layout, division, rank)
-    latent = shared = dispatched = 0.0
+    latent = dispatched = 0.0
     tokens = layout.tokens
     if model.latent:  # the compressed queries, keys and values, before and after their norms
         compressed = model.latent.query_rank + model.latent.kv_rank
         latent = float(tokens * (2 * compressed + model.latent.rope) * sizes.item)
-    if model.shared_ffn:
-        widths = 3 if config.gated else 2
-        shared = float(tokens * widths * -(-model.shared_ffn // layout.tp) * sizes.item)
+    widths = 3 if config.gated else 2
+    shared = float(tokens * widths * model.shared_ffn_of_rank(layout.tp) * sizes.item)
     if model.experts > 1:
         # The experts' inputs, sorted, and their results, which the router's weights multiply.
         dispatched = 2 * sizes.residual * model.active_experts

@@ -6,18 +6,21 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from colrow.planner.catalog import decoder, find_model
-from colrow.planner.config_json import model_from_config_json
+from colrow.planner.arguments import (
+    given_sizes,
+    hardware_of,
+    layout_of,
+    layout_sizes,
+    model_of,
+    numbers_of,
+)
 from colrow.planner.cost import cost
 from colrow.planner.explain import explain, explain_serving
-from colrow.planner.hardware import Hardware, find_hardware
+from colrow.planner.hardware import Hardware
 from colrow.planner.inference import predict_serving
-from colrow.planner.layout import Layout
-from colrow.planner.machine_file import load_machine
 from colrow.planner.model import ModelShape
 from colrow.planner.predict import Prediction, predict
 from colrow.planner.reasons import what_loses, why_first
@@ -37,7 +40,6 @@ from colrow.planner.serving_search import recommend_serving
 from colrow.planner.unequal import split_unequal
 from colrow.planner.users import USER_VALUES, Users, most_users, predict_users
 
-DEFAULT_SEQUENCE = 4096
 DEFAULT_PROMPT = 1024
 SEQUENCES_PER_DEVICE = 2
 # Options of one layout, which a search chooses itself.
@@ -65,7 +67,7 @@ def plan(
     Returns:
         Whether something fits, and the result as plain values.
     """
-    model, hardware = model_of(args), _hardware(args, measured)
+    model, hardware = model_of(args), hardware_of(args, measured)
     if args.gpus is not None and args.gpus < 1:
         raise ValueError(f"--gpus {args.gpus}: at least 1 device is needed")
     unequal = args.device_memory or args.tensor_split
@@ -87,101 +89,18 @@ def plan(
         return _unequal(args, model, hardware, console)
     if args.inference:
         return _inference(args, model, hardware, console)
-    if _given(args):
+    if given_sizes(args):
         return _evaluate(args, model, hardware, console)
     return _search(args, model, hardware, console)
-
-
-def _given(args: Namespace) -> dict[str, int]:
-    """The parallel sizes that were given."""
-    return {name: n for name in ("tp", "pp", "dp") if (n := getattr(args, name)) is not None}
-
-
-def _sizes(args: Namespace) -> dict[str, int]:
-    """The parallel sizes of a given layout; ``--gpus`` decides dp where that is not given."""
-    sizes = {"tp": 1, "pp": 1, "dp": 1} | _given(args)
-    tp, pp = sizes["tp"] * (args.cp or 1), sizes["pp"]
-    if not args.gpus or min(sizes.values()) < 1:
-        return sizes
-    if args.dp is None:
-        sizes["dp"], rest = divmod(args.gpus, tp * pp)
-        if rest or not sizes["dp"]:
-            raise ValueError(
-                f"{args.gpus} devices do not divide by {_product(args, sizes)}: give a multiple of "
-                f"{tp * pp} as --gpus, or leave it out"
-            )
-    dp = sizes["dp"]
-    if args.gpus != tp * pp * dp:
-        raise ValueError(
-            f"{_product(args, sizes, dp)} = {tp * pp * dp}, but --gpus says {args.gpus}"
-        )
-    return sizes
-
-
-def _product(args: Namespace, sizes: dict[str, int], dp: int | None = None) -> str:
-    """ "tp × cp × pp × dp = 2 × 4 × 1 × 8", without what was not given."""
-    factors = {"tp": sizes["tp"], "cp": args.cp, "pp": sizes["pp"], "dp": dp}
-    shown = {name: size for name, size in factors.items() if size is not None}
-    return f"{' × '.join(shown)} = {' × '.join(str(size) for size in shown.values())}"
-
-
-def model_of(args: Namespace) -> ModelShape:
-    """The model that is named or described."""
-    if args.model is not None:
-        path = Path(args.model)
-        if path.suffix == ".json" or path.is_dir():
-            return model_from_config_json(path)
-        return find_model(args.model)
-    sizes = {name: getattr(args, name) for name in ("hidden", "layers", "heads", "vocab")}
-    missing = [f"--{name}" for name, value in sizes.items() if value is None]
-    if missing:
-        raise ValueError(f"name a model, or describe one; missing {', '.join(missing)}")
-    optional = {
-        name: value
-        for name in ("kv_heads", "head_dim", "ffn", "experts", "active_experts", "tied")
-        if (value := getattr(args, name)) is not None
-    }
-    positions = max(args.sequence or 0, DEFAULT_SEQUENCE)
-    return decoder("model", args.family, positions=positions, **sizes, **optional)
-
-
-def _hardware(args: Namespace, measured: Hardware | None) -> Hardware:
-
-    if measured is not None:
-        hardware = measured
-    else:
-        hardware = load_machine(args.machine) if args.machine else find_hardware(args.gpu)
-    if args.gpus_per_node is not None:
-        hardware = hardware.with_devices_per_node(args.gpus_per_node)
-    return hardware
-
-
-def _layout(args: Namespace, model: ModelShape, **sizes: Any) -> Layout:
-
-    sequence = args.sequence
-    if sequence is None:
-        sequence = min(model.config.max_positions, DEFAULT_SEQUENCE)
-    return Layout(
-        sequence=sequence,
-        precision=args.precision,
-        optimizer=args.optimizer,
-        master_weights=args.master_weights,
-        software=args.software,
-        attention=args.attention,
-        lora_rank=args.lora_rank,
-        frozen=args.frozen,
-        cp=args.cp or 1,
-        **sizes,
-    )
 
 
 def _evaluate(
     args: Namespace, model: ModelShape, hardware: Hardware, console: Console
 ) -> tuple[bool, object]:
 
-    sizes = _sizes(args)
+    sizes = layout_sizes(args)
     schedule = args.schedule or ("interleaved" if (args.virtual_stages or 1) > 1 else "1f1b")
-    layout = _layout(
+    layout = layout_of(
         args,
         model,
         **sizes,
@@ -193,7 +112,7 @@ def _evaluate(
         virtual_stages=1 if args.virtual_stages is None else args.virtual_stages,
         zero=args.zero or 0,
         ep=args.ep or 1,
-        stage_layers=tuple(int(n) for n in _numbers("--stage-layers", args.stage_layers)),
+        stage_layers=tuple(int(n) for n in numbers_of("--stage-layers", args.stage_layers)),
     )
     prediction = predict(model, layout, hardware)
     show_model(console, model, hardware.name, layout.devices)
@@ -218,7 +137,7 @@ def _search(
         )
     devices = args.gpus or 1
     batch = args.global_batch
-    base = _layout(
+    base = layout_of(
         args,
         model,
         global_batch=SEQUENCES_PER_DEVICE * devices if batch is None else batch,
@@ -264,8 +183,8 @@ def _inference(
 
     serving = _serving(args, model)
     notes: list[str] = []
-    if _given(args):
-        sizes = _sizes(args)
+    if given_sizes(args):
+        sizes = layout_sizes(args)
         chosen = replace(serving, tp=sizes["tp"], pp=sizes["pp"], dp=sizes["dp"])
         prediction = predict_serving(model, chosen, hardware)
     else:
@@ -322,23 +241,14 @@ def _unequal(
     args: Namespace, model: ModelShape, hardware: Hardware, console: Console
 ) -> tuple[bool, object]:
 
-    shares = _numbers("--tensor-split", args.tensor_split)
-    memory = [gigabytes * 1e9 for gigabytes in _numbers("--device-memory", args.device_memory)]
+    shares = numbers_of("--tensor-split", args.tensor_split)
+    memory = [gigabytes * 1e9 for gigabytes in numbers_of("--device-memory", args.device_memory)]
     memory = memory or [hardware.device.memory_bytes] * len(shares)
     splits = split_unequal(model, _serving(args, model), hardware, memory, shares)
     name = "devices of " + ", ".join(f"{size / 1e9:g}" for size in memory) + " GB"
     show_model(console, model, name, len(memory))
     show_splits(console, splits)
     return any(split.fits for split in splits), [split.as_dict() for split in splits]
-
-
-def _numbers(option: str, text: str | None) -> list[float]:
-    if not text:
-        return []
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{option} {text!r}: numbers with commas between are needed") from None
 
 
 def _draw(

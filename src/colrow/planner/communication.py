@@ -95,13 +95,17 @@ class CommunicationSeconds:
 NO_COMMUNICATION = CommunicationSeconds()
 
 
+def exposed_seconds(traffic: float, room: float) -> float:
+    """What is longer than the computation beside it, and that one's slowdown."""
+    return max(0.0, traffic - room) + PROCESSOR_SHARE * min(traffic, room)
+
+
 def tp_seconds(
     calls: tuple[Call, ...], phase: str, layout: Layout, hardware: Hardware, beside: Pass
 ) -> CommunicationSeconds:
     """Time of these calls in one phase, given the computation that can run beside them.
 
-    Exposed is what is longer than the matmul beside it, plus the matmul's slowdown
-    (:data:`PROCESSOR_SHARE`).
+    What runs beside matmuls counts as :func:`exposed_seconds` says.
     """
     where, overlap = place("tp", layout, hardware), layout.program.tp_overlap
     total = hidden = exposed = 0.0
@@ -123,7 +127,7 @@ def tp_seconds(
         room = beside.backward.weight_gradients
     else:
         room = (beside.forward if phase == "forward" else beside.backward).matmul
-    exposed += max(0.0, hidden - room) + PROCESSOR_SHARE * min(hidden, room)
+    exposed += exposed_seconds(hidden, room)
     return CommunicationSeconds(total, exposed)
 
 
@@ -138,15 +142,12 @@ def cp_seconds(
     if layout.cp == 1:
         return NO_COMMUNICATION
     division = model.division(layout.tp, layout.tp_weights)
-    numbers = division.heads.key_value.largest * (model.key_size + model.value_size)
-    if model.latent:
-        numbers = division.heads.query.largest * (model.key_size + model.value_size)
+    numbers = max(model.key_value_numbers(division, rank) for rank in range(layout.tp))
     whole = layout.microbatch * layout.sequence * numbers * layout.itemsize
     seconds = collective_seconds("all_gather", whole, place("cp", layout, hardware), hardware)
     if phase == "backward":
         seconds *= 2
-    exposed = max(0.0, seconds - attention) + PROCESSOR_SHARE * min(seconds, attention)
-    return CommunicationSeconds(seconds, exposed)
+    return CommunicationSeconds(seconds, exposed_seconds(seconds, attention))
 
 
 def ep_seconds(

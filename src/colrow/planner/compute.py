@@ -8,6 +8,7 @@ from functools import lru_cache
 from colrow.models.config import Layout as Division
 from colrow.planner.hardware import Device
 from colrow.planner.layout import Layout
+from colrow.planner.linears import Linear, fullest_rank, linears
 from colrow.planner.model import ModelShape
 from colrow.planner.roofline import ROW_BYTES, matmul_seconds, stream_seconds
 
@@ -62,58 +63,6 @@ class Pass:
     forward: Seconds
     backward: Seconds
     recompute: Seconds = Seconds()
-
-
-@dataclass(frozen=True)
-class Linear:
-    """One matmul with a weight: ``[tokens, inputs] x [inputs, outputs]`` on this rank.
-
-    Attributes:
-        experts: how many such layers there are, of which a token passes through some.
-        parts: of how many layers of a published model it is made; each has an adapter of its own.
-    """
-
-    name: str
-    inputs: int
-    outputs: int
-    experts: int = 1
-    parts: int = 1
-
-
-def linears(model: ModelShape, division: Division, rank: int) -> tuple[Linear, ...]:
-    """The linear layers of a block on one rank."""
-    config = model.config
-    query = division.heads.query.size(rank) * config.head_dim
-    key_value = division.heads.key_value.size(rank) * config.head_dim
-    ffn = division.ffn.size(rank)
-    hidden = config.hidden_size
-    width = 2 if config.gated else 1
-    attention: tuple[Linear, ...] = (
-        Linear("attention.qkv", hidden, query + 2 * key_value, parts=3),
-        Linear("attention.output", query, hidden),
-    )
-    if model.latent:
-        local = model.latent.linears(hidden, division.heads.query.size(rank))
-        attention = tuple(Linear(*layer) for layer in local)
-    shared: tuple[Linear, ...] = ()
-    if model.shared_ffn:
-        part = -(-model.shared_ffn // division.vocab.parts)
-        shared = (
-            Linear("shared.up", hidden, width * part, parts=width),
-            Linear("shared.down", part, hidden),
-        )
-    return (
-        *attention,
-        *shared,
-        Linear("mlp.up", hidden, width * ffn, model.experts, width),
-        Linear("mlp.down", ffn, hidden, model.experts),
-    )
-
-
-def fullest_rank(division: Division) -> int:
-    """The tensor-parallel rank that the others wait for: the one with most attention heads."""
-    ranks = range(division.vocab.parts)
-    return max(ranks, key=lambda r: (division.heads.query.size(r), division.ffn.size(r)))
 
 
 @lru_cache(maxsize=4096)
@@ -294,7 +243,7 @@ def _elementwise(
         forward += residual * 2 * 2
     # The activation: read and write; backward reads input and gradient. Gated: two inputs.
     ffn = tokens * model.active_experts * division.ffn.size(rank) * size
-    ffn += tokens * -(-model.shared_ffn // layout.tp) * size
+    ffn += tokens * model.shared_ffn_of_rank(layout.tp) * size
     if config.gated:
         forward += ffn * (3 if fused else 5)
         backward += ffn * (5 if fused else 12)
@@ -302,12 +251,8 @@ def _elementwise(
         forward += ffn * (2 if fused else 4)
         backward += ffn * 3
     # Q, K and V: to heads and back, and the rotation.
-    query = division.heads.query.size(rank) * config.head_dim
-    key_value = division.heads.key_value.size(rank) * config.head_dim
-    moved = tokens * (query + 2 * key_value) * size
-    if model.latent:  # queries, keys put together from two parts, values
-        heads = division.heads.query.size(rank)
-        moved = tokens * heads * (2 * model.key_size + model.value_size) * size
+    query = division.heads.query.size(rank) * model.key_size
+    moved = tokens * (query + model.key_value_numbers(division, rank)) * size
     passes = 2 + ((2 if fused else 10) if config.position == "rope" else 0)
     forward += moved * passes
     backward += moved * passes

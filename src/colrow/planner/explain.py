@@ -11,8 +11,8 @@ from colrow.planner.communication import (
     stage_message_bytes,
     stage_seconds,
 )
-from colrow.planner.compute import fullest_rank, linears
 from colrow.planner.inference import ServingPrediction, kv_cache_bytes_per_token
+from colrow.planner.linears import fullest_rank, linears
 from colrow.planner.links import wire_factor
 from colrow.planner.memory import stage_elements
 from colrow.planner.pipeline import layers_in_flight

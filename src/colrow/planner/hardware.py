@@ -211,9 +211,8 @@ def find_hardware(name: str) -> Hardware:
         ValueError: when there is none of that name; near matches are suggested.
     """
     key = name.lower().replace("_", "-").replace(" ", "-").removesuffix("-sxm")
-    name_of_network = "-efa" if key.endswith("-efa") else ""
-    key = key.removesuffix("-efa")
-    key = ALIASES.get(key, key) + name_of_network
+    device = key.removesuffix("-efa")
+    key = ALIASES.get(device, device) + key[len(device) :]
     builtin = _builtin()
     if key in builtin:
         return builtin[key]

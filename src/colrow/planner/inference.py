@@ -7,9 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from colrow.models.communication import predict_step
 from colrow.models.config import ModelConfig
 from colrow.planner.catalog import find_model
-from colrow.planner.compute import block_pass, fullest_rank, linears
+from colrow.planner.compute import block_pass
 from colrow.planner.hardware import Hardware, find_hardware
 from colrow.planner.layout import Layout
+from colrow.planner.linears import fullest_rank, linears
 from colrow.planner.memory import ALLOCATOR_MARGIN, RUNTIME_BYTES, dense_layers_of_stage
 from colrow.planner.model import ModelShape
 from colrow.planner.placement import collective_seconds, place, send_seconds

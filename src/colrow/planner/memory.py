@@ -12,9 +12,9 @@ from colrow.planner.activations import (
     embedding_bytes,
     head_bytes,
 )
-from colrow.planner.compute import Linear, linears
 from colrow.planner.hardware import Hardware
 from colrow.planner.layout import Layout
+from colrow.planner.linears import Linear, linears
 from colrow.planner.model import ModelShape
 from colrow.planner.moments import embedding_backward_bytes, moments
 from colrow.planner.pipeline import layers_in_flight
@@ -200,6 +200,10 @@ class StageElements:
         """Those that are trained."""
         return self.dense + self.experts
 
+    def over_replicas(self, layout: Layout) -> float:
+        """Of the trained ones, a rank's part where those that hold the same divide them."""
+        return self.dense / layout.replicas + self.experts / layout.expert_replicas
+
 
 def dense_layers_of_stage(model: ModelShape, stage: int, layers: int) -> int:
     """How many of a stage's layers have no experts: they are the model's first."""
@@ -270,9 +274,7 @@ def _rank(
 
     def share(level: int) -> float:
         """Elements of which this rank keeps what ZeRO of this level divides."""
-        if layout.zero < level:
-            return float(elements.total)
-        return elements.dense / layout.replicas + elements.experts / layout.expert_replicas
+        return elements.over_replicas(layout) if layout.zero >= level else float(elements.total)
 
     frozen = elements.frozen * layout.frozen_bytes + elements.frozen_ends * layout.itemsize
     if layout.zero >= 3:

@@ -140,6 +140,18 @@ class ModelShape:
         """Numbers of a value per head."""
         return self.latent.value if self.latent else self.config.head_dim
 
+    def shared_ffn_of_rank(self, tp: int) -> int:
+        """Width of the shared MLP on one of ``tp`` ranks, the fullest; 0 where there is none."""
+        return -(-self.shared_ffn // tp)
+
+    def key_value_numbers(self, division: Division, rank: int) -> int:
+        """Of a token's keys and values together on a rank, as attention reads them.
+
+        With latent attention every query head has its own.
+        """
+        heads = division.heads.query if self.latent else division.heads.key_value
+        return heads.size(rank) * (self.key_size + self.value_size)
+
     def division(self, tp: int, weights: tuple[float, ...] = ()) -> Division:
         """How a tensor-parallel group divides it, see :class:`colrow.models.config.Layout`."""
         return _division(self, tp, weights)
@@ -186,8 +198,7 @@ def _shards(model: ModelShape, tp: int, weights: tuple[float, ...]) -> tuple[Sha
             block += model.latent.parameters(config.hidden_size, division.heads.query.size(rank))
         if model.experts > 1:
             block += config.hidden_size * model.experts  # the router
-        if model.shared_ffn:
-            block += matrices * config.hidden_size * -(-model.shared_ffn // tp)
+        block += matrices * config.hidden_size * model.shared_ffn_of_rank(tp)
         tied = division.vocab.size(rank) * config.hidden_size if config.tie_embeddings else 0
         found.append(
             Shard(part["embedding"], block, part["experts"] * model.experts, part["head"], tied)

@@ -190,14 +190,17 @@ def _neighbours(first: Prediction, model: ModelShape, hardware: Hardware) -> str
         if count < 1:
             continue
         try:
-            found = recommend(model, hardware, count, first.layout, keep=1).best
+            known = count == devices and first.fits  # the plan itself needs no search
+            found = (
+                (first,) if known else recommend(model, hardware, count, first.layout, keep=1).best
+            )
         except ValueError as error:
             rows.append((count, escape(str(error)), "", ""))
             continue
         if not found:
             rows.append((count, "nothing fits", "", ""))
             continue
-        p = first if count == devices else found[0]
+        (p,) = found
         speed = p.tokens_per_second
         change = f"{100 * (speed / first.tokens_per_second - 1):+.0f} %"
         rows.append((count, escape(p.layout.describe()), f"{p.step_seconds:.4g}", change))

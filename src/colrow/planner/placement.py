@@ -2,8 +2,8 @@
 
 Ranks are numbered as :func:`colrow.init_mesh` and Megatron-LM number them: tensor parallelism
 innermost, then context and data parallelism (of whose ranks consecutive ones share experts), then
-pipeline stages. A group is then an arithmetic sequence of
-ranks, and a node holds ``devices_per_node`` consecutive ones.
+pipeline stages. A group is then an arithmetic sequence of ranks, and a node holds
+``devices_per_node`` consecutive ones.
 """
 
 from __future__ import annotations

@@ -136,7 +136,8 @@ def layouts(
             for size in MICROBATCHES:
                 if base.batch % (dp * size):
                     continue
-                yield from _variants(model, base, tp, pp, dp, size)
+                for ep in _expert_sizes(model, dp):
+                    yield from _variants(model, replace(base, ep=ep), tp, pp, dp, size)
 
 
 def _expert_sizes(model: ModelShape, dp: int) -> list[int]:
@@ -153,14 +154,7 @@ def _expert_sizes(model: ModelShape, dp: int) -> list[int]:
 def _variants(
     model: ModelShape, base: Layout, tp: int, pp: int, dp: int, microbatch: int
 ) -> Iterator[Layout]:
-    """Experts, recomputation, schedules, and ZeRO where there are replicas to divide over."""
-    for ep in _expert_sizes(model, dp):
-        yield from _dense_variants(model, replace(base, ep=ep), tp, pp, dp, microbatch)
-
-
-def _dense_variants(
-    model: ModelShape, base: Layout, tp: int, pp: int, dp: int, microbatch: int
-) -> Iterator[Layout]:
+    """Recomputation, schedules, and ZeRO where there are replicas to divide over."""
     sequence_parallel = tp > 1 and base.local_sequence >= tp
     for recompute in _recomputations(base):
         for zero in (0, 1) if dp > 1 else (0,):

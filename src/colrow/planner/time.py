@@ -13,6 +13,7 @@ from colrow.planner.communication import (
     cp_seconds,
     dp_collective_seconds,
     ep_seconds,
+    exposed_seconds,
     stage_seconds,
     tp_seconds,
 )
@@ -299,9 +300,7 @@ def _dp_exposed(
         )
 
     def exposed(traffic: float, room: float) -> float:
-        if not layout.program.dp_overlap:
-            return traffic
-        return max(0.0, traffic - room) + PROCESSOR_SHARE * min(traffic, room)
+        return exposed_seconds(traffic, room) if layout.program.dp_overlap else traffic
 
     if layout.zero == 0:
         return exposed(seconds("all_reduce", layout.gradient_bytes), stage.backward)
@@ -322,9 +321,7 @@ def _optimizer(model: ModelShape, layout: Layout, hardware: Hardware) -> float:
     if layout.optimizer == "none":
         return 0.0
     elements = _stage_parameters(model, layout)
-    parameters = float(elements.total)
-    if layout.zero:
-        parameters = elements.dense / layout.replicas + elements.experts / layout.expert_replicas
+    parameters = elements.over_replicas(layout) if layout.zero else float(elements.total)
     weights = layout.itemsize * (1 if layout.has_master_weights else 2)
     each = 3 * layout.gradient_bytes + 2 * layout.state_bytes + weights
     return stream_seconds(hardware.device, parameters * each)
