@@ -14,6 +14,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -94,7 +95,6 @@ class _Holding:
 _modules: dict[int, tuple[weakref.ref[nn.Module], ParallelGroup]] = {}  # by id; any can be watched
 _steps: weakref.WeakKeyDictionary[ParallelGroup, Steps] = weakref.WeakKeyDictionary()
 _holdings: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Holding] = weakref.WeakKeyDictionary()
-_hooked: list[Any] = []
 _watched = 0  # modules ever
 
 
@@ -110,8 +110,13 @@ def watch(module: nn.Module, tp: ParallelGroup) -> None:
     _watched += 1
     key = id(module)
     _modules[key] = weakref.ref(module, lambda _: _modules.pop(key, None)), tp
-    if not _hooked:
-        _hooked.append(register_optimizer_step_pre_hook(_before_step))
+    _look_at_optimizers()
+
+
+@cache
+def _look_at_optimizers() -> None:
+    """From now on, once for the process."""
+    register_optimizer_step_pre_hook(_before_step)
 
 
 def steps_of(tp: ParallelGroup) -> Steps:

@@ -16,7 +16,7 @@ from colrow.checkpoint.training_placement import (
     tensor_parallel_group,
 )
 from colrow.comm import primitives
-from colrow.optim.whole import Part, WholeTensor, check_same_have_gradients, members
+from colrow.optim.whole import Member, Part, WholeTensor, WholeTensorOptimizer
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class _Share:
         return (*self.tensor.shape[:-2], self.tensor.shape[-1])
 
 
-class Adafactor(torch.optim.Optimizer):
+class Adafactor(WholeTensorOptimizer):
     """Adafactor (Shazeer and Stern 2018) for a model whose tensors are divided over ranks.
 
     What :class:`torch.optim.Adafactor` computes on the whole model, whose arguments these are: the
@@ -72,6 +72,7 @@ class Adafactor(torch.optim.Optimizer):
     each row and column and two for each tensor.
     """
 
+    label = "Adafactor"
     whole_state = frozenset({"row_var", "col_var"})
 
     def __init__(
@@ -105,20 +106,12 @@ class Adafactor(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "maximize": maximize,
         }
-        super().__init__(params, defaults)
-        self._module = module
-        self._shares: dict[int, tuple[_Share, ...]] = {}
-        self._shapes: list[torch.Size] = []
-        self._examine()
+        super().__init__(params, module, defaults)
 
-    def _examine(self) -> None:
-        """Finds out, where parameters are new or have been divided since, what they are part of."""
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        shapes = [p.shape for p in parameters]
-        if shapes == self._shapes:
-            return
-        found, dp = {}, data_parallel_group(self._module)
-        for key, member in members(self._module, parameters, "colrow.Adafactor").items():
+    def _take(self, members: dict[int, Member]) -> None:
+        found: dict[int, tuple[_Share, ...]] = {}
+        dp = data_parallel_group(self._module)
+        for key, member in members.items():
             shares: list[_Share] = []
             rows = columns = 0
             for tensor in member.tensors:
@@ -130,22 +123,9 @@ class Adafactor(torch.optim.Optimizer):
                     rows += math.prod(shares[-1].row_shape)
                     columns += math.prod(shares[-1].column_shape)
             found[key] = tuple(shares)
-        self._shares, self._shapes = found, shapes
+        self._shares = found
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """Updates every parameter that has a gradient; all ranks of tp and FSDP2 take part.
-
-        Raises:
-            ValueError: tp ranks that have gradients for different parameters.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._examine()
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        check_same_have_gradients(parameters, tensor_parallel_group(self._module), "adafactor")
+    def _move(self) -> None:
         work = [
             (group, parameter, share)
             for group in self.param_groups
@@ -154,7 +134,7 @@ class Adafactor(torch.optim.Optimizer):
             for share in self._shares[id(parameter)]
         ]
         if not work:
-            return loss
+            return
         sums = self._summed([_squares(share, *_local(p, group)) for group, p, share in work])
         sizes = torch.stack([found[0] for found in sums]).tolist()
         for parameter in {id(p): p for _, p, _ in work}.values():
@@ -184,7 +164,6 @@ class Adafactor(torch.optim.Optimizer):
                 weight.mul_(1 - float(group["lr"]) * group["weight_decay"])
             for part in share.held:
                 part.view(weight).add_(self._update(parameter, group, share, part), alpha=-rate)
-        return loss
 
     def _summed(self, mine: list[Tensor]) -> list[Tensor]:
         """These vectors, added up over tp and FSDP2's dp."""

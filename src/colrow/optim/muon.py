@@ -22,8 +22,7 @@ from colrow.optim.whole import (
     Member,
     Part,
     WholeTensor,
-    check_same_have_gradients,
-    members,
+    WholeTensorOptimizer,
 )
 from colrow.partition import Partition
 
@@ -47,7 +46,7 @@ class _Job:
     apply: Callable[[Part, Tensor], None]
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(WholeTensorOptimizer):
     """Muon (Jordan et al. 2024) for a model whose matrices are divided over ranks.
 
     What :class:`torch.optim.Muon` computes on the whole model, whose arguments these are. The
@@ -74,6 +73,8 @@ class Muon(torch.optim.Optimizer):
     Communicates: in each step two exchanges over tp for every ``tp`` matrices, of the matrices'
     elements in bf16; under FSDP2 also a gather over dp of each parameter's.
     """
+
+    label = "Muon"
 
     def __init__(
         self,
@@ -105,47 +106,20 @@ class Muon(torch.optim.Optimizer):
             "ns_steps": ns_steps,
             "adjust_lr_fn": adjust_lr_fn,
         }
-        super().__init__(params, defaults)
-        self._module = module
-        self._members: dict[int, Member] = {}
-        self._shapes: list[torch.Size] = []
-        self._examine()
+        super().__init__(params, module, defaults)
 
-    def _examine(self) -> None:
-        """Finds out, where parameters are new or have been divided since, what they are part of."""
-        shapes = [p.shape for p in self._parameters()]
-        if shapes == self._shapes:
-            return
-        self._members, self._shapes = (
-            members(self._module, self._parameters(), "colrow.Muon"),
-            shapes,
-        )
-        for member in self._members.values():
+    def _take(self, members: dict[int, Member]) -> None:
+        for member in members.values():
             shape = member.place.spec.shape
             if len(shape) != 2:
                 raise ValueError(
                     f"colrow.Muon takes matrices, and {member.name} has the shape {shape}: give it "
                     "to another optimiser, such as torch.optim.AdamW"
                 )
+        self._members = members
 
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """One update of every matrix that has a gradient; all ranks of tp and FSDP2 take part.
-
-        Raises:
-            ValueError: tp ranks that have gradients for different parameters.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._examine()
+    def _move(self) -> None:
         tp, dp = tensor_parallel_group(self._module), data_parallel_group(self._module)
-        parameters = self._parameters()
-        check_same_have_gradients(parameters, tp, layer="muon")
         for group in self.param_groups:
             jobs = []
             for parameter in group["params"]:
@@ -154,7 +128,6 @@ class Muon(torch.optim.Optimizer):
             options = group["ns_coefficients"], group["ns_steps"], group["eps"]
             for first in range(0, len(jobs), tp.size):
                 _orthogonalize(jobs[first : first + tp.size], tp, *options)
-        return loss
 
     def _jobs(self, parameter: Tensor, group: dict[str, Any], dp: ParallelGroup) -> list[_Job]:
         """One for each matrix of a parameter, whose momentum is brought up to date."""

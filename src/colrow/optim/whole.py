@@ -10,12 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from colrow import rng
 from colrow.checkpoint.naming import hf_naming, pieces
-from colrow.checkpoint.training_placement import Placement, local_tensor, placements, unwrap
+from colrow.checkpoint.training_placement import (
+    Placement,
+    local_tensor,
+    placements,
+    tensor_parallel_group,
+    unwrap,
+)
 from colrow.comm.agreement import require_same
 from colrow.inplace.record import record_of
 from colrow.mesh import ParallelGroup
@@ -156,6 +164,58 @@ def check_same_have_gradients(parameters: Sequence[Tensor], tp: ParallelGroup, l
             layer=layer,
             device=local_tensor(parameters[0]).device,
         )
+
+
+class WholeTensorOptimizer(torch.optim.Optimizer):
+    """An optimiser that looks at whole tensors, of which a module's parameters are parts.
+
+    Attributes:
+        label: its name, for messages and the ledger.
+    """
+
+    label: ClassVar[str]
+
+    def __init__(self, params: Iterable[Any], module: nn.Module, defaults: dict[str, Any]) -> None:
+        super().__init__(params, defaults)
+        self._module = module
+        self._shapes: list[torch.Size] = []
+        self._examine()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Updates every parameter that has a gradient; all ranks of tp and FSDP2 take part.
+
+        Raises:
+            ValueError: tp ranks that have gradients for different parameters.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._examine()
+        tp = tensor_parallel_group(self._module)
+        check_same_have_gradients(self._parameters(), tp, self.label.lower())
+        self._move()
+        return loss
+
+    def _move(self) -> None:
+        """Updates them."""
+        raise NotImplementedError
+
+    def _take(self, members: dict[int, Member]) -> None:
+        """What the parameters are parts of, by their ids."""
+        raise NotImplementedError
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _examine(self) -> None:
+        """Finds out, where parameters are new or have been divided since, what they are part of."""
+        parameters = self._parameters()
+        shapes = [p.shape for p in parameters]
+        if shapes != self._shapes:
+            self._take(members(self._module, parameters, f"colrow.{self.label}"))
+            self._shapes = shapes
 
 
 def _decoders(module: nn.Module) -> dict[str, tuple[WholeTensor, ...]]:
