@@ -7,7 +7,7 @@ planner's own choice: the fastest that fits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -90,6 +90,22 @@ def _layer_times() -> Iterator[Case]:
             )
 
 
+def _tables_layout(row: Mapping[str, str], software: str) -> Layout:
+    """A row of Megatron-LM's scaling tables: fp16, 1024 tokens, one microbatch per replica."""
+    dp = int(row["gpus"]) // int(row["tp"])
+    batch = int(row["global_batch"])
+    return Layout(
+        tp=int(row["tp"]),
+        dp=dp,
+        microbatch=batch // dp,
+        global_batch=batch,
+        sequence=1024,
+        recompute="full",
+        precision="fp16",
+        software=software,
+    )
+
+
 def _scaling_2020() -> Iterator[Case]:
     """Megatron-LM's tables of May and September 2020; full recomputation (from their FLOP/s)."""
     shapes = {"1": (1920, 24, 15), "2": (2304, 30, 18), "4": (3072, 36, 24), "8": (4096, 42, 32)}
@@ -97,26 +113,15 @@ def _scaling_2020() -> Iterator[Case]:
         if row["experiment"] == "2019 paper" or not row["iter_ms"]:
             continue
         hidden, layers, heads = shapes[row["tp"]]
-        tp, gpus, batch = int(row["tp"]), int(row["gpus"]), int(row["global_batch"])
-        dp = gpus // tp
         hardware = find_hardware("v100" if row["gpu"].startswith("V100") else "a100-40gb")
         may = row["experiment"].startswith("v1.0")
-        layout = Layout(
-            tp=tp,
-            dp=dp,
-            microbatch=batch // dp,
-            global_batch=batch,
-            sequence=1024,
-            recompute="full",
-            precision="fp16",
-            software="megatron-2019" if may else "megatron-2020",
-        )
+        layout = _tables_layout(row, "megatron-2019" if may else "megatron-2020")
         year = "May 2020" if may else "Sept 2020"
         kind = hardware.device.name.split("-")[0]
-        dp_table = ", 128-way DP" if dp > 1 else ""
+        dp_table = ", 128-way DP" if layout.dp > 1 else ""
         yield Case(
             f"Megatron-LM {year} {kind}{dp_table}",
-            f"{row['params_B']}B tp{tp} dp{dp}",
+            f"{row['params_B']}B tp{layout.tp} dp{layout.dp}",
             gpt(hidden, layers, heads, 51200, 1024),
             hardware,
             (layout,),
@@ -138,25 +143,14 @@ def _scaling_2019() -> Iterator[Case]:
     for row in rows:
         hidden, layers, heads = int(row["hidden"]), int(row["layers"]), int(row["heads"])
         model = gpt(hidden, layers, heads, 51200, 1024)
-        tp, gpus, batch = int(row["tp"]), int(row["gpus"]), int(row["global_batch"])
-        dp = gpus // tp
-        layout = Layout(
-            tp=tp,
-            dp=dp,
-            microbatch=batch // dp,
-            global_batch=batch,
-            sequence=1024,
-            recompute="full",
-            precision="fp16",
-            software="megatron-2019",
-        )
-        work = flops(model, batch, 1024) / gpus
+        layout = _tables_layout(row, "megatron-2019")
+        work = flops(model, layout.global_batch, layout.sequence) / int(row["gpus"])
         if first is None:
             first = work, work / (float(row["tflops_per_gpu"]) * 1e12)
         seconds = first[1] * (work / first[0]) * 100 / float(row["weak_scaling_pct"])
         yield Case(
             "Shoeybi 2019 weak scaling V100",
-            f"{row['params_B']}B tp{tp} dp{dp}",
+            f"{row['params_B']}B tp{layout.tp} dp{layout.dp}",
             model,
             find_hardware("v100"),
             (layout,),
