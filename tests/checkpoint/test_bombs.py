@@ -25,6 +25,7 @@ from colrow.models.config_limits import check_any_config
 from colrow.models.hf_config import config_from_file
 from colrow.planner.config_json import model_from_config_json
 from colrow.zoo.architectures import saved_architecture
+from tests.models.tiny import SMALLEST
 
 HUGE = 1 << 62
 
@@ -236,20 +237,11 @@ def test_a_safetensors_file_that_states_what_is_not_there(content: bytes, tmp_pa
     open_reader(path).close()
 
 
-LLAMA: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 11,
-    "hidden_size": 8,
-    "intermediate_size": 12,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 16,
-}
 NAN, INF = float("nan"), float("inf")
 CONFIG_BOMBS: list[tuple[dict[str, Any], str]] = [
     *(
         ({key: value}, f"{key}=.*: must be")
-        for key in LLAMA
+        for key in SMALLEST
         if key != "model_type"
         for value in (10**13, 10**35, 0, -1, True, 4.0, "4", [4], {"a": 4}, NAN)
     ),
@@ -313,7 +305,7 @@ CONFIG_BOMBS: list[tuple[dict[str, Any], str]] = [
 def test_a_configuration_with_numbers_that_no_model_has(
     change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **change}))
+    (tmp_path / "config.json").write_text(json.dumps({**SMALLEST, **change}))
     with pytest.raises(ValueError, match=rf"config.json: .*{message}") as caught:
         config_from_file(tmp_path)
     assert len(str(caught.value)) < 600
@@ -332,7 +324,7 @@ def test_a_configuration_with_numbers_that_no_model_has(
     ids=repr,
 )
 def test_keys_of_other_families(change: dict[str, Any], message: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **change}))
+    (tmp_path / "config.json").write_text(json.dumps({**SMALLEST, **change}))
     with pytest.raises(ValueError, match=message):
         config_from_file(tmp_path)
 
@@ -440,20 +432,25 @@ def test_configurations_in_place_that_are_right() -> None:
 
 
 def test_a_model_that_no_memory_holds() -> None:
-    large = {**LLAMA, "hidden_size": 1 << 16, "intermediate_size": 1 << 20, "num_hidden_layers": 99}
+    large = {
+        **SMALLEST,
+        "hidden_size": 1 << 16,
+        "intermediate_size": 1 << 20,
+        "num_hidden_layers": 99,
+    }
     with pytest.raises(ValueError, match=r"take \d+ GB on each of 1 ranks, and this machine has"):
         colrow.from_config(large)
     assert colrow.from_config(large, device="meta").config.num_layers == 99
 
 
 def test_an_export_compares_with_the_checkpoint(tmp_path: Path) -> None:
-    layer = colrow.from_config(LLAMA)
+    layer = colrow.from_config(SMALLEST)
     (tmp_path / "files").mkdir()
-    (tmp_path / "files" / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "files" / "config.json").write_text(json.dumps(SMALLEST))
     write_training_run(layer, tmp_path / "run", tmp_path / "files")
     assert load_trained(tmp_path / "run")[1] == 0
     for values in ({"intermediate_size": 1 << 20}, {"num_hidden_layers": 2}):
-        (tmp_path / "run" / "model" / "config.json").write_text(json.dumps({**LLAMA, **values}))
+        (tmp_path / "run" / "model" / "config.json").write_text(json.dumps({**SMALLEST, **values}))
         with pytest.raises(ValueError, match=r"has shape .* in .*step-00000000.*asks for"):
             load_trained(tmp_path / "run")
 
@@ -461,7 +458,7 @@ def test_an_export_compares_with_the_checkpoint(tmp_path: Path) -> None:
 def test_planning_for_models_that_fit_nowhere(tmp_path: Path) -> None:
     """A trillion parameters in 512 layers, and a vocabulary of a million."""
     huge = {
-        **LLAMA,
+        **SMALLEST,
         "vocab_size": 1_000_000,
         "hidden_size": 12_288,
         "intermediate_size": 49_152,
@@ -499,10 +496,10 @@ def test_bombs_cost_neither_time_nor_memory(model: Path, tmp_path: Path) -> None
     bombs = []
     for number, text in enumerate(
         (
-            json.dumps({**LLAMA, "num_hidden_layers": 10**9}),
-            json.dumps(LLAMA)[:-1] + ', "x": ' + "[" * 100_000 + "]" * 100_000 + "}",
-            json.dumps(LLAMA)[:-1] + ', "x": ' + "9" * 1_000_000 + "}",
-            json.dumps(LLAMA)[:-1] + ', "x": [' + "[]," * 1_000_000 + "1]}",
+            json.dumps({**SMALLEST, "num_hidden_layers": 10**9}),
+            json.dumps(SMALLEST)[:-1] + ', "x": ' + "[" * 100_000 + "]" * 100_000 + "}",
+            json.dumps(SMALLEST)[:-1] + ', "x": ' + "9" * 1_000_000 + "}",
+            json.dumps(SMALLEST)[:-1] + ', "x": [' + "[]," * 1_000_000 + "1]}",
         )
     ):
         directory = Path(shutil.copytree(model, tmp_path / str(number)))

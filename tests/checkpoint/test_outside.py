@@ -27,6 +27,7 @@ from colrow.planner import model_from_config_json
 from colrow.planner.machine_file import load_machine
 from colrow.train.sources import documents
 from colrow.train.tokens import Encoded, TokenFile, write_tokens
+from tests.models.tiny import SMALLEST
 
 SHARD = "model-00001-of-00001.safetensors"
 
@@ -207,22 +208,11 @@ def alone() -> Mesh:
 def saved(tmp_path: Path) -> TrainingCheckpoints:
     """A checkpoint of a layer, and beside it a file that it has no business with."""
     checkpoints = TrainingCheckpoints(tmp_path / "run", alone())
-    layer = colrow.from_config(TINY)
+    layer = colrow.from_config(SMALLEST)
     checkpoints.save(1, layer, torch.optim.SGD(layer.parameters(), lr=0.1), {})
     checkpoints.wait()
     shutil.copy(checkpoints.path(1) / "rank-00000.safetensors", tmp_path / "outside")
     return checkpoints
-
-
-TINY: dict[str, object] = {
-    "model_type": "llama",
-    "vocab_size": 11,
-    "hidden_size": 8,
-    "intermediate_size": 12,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 16,
-}
 
 
 def change(checkpoints: TrainingCheckpoints, edit: Callable[[dict[str, Any]], None]) -> None:
@@ -265,19 +255,19 @@ def test_an_index_with_a_right_checksum_is_not_trusted(
 ) -> None:
     change(saved, edit)
     with pytest.raises(ValueError, match=rf"index.json is damaged: .*{message}"):
-        saved.load(1, colrow.from_config(TINY), None)
+        saved.load(1, colrow.from_config(SMALLEST), None)
 
 
 def test_files_of_a_training_checkpoint(saved: TrainingCheckpoints) -> None:
-    saved.load(1, colrow.from_config(TINY), None)
+    saved.load(1, colrow.from_config(SMALLEST), None)
     file = saved.path(1) / "rank-00000.safetensors"
     file.rename(saved.path(1).parent / "elsewhere")
     file.symlink_to("../elsewhere")
     with pytest.raises(ValueError, match="leads out of"):
-        saved.load(1, colrow.from_config(TINY), None)
+        saved.load(1, colrow.from_config(SMALLEST), None)
     replace_by_pipe(file)
     with pytest.raises(ValueError, match="is a named pipe"):
-        saved.load(1, colrow.from_config(TINY), None)
+        saved.load(1, colrow.from_config(SMALLEST), None)
     replace_by_pipe(saved.path(1) / INDEX)
     with pytest.raises(ValueError, match="is a named pipe"):
         read_index(saved.path(1))

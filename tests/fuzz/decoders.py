@@ -13,6 +13,7 @@ from colrow.models.config import ModelConfig
 from colrow.models.hf_config import config_from_hf
 from colrow.reference import precision, prepare_reference, quiet_transformers, reference_grads
 from tests.fuzz.case import Case, NotRunError, OneOf, World
+from tests.models.tiny import LLAMA3_ROPE
 
 LIMIT = 1e-10
 IGNORED = -100
@@ -23,14 +24,7 @@ ROPES: list[dict[str, Any] | None] = [
     None,
     {"rope_type": "default", "rope_theta": 500.0},
     {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5},
-    {
-        "rope_type": "llama3",
-        "rope_theta": 10000.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 16,
-    },
+    LLAMA3_ROPE,
 ]
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox", "bloom"]
 _LLAMAS = ("llama", "mistral", "qwen2", "qwen3")

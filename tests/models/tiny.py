@@ -27,6 +27,16 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+# One layer, as a config.json: the smallest that is loaded.
+SMALLEST: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 11,
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 16,
+}
 
 # name: (model_type, keys of the configuration). Odd sizes on purpose.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

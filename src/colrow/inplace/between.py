@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -25,29 +25,34 @@ def watched_between(
 ) -> Iterator[None]:
     """Forward passes inside it are watched, but for what happens in these modules."""
 
-    def before(module: nn.Module, args: Any) -> None:
-        watch.begin_elsewhere()
-
-    def after(divided: Divided) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+    def finish(divided: Divided) -> Callable[[Any], None]:
+        def after(output: Any) -> None:
             watch.end_elsewhere()
             if watch.follows:
                 for x in divided(output):
                     watch.mark(x)
 
-        return hook
+        return after
 
-    handles = []
-    for name, divided in modules.items():
-        module = model.get_submodule(name)
-        handles.append(module.register_forward_pre_hook(before))
-        handles.append(module.register_forward_hook(after(divided), always_call=True))
-    try:
-        with watch:
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as inside:
+        for name, divided in modules.items():
+            module = model.get_submodule(name)
+            _around(inside, module, lambda _: watch.begin_elsewhere(), finish(divided))
+        inside.enter_context(watch)
+        yield
+
+
+def _around(
+    inside: ExitStack,
+    module: nn.Module,
+    before: Callable[[Any], None],
+    after: Callable[[Any], None],
+) -> None:
+    """Until ``inside`` is left: these get the module's positional arguments and its result."""
+    inside.enter_context(module.register_forward_pre_hook(lambda _, args: before(args)))
+    inside.enter_context(
+        module.register_forward_hook(lambda _, args, output: after(output), always_call=True)
+    )
 
 
 def keep_what_is_used_elsewhere(
@@ -116,12 +121,12 @@ def _as_in_training(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _followed_through(model: nn.Module, watch: Watch, inference: Inference) -> Iterator[None]:
     """Forward passes inside it are watched, with what each group of layers divides."""
-    handles: list[Any] = []
 
-    def on(name: str, before: Callable[[Any], None], after: Callable[[Any], None]) -> None:
-        module = model.get_submodule(name)
-        handles.append(module.register_forward_pre_hook(lambda _, args: before(args)))
-        handles.append(module.register_forward_hook(lambda _, args, y: after(y), always_call=True))
+    def begin_elsewhere(args: Any) -> None:
+        watch.begin_elsewhere()
+
+    def end_elsewhere(output: Any) -> None:
+        watch.end_elsewhere()
 
     def finish(numbers: Collection[int]) -> Callable[[Any], None]:
         def after(output: Any) -> None:
@@ -131,23 +136,23 @@ def _followed_through(model: nn.Module, watch: Watch, inference: Inference) -> I
 
         return after
 
-    for name, proofs in inference.proofs.items():
-        prefix = f"{name}." if name else ""
-        numbers = {number for proof in proofs for number in proof.local_results}
-        on(name, lambda _: watch.begin_proven(), finish(numbers))
-        for proof in proofs:
-            for column in proof.group.columns:
-                on(prefix + column, lambda _: None, watch.mark)
-            for row in proof.group.rows:
-                on(prefix + row, lambda _: watch.begin_elsewhere(), lambda _: watch.end_elsewhere())
-            for parameter in proof.group.parameters:
-                watch.mark(model.get_parameter(prefix + parameter))
-    try:
-        with watch:
-            yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as inside:
+        for name, proofs in inference.proofs.items():
+            prefix = f"{name}." if name else ""
+            numbers = {number for proof in proofs for number in proof.local_results}
+            proven = model.get_submodule(name)
+            _around(inside, proven, lambda _: watch.begin_proven(), finish(numbers))
+            for proof in proofs:
+                for column in proof.group.columns:
+                    layer = model.get_submodule(prefix + column)
+                    _around(inside, layer, lambda _: None, watch.mark)
+                for row in proof.group.rows:
+                    layer = model.get_submodule(prefix + row)
+                    _around(inside, layer, begin_elsewhere, end_elsewhere)
+                for parameter in proof.group.parameters:
+                    watch.mark(model.get_parameter(prefix + parameter))
+        inside.enter_context(watch)
+        yield
 
 
 def local_loss_is_right(
