@@ -27,8 +27,8 @@ def unsplit_tokens(model: str, count: int) -> list[int]:
     """The same question to transformers' model in this process, greedily."""
     import torch
 
-    from colrow.generate.tokenizer import encode_prompt, load_tokenizer
-    from colrow.reference import load_reference
+    from colrow.generation.tokenizer import encode_prompt, load_tokenizer
+    from colrow.verification.reference import load_reference
 
     prompt = torch.tensor([encode_prompt(load_tokenizer(model), QUESTION)])
     reference = load_reference(model, torch.float32)

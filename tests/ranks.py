@@ -70,7 +70,7 @@ class RankPool:
         Args:
             n: 1 to ``size`` ranks.
             function: at the top level of a module, and given ``tp``, the
-                :class:`colrow.mesh.ParallelGroup` of the n ranks. Each call starts with
+                :class:`colrow.comm.group.ParallelGroup` of the n ranks. Each call starts with
                 ``torch.manual_seed(0)`` and fp32 as the default dtype.
             timeout: seconds after which the ranks count as hanging.
 
@@ -129,7 +129,7 @@ class RankPool:
             return
         from torch.multiprocessing.spawn import start_processes
 
-        from colrow._rank_environment import (
+        from colrow.launch.environment import (
             inherited_environment,  # the same care for OMP_NUM_THREADS
         )
 
@@ -175,7 +175,7 @@ def run_world(n: int, function: Callable[..., Any], *args: Any, timeout: float =
 
     Costs a second or two for each call. One rank too gets a process of its own.
     """
-    from colrow._rank_agent import run_ranks
+    from colrow.launch.agent import run_ranks
 
     return run_ranks(
         function,
@@ -194,7 +194,7 @@ def _work(rank: int, connections: list[Connection], store: str, device: devices.
     import torch.distributed as dist
     from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-    from colrow._rendezvous import stay_on_loopback
+    from colrow.launch.rendezvous import stay_on_loopback
 
     for other, connection in enumerate(connections):
         if other != rank:
@@ -214,7 +214,7 @@ def _work(rank: int, connections: list[Connection], store: str, device: devices.
         except EOFError:
             return
         try:
-            from colrow.mesh import ParallelGroup
+            from colrow.comm.group import ParallelGroup
 
             n, function, args = pickle.loads(task)
             torch.manual_seed(0)

@@ -12,12 +12,13 @@ import torch
 
 from benchmarks.gpu.decoding import FixedCache
 from benchmarks.gpu.shapes import shares
-from colrow import mesh as meshes
+from colrow.comm import mesh as meshes
 from colrow.comm import primitives
 from colrow.comm.agreement import assert_on_device, different_seeds, require_same
-from colrow.generate.cache import KeyValueCache
-from colrow.generate.sampling import next_tokens
-from colrow.mesh import Mesh, ParallelGroup
+from colrow.comm.group import ParallelGroup
+from colrow.comm.mesh import Mesh
+from colrow.generation.cache import KeyValueCache
+from colrow.generation.sampling import next_tokens
 from colrow.models.build import from_config
 from colrow.models.config import ModelConfig
 from colrow.models.decoder import Decoder

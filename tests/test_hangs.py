@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 
 import colrow
-from colrow._rank_failure import Evidence, root_cause
-from colrow._rank_watch import Place
 from colrow.launch import RankFailure, launch
+from colrow.launch.failure import Evidence, root_cause
+from colrow.launch.watch import Place
 
 LIMIT = 3.0
 

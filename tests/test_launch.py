@@ -12,14 +12,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from colrow._rank_environment import allocator_variables
 from colrow.launch import (
     RankEnvironment,
     RankFailure,
     launch,
     rank_environment,
-    rendezvous_arguments,
 )
+from colrow.launch.environment import allocator_variables
+from colrow.launch.rendezvous import rendezvous_arguments
 from tests.ranks import child_ranks, run_world
 from tests.sockets import beyond_loopback, open_sockets
 
@@ -27,7 +27,7 @@ VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADD
 
 
 def meet() -> int:
-    from colrow.launch import rendezvous_arguments
+    from colrow.launch.rendezvous import rendezvous_arguments
 
     dist.init_process_group("gloo", **rendezvous_arguments())
     return dist.get_rank()

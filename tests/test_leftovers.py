@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from colrow._leftovers import lock, part_of, scratch_directory, unlock
 from colrow.checkpoint.export import alone
 from colrow.checkpoint.training import TrainingCheckpoints
+from colrow.leftovers import lock, part_of, scratch_directory, unlock
 
 MAKE = """
 import sys, tempfile, pathlib
-from colrow._leftovers import lock, part_of, scratch_directory
+from colrow.leftovers import lock, part_of, scratch_directory
 here = pathlib.Path(sys.argv[1])
 tempfile.tempdir = str(here)
 part_of(here / "x.gguf").write_text("half")

@@ -176,8 +176,8 @@ def test_collectives_of_gpus_are_asked_to_go_first(
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1")):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_PORT", "1")
-    monkeypatch.setattr("colrow.mesh._choose_device", lambda *_: torch.device("cuda", 0))
-    monkeypatch.setattr("colrow.mesh.rendezvous_arguments", lambda *_: {})
+    monkeypatch.setattr("colrow.comm.mesh._choose_device", lambda *_: torch.device("cuda", 0))
+    monkeypatch.setattr("colrow.comm.mesh.rendezvous_arguments", lambda *_: {})
     monkeypatch.setattr("torch.distributed.init_process_group", make_group)
     with pytest.raises(Stop):
         init_mesh(tp=2, engine="nccl")

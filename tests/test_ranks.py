@@ -12,7 +12,7 @@ import torch.distributed as dist
 from tests.ranks import RankError, RankPool
 
 if TYPE_CHECKING:
-    from colrow.mesh import ParallelGroup
+    from colrow.comm.group import ParallelGroup
 
 
 def add_up(tp: ParallelGroup, number: float) -> tuple[int, int, float, int]:

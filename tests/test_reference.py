@@ -7,7 +7,7 @@ import warnings
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from colrow.reference import cached_step
+from colrow.verification.reference import cached_step
 
 
 def test_steps_with_a_cache_give_the_whole_pass_without_a_warning() -> None:

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import colrow
+from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import Call, summarize
-from colrow.mesh import ParallelGroup
 from colrow.models.communication import predict_step
 from colrow.models.config import Layout, ModelConfig
 from colrow.models.hf_config import config_from_file
 from colrow.planner.catalog import find_model
-from colrow.traffic import Traffic, dry_run, record_step
+from colrow.verification.traffic import Traffic, dry_run, record_step
 from tests.ranks import RankPool
 
 

@@ -18,17 +18,18 @@ from torch import Tensor, nn
 
 from colrow import rng
 from colrow.cli import main
-from colrow.differences import (
+from colrow.comm.group import ParallelGroup
+from colrow.comm.mesh import Mesh
+from colrow.models.decoder import Decoder
+from colrow.models.hf_config import config_from_hf
+from colrow.verification.differences import (
     Result,
     first_difference,
     relative_error,
     why_not_finite,
     worst_gradients,
 )
-from colrow.mesh import Mesh, ParallelGroup
-from colrow.models.decoder import Decoder
-from colrow.models.hf_config import config_from_hf
-from colrow.verify import Report, accepted, as_likely, verify
+from colrow.verification.verify import Report, accepted, as_likely, verify
 from tests.models import tiny
 from tests.ranks import RankPool, child_ranks
 

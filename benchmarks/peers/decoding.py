@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.peers.weights import prompt
 from benchmarks.peers.workloads import Decoding
-from colrow.reference import cached_step, quiet_transformers
+from colrow.verification.reference import cached_step, quiet_transformers
 
 
 class Decoder(ABC):
@@ -69,7 +69,7 @@ class Colrow(Decoder):
         return self.model.loss(self.ids, self.ids).item()
 
     def generate(self) -> tuple[list[int], list[float]]:
-        from colrow.generate.engine import generate
+        from colrow.generation.engine import generate
 
         times: list[float] = []
         started = time.perf_counter()

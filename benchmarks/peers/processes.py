@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.peers.contestants import Contestant
 from benchmarks.peers.workloads import Workload
-from colrow._rank_environment import allocator_variables
+from colrow.launch.environment import allocator_variables
 
 SECONDS_TO_ANSWER = 600.0
 

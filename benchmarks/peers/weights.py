@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.peers.workloads import Training, Workload
 from colrow.cli import main as command
-from colrow.reference import quiet_transformers
+from colrow.verification.reference import quiet_transformers
 
 CACHE = Path(".cache/peers")
 TEXT = Path("LICENSE")

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
         scatter_to_sequence,
         scatter_to_tp,
     )
+    from colrow.comm.group import ParallelGroup
     from colrow.comm.ledger import Ledger, record
+    from colrow.comm.mesh import Mesh, init_mesh
     from colrow.inplace.api import parallelize, plan_for
     from colrow.inplace.load import load_weights
     from colrow.inplace.save import save_pretrained
@@ -39,7 +41,6 @@ if TYPE_CHECKING:
     from colrow.layers.mlp import ParallelMLP
     from colrow.layers.norm import LayerNorm, RMSNorm
     from colrow.layers.row import RowParallelLinear
-    from colrow.mesh import Mesh, ParallelGroup, init_mesh
     from colrow.models.build import from_config
     from colrow.models.config import ModelConfig
     from colrow.models.decoder import Decoder
@@ -80,7 +81,8 @@ _EXPORTS = {
     "colrow.layers.loss": ["vocab_parallel_cross_entropy"],
     "colrow.layers.mlp": ["ParallelMLP"],
     "colrow.layers.norm": ["LayerNorm", "RMSNorm"],
-    "colrow.mesh": ["Mesh", "ParallelGroup", "init_mesh"],
+    "colrow.comm.group": ["ParallelGroup"],
+    "colrow.comm.mesh": ["Mesh", "init_mesh"],
     "colrow.models.build": ["from_config"],
     "colrow.models.config": ["ModelConfig"],
     "colrow.models.decoder": ["Decoder"],

@@ -18,9 +18,10 @@ from colrow.bench.plot import plot
 from colrow.bench.result import BenchSettings, Measurement, PhaseTime, speedups
 from colrow.cli import main
 from colrow.comm.engine import Engine
+from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import record
+from colrow.comm.mesh import Mesh
 from colrow.comm.primitives import all_reduce_async
-from colrow.mesh import Mesh, ParallelGroup
 from colrow.planner.catalog import decoder
 from tests.ranks import RankPool
 

@@ -15,7 +15,8 @@ from colrow.bench.link_result import Links, merged_machine
 from colrow.bench.link_table import show_links
 from colrow.cli import main
 from colrow.comm import primitives
-from colrow.mesh import Mesh, ParallelGroup
+from colrow.comm.group import ParallelGroup
+from colrow.comm.mesh import Mesh
 from colrow.planner import load_machine
 from tests.layers.dense import raises
 from tests.ranks import RankPool

@@ -12,7 +12,7 @@ import colrow
 from colrow.bench.pipeline import measure_pipeline
 from colrow.bench.pipeline_result import PipelineMeasurement, PipelineSettings
 from colrow.cli import main
-from colrow.mesh import ParallelGroup
+from colrow.comm.group import ParallelGroup
 from colrow.models.config import Layout
 from colrow.pipeline.communication import predict_pipeline_step
 from colrow.planner.catalog import decoder

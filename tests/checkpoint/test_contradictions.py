@@ -17,11 +17,11 @@ from colrow.checkpoint.export import load_any, write_hf_directory
 from colrow.checkpoint.naming import hf_naming
 from colrow.checkpoint.pretrained import pretrained_config
 from colrow.comm.collectives import gather_from_tp
-from colrow.differences import relative_error
-from colrow.mesh import ParallelGroup
+from colrow.comm.group import ParallelGroup
 from colrow.models.hf_config import config_from_file
-from colrow.reference import load_reference, precision
 from colrow.train.model import copy_model_files
+from colrow.verification.differences import relative_error
+from colrow.verification.reference import load_reference, precision
 from tests.generate.test_pipeline import Pipe
 from tests.inplace.test_parallelize import mesh_of
 from tests.models import tiny

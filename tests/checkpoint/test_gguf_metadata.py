@@ -15,7 +15,7 @@ import colrow
 from colrow.checkpoint.export_gguf import write_gguf
 from colrow.checkpoint.pretrained import pretrained_config
 from colrow.cli import main
-from colrow.generate.tokenizer import end_tokens, load_tokenizer
+from colrow.generation.tokenizer import end_tokens, load_tokenizer
 from colrow.train.model import copy_model_files
 from tests.checkpoint.test_loading import SIZES, write
 

@@ -18,9 +18,10 @@ import colrow
 from colrow.checkpoint.gguf_model import config_from_gguf
 from colrow.checkpoint.load import unpair
 from colrow.checkpoint.reader import open_reader
-from colrow.mesh import Mesh, ParallelGroup
-from colrow.reference import load_reference
-from colrow.verify import Report, verify
+from colrow.comm.group import ParallelGroup
+from colrow.comm.mesh import Mesh
+from colrow.verification.reference import load_reference
+from colrow.verification.verify import Report, verify
 from tests.ranks import RankPool
 
 BLOCK = "blk.{i}."

@@ -20,8 +20,9 @@ from colrow.checkpoint.reader import open_reader
 from colrow.checkpoint.training import TrainingCheckpoints
 from colrow.checkpoint.training_storage import INDEX, read_index
 from colrow.cli import main
-from colrow.generate.tokenizer import end_tokens, load_tokenizer
-from colrow.mesh import Mesh, ParallelGroup
+from colrow.comm.group import ParallelGroup
+from colrow.comm.mesh import Mesh
+from colrow.generation.tokenizer import end_tokens, load_tokenizer
 from colrow.models.hf_config import config_from_file
 from colrow.planner import model_from_config_json
 from colrow.planner.machine_file import load_machine

@@ -22,7 +22,7 @@ from colrow import (
 )
 from colrow.comm import primitives
 from colrow.comm.agreement import require_same
-from colrow.mesh import ParallelGroup
+from colrow.comm.group import ParallelGroup
 from tests.devices import moved
 from tests.layers.dense import raises
 from tests.ranks import RankPool

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import colrow
-from colrow.mesh import Mesh, ParallelGroup
+from colrow.comm.group import ParallelGroup
+from colrow.comm.mesh import Mesh
 from tests.optim.models import batch, decoder, hidden_matrices, of_transformers
 from tests.ranks import RankPool
 from tests.train.layouts import Layout, make_mesh

@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 import colrow
-from colrow.mesh import Mesh
+from colrow.comm.mesh import Mesh
 
 Case = dict[str, Any]
 # How often a field takes its simplest option whatever the others are: a case in which everything

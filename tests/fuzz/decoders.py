@@ -11,7 +11,12 @@ from torch import Tensor, nn
 from colrow.checkpoint.naming import hf_naming
 from colrow.models.config import ModelConfig
 from colrow.models.hf_config import config_from_hf
-from colrow.reference import precision, prepare_reference, quiet_transformers, reference_grads
+from colrow.verification.reference import (
+    precision,
+    prepare_reference,
+    quiet_transformers,
+    reference_grads,
+)
 from tests.fuzz.case import Case, NotRunError, OneOf, World
 from tests.models.tiny import LLAMA3_ROPE
 

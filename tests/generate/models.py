@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from colrow.reference import precision, quiet_transformers
+from colrow.verification.reference import precision, quiet_transformers
 from tests.devices import moved
 from tests.models import tiny
 

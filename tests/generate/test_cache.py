@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from colrow.checkpoint.pretrained import from_pretrained
-from colrow.generate.cache import KeyValueCache
-from colrow.mesh import ParallelGroup
+from colrow.comm.group import ParallelGroup
+from colrow.generation.cache import KeyValueCache
 from tests.generate import models
 from tests.ranks import RankPool
 

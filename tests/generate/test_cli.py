@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from colrow.cli import main
-from colrow.generate.tokenizer import encode_prompt, load_tokenizer
-from colrow.reference import load_reference
+from colrow.generation.tokenizer import encode_prompt, load_tokenizer
+from colrow.verification.reference import load_reference
 from tests.generate import models
 from tests.ranks import child_ranks
 

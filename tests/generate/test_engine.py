@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from colrow.checkpoint.pretrained import from_pretrained
+from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import record
-from colrow.generate.engine import Generation, generate
-from colrow.generate.options import Sampling
-from colrow.mesh import ParallelGroup
+from colrow.generation.engine import Generation, generate
+from colrow.generation.options import Sampling
 from tests.generate import models
 from tests.models import tiny
 from tests.ranks import RankError, RankPool

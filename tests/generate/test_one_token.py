@@ -13,14 +13,14 @@ from torch import Tensor
 
 from colrow.checkpoint.pretrained import from_pretrained
 from colrow.comm import collectives
+from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import Call, record
-from colrow.generate.cache import KeyValueCache
+from colrow.generation.cache import KeyValueCache
 from colrow.layers.block import ParallelBlock
 from colrow.layers.column import QKVParallelLinear
 from colrow.layers.norm import RMSNorm
-from colrow.mesh import ParallelGroup
 from colrow.models.decoder import Decoder
-from colrow.reference import precision
+from colrow.verification.reference import precision
 from tests.generate import models
 from tests.models import tiny
 from tests.ranks import RankPool

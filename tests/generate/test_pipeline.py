@@ -11,12 +11,13 @@ import torch
 
 import colrow
 from colrow.checkpoint.pretrained import from_pretrained
+from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import Call, record
-from colrow.generate.answer import Writer, padded
-from colrow.generate.cache import KeyValueCache
-from colrow.generate.engine import Generation, generate
-from colrow.generate.options import Sampling
-from colrow.mesh import Mesh, ParallelGroup
+from colrow.comm.mesh import Mesh
+from colrow.generation.answer import Writer, padded
+from colrow.generation.cache import KeyValueCache
+from colrow.generation.engine import Generation, generate
+from colrow.generation.options import Sampling
 from colrow.models.decoder import Decoder
 from tests.generate import models
 from tests.models import tiny

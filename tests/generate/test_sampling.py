@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import record
-from colrow.generate.options import Sampling
-from colrow.generate.sampling import next_tokens, top_candidates
-from colrow.mesh import ParallelGroup
+from colrow.generation.options import Sampling
+from colrow.generation.sampling import next_tokens, top_candidates
 from colrow.partition import Partition
 from tests.devices import moved
 from tests.ranks import RankError, RankPool

@@ -11,8 +11,8 @@ import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from colrow.cli import main
-from colrow.generate.template import TemplateRenderer
-from colrow.generate.tokenizer import load_tokenizer, render_chat
+from colrow.generation.template import TemplateRenderer
+from colrow.generation.tokenizer import load_tokenizer, render_chat
 from tests.generate import models
 
 MESSAGES: list[dict[str, Any]] = [

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from colrow.generate.tokenizer import (
+from colrow.generation.tokenizer import (
     TextStream,
     encode_prompt,
     end_tokens,

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import colrow
+from colrow.comm.group import ParallelGroup
 from colrow.inplace.api import plan_for
 from colrow.inplace.between import local_loss_is_right
 from colrow.inplace.look import look
 from colrow.inplace.vocabulary import VocabularyLayers
-from colrow.mesh import ParallelGroup
 from tests.inplace.test_parallelize import mesh_of
 from tests.ranks import RankPool
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import colrow
+from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import record
 from colrow.inplace.digest import digest_of
-from colrow.mesh import ParallelGroup
 from colrow.zoo.architectures import Architecture, build
 from colrow.zoo.inputs import batch
 from tests.inplace.test_parallelize import OwnModel, mesh_of

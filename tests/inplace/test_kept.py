@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import colrow
+from colrow.comm.group import ParallelGroup
 from colrow.inplace.api import look, plan_for
-from colrow.mesh import ParallelGroup
 from tests.inplace.test_decisions import IDS, Block, Model
 from tests.inplace.test_parallelize import mesh_of
 from tests.ranks import RankPool

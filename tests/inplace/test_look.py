@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from colrow.comm.group import ParallelGroup
 from colrow.inplace.capture import capture_calls, evaluating
 from colrow.inplace.dropout import NoDropout
 from colrow.inplace.modules import Region
 from colrow.inplace.probe import patterns
 from colrow.inplace.sequence_boundary import DropoutSpy
 from colrow.inplace.sequence_modules import DropoutMixin
-from colrow.mesh import ParallelGroup
 from colrow.partition import Partition
 
 

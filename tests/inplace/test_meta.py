@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 import colrow
 from colrow.checkpoint.reader import open_reader
-from colrow.differences import relative_error
+from colrow.comm.group import ParallelGroup
 from colrow.inplace.api import plan_for
 from colrow.inplace.file_names import file_names
 from colrow.inplace.sources import Cut, Joined, Source, Stacked, Stored, Swapped
-from colrow.mesh import ParallelGroup
+from colrow.verification.differences import relative_error
 from colrow.zoo.architectures import architectures, build
 from colrow.zoo.inputs import batch
 from colrow.zoo.measure import full_precision, gradient_errors

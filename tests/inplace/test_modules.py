@@ -6,8 +6,8 @@ import weakref
 
 import torch
 
+from colrow.comm.group import ParallelGroup
 from colrow.inplace.modules import Entry
-from colrow.mesh import ParallelGroup
 
 
 def test_an_entry_lets_go_of_its_tensor_after_the_pass() -> None:

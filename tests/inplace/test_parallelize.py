@@ -13,9 +13,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 import colrow
 from colrow.comm import primitives
+from colrow.comm.group import ParallelGroup
+from colrow.comm.mesh import Mesh
 from colrow.inplace import together
 from colrow.inplace.api import look, plan_for
-from colrow.mesh import Mesh, ParallelGroup
 from colrow.zoo.architectures import architectures, build
 from colrow.zoo.compare import compare_on
 from tests.ranks import RankPool

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import colrow
+from colrow.comm.group import ParallelGroup
 from colrow.inplace import check
 from colrow.inplace.api import look
 from colrow.inplace.apply import Applier
@@ -16,7 +17,6 @@ from colrow.inplace.record import record_of
 from colrow.inplace.search import Group
 from colrow.inplace.unit import Unit
 from colrow.inplace.whole_results import GatheredMixin
-from colrow.mesh import ParallelGroup
 from tests.inplace.test_parallelize import OwnModel, mesh_of
 from tests.ranks import RankPool
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import colrow
-from colrow.differences import relative_error
+from colrow.comm.group import ParallelGroup
 from colrow.inplace.api import look
-from colrow.mesh import ParallelGroup
+from colrow.verification.differences import relative_error
 from colrow.zoo.architectures import architectures, build
 from colrow.zoo.inputs import batch
 from colrow.zoo.measure import full_precision, gradient_errors

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import colrow
-from colrow.mesh import ParallelGroup
+from colrow.comm.group import ParallelGroup
 from tests.inplace.test_parallelize import mesh_of
 from tests.ranks import RankPool
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import colrow
+from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import Call, Ledger, record
-from colrow.mesh import ParallelGroup
 from colrow.zoo.architectures import Architecture, build
 from colrow.zoo.inputs import batch
 from colrow.zoo.measure import full_precision

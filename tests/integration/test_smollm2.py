@@ -13,10 +13,11 @@ import pytest
 import torch
 
 import colrow
-from colrow.differences import relative_error
+from colrow.comm.group import ParallelGroup
+from colrow.comm.mesh import Mesh
 from colrow.inplace.meta import model_of
-from colrow.mesh import Mesh, ParallelGroup
-from colrow.reference import load_reference, precision
+from colrow.verification.differences import relative_error
+from colrow.verification.reference import load_reference, precision
 from tests.ranks import RankPool, run_world
 
 

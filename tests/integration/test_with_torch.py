@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import colrow
-from colrow.mesh import Mesh, ParallelGroup
+from colrow.comm.group import ParallelGroup
+from colrow.comm.mesh import Mesh
 from colrow.train.clip import grad_norm
 from colrow.zoo.architectures import Architecture, build
 from colrow.zoo.inputs import batch

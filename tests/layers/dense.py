@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from colrow.mesh import ParallelGroup
+from colrow.comm.group import ParallelGroup
 from colrow.partition import Partition, ShardSpec
 from tests.devices import moved
 

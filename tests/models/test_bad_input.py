@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import colrow
-from colrow.generate.cache import KeyValueCache
-from colrow.mesh import ParallelGroup
+from colrow.comm.group import ParallelGroup
+from colrow.generation.cache import KeyValueCache
 from colrow.models.hf_config import config_from_hf
 from tests.ranks import RankError, RankPool
 

@@ -13,15 +13,16 @@ from colrow.bench import subjects
 from colrow.bench.result import BenchSettings
 from colrow.cli import main
 from colrow.comm.collectives import gather_from_tp
-from colrow.differences import relative_error
-from colrow.mesh import Mesh, ParallelGroup
+from colrow.comm.group import ParallelGroup
+from colrow.comm.mesh import Mesh
 from colrow.models.config import Layout, num_parameters
 from colrow.models.decoder import Decoder
 from colrow.planner.catalog import find_model
-from colrow.traffic import dry_run, record_step
 from colrow.train.model import build_model
 from colrow.train.settings import TrainSettings
-from colrow.verify import verify
+from colrow.verification.differences import relative_error
+from colrow.verification.traffic import dry_run, record_step
+from colrow.verification.verify import verify
 from tests.models import tiny
 from tests.ranks import RankPool
 

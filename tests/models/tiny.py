@@ -11,7 +11,12 @@ from torch import Tensor
 
 from colrow.checkpoint.naming import hf_naming
 from colrow.models.hf_config import config_from_hf
-from colrow.reference import precision, prepare_reference, quiet_transformers, reference_grads
+from colrow.verification.reference import (
+    precision,
+    prepare_reference,
+    quiet_transformers,
+    reference_grads,
+)
 from tests.devices import moved
 
 SIZES = {"vocab_size": 97, "hidden_size": 40, "num_hidden_layers": 2, "intermediate_size": 101}

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 import colrow
-from colrow.mesh import Mesh, ParallelGroup
-from colrow.reference import precision, quiet_transformers
+from colrow.comm.group import ParallelGroup
+from colrow.comm.mesh import Mesh
 from colrow.train.parallel import parallelize
+from colrow.verification.reference import precision, quiet_transformers
 from tests.train.layouts import CONFIG, Layout, make_mesh
 
 STEPS = 3

@@ -12,9 +12,9 @@ from torch import nn
 
 import colrow
 from colrow.checkpoint.training import TrainingCheckpoints
-from colrow.mesh import ParallelGroup
+from colrow.comm.group import ParallelGroup
 from colrow.optim.check import ELEMENTWISE, refuse_on_shards
-from colrow.reference import precision
+from colrow.verification.reference import precision
 from tests.optim import models
 from tests.optim.models import decoder, expected, take_steps
 from tests.ranks import RankPool

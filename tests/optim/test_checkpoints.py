@@ -11,7 +11,7 @@ import pytest
 
 from colrow.checkpoint.training import TrainingCheckpoints
 from colrow.cli import main
-from colrow.mesh import ParallelGroup
+from colrow.comm.group import ParallelGroup
 from colrow.train.optimizer import make_optimizers
 from colrow.train.settings import TrainSettings
 from colrow.train.step import Stepper

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import colrow
 from colrow.checkpoint.training import TrainingCheckpoints
 from colrow.checkpoint.training_placement import local_tensor
-from colrow.mesh import ParallelGroup
+from colrow.comm.group import ParallelGroup
 from colrow.optim.scaler import GradScaler
 from tests.pipeline import layouts as pipes
 from tests.ranks import RankPool

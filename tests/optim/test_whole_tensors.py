@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from colrow.mesh import ParallelGroup
+from colrow.comm.group import ParallelGroup
 from tests.optim.models import MAKERS, batch, decoder, decoder_steps, expected, in_place_steps
 from tests.ranks import RankPool
 from tests.train.layouts import Layout, make_mesh

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 import colrow
-from colrow.mesh import Mesh, ParallelGroup
+from colrow.comm.group import ParallelGroup
+from colrow.comm.mesh import Mesh
 from colrow.pipeline.runner import PipelineRunner
 from colrow.pipeline.schedules import Schedule
 from colrow.pipeline.settings import ZERO_BUBBLE, split_for

@@ -16,7 +16,7 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
-from colrow.mesh import ParallelGroup
+from colrow.comm.group import ParallelGroup
 
 CLASSES: dict[str, Any] = {
     "gpipe": ScheduleGPipe,

@@ -14,7 +14,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 import colrow
 from colrow.checkpoint.training import TrainingCheckpoints
-from colrow.mesh import Mesh, ParallelGroup
+from colrow.comm.group import ParallelGroup
+from colrow.comm.mesh import Mesh
 from colrow.models.decoder import Decoder
 from colrow.train.optimizer import adamw
 from tests.pipeline.layouts import TIED, Pipe, make_stepper

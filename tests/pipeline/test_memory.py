@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import colrow
-from colrow.mesh import ParallelGroup
+from colrow.comm.group import ParallelGroup
 from colrow.pipeline.memory import KeptActivations
 from colrow.pipeline.runner import PipelineRunner
 from colrow.pipeline.schedules import Schedule

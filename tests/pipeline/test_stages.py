@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import colrow
-from colrow.mesh import Mesh, ParallelGroup
+from colrow.comm.group import ParallelGroup
+from colrow.comm.mesh import Mesh
 from colrow.models.config import Layout, ModelConfig, parameter_specs
 from colrow.models.stages import Costs, LayerSplit, balanced
 from colrow.pipeline.balance import planned_costs

@@ -17,8 +17,8 @@ from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
 import colrow
 from colrow.comm.collectives import reduce_from_tp
+from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import record
-from colrow.mesh import ParallelGroup
 from colrow.pipeline.plot import plot
 from colrow.pipeline.record import clock_offset, record_step
 from colrow.pipeline.schedules import Action, Schedule, Span, expected_bubble_fraction

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import colrow
+from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import record, summarize
-from colrow.mesh import ParallelGroup
 from colrow.pipeline.communication import predict_pipeline_step
 from colrow.pipeline.runner import PipelineRunner
 from colrow.train.batches import Order, Windows

@@ -10,8 +10,8 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 import colrow
+from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import record, summarize
-from colrow.mesh import ParallelGroup
 from colrow.models.decoder import Decoder
 from colrow.planner import Layout, ModelShape
 

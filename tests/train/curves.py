@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 import colrow
-from colrow.reference import precision, quiet_transformers
 from colrow.train.batches import Order, Windows
 from colrow.train.loop import train
 from colrow.train.optimizer import learning_rate
 from colrow.train.settings import TrainSettings
 from colrow.train.tokenize import prepare_tokens
+from colrow.verification.reference import precision, quiet_transformers
 from tests.ranks import run_world
 
 CONFIG: dict[str, Any] = {

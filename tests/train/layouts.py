@@ -13,14 +13,15 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 import colrow
-from colrow.mesh import Mesh, ParallelGroup
+from colrow.comm.group import ParallelGroup
+from colrow.comm.mesh import Mesh
 from colrow.models.decoder import Decoder
-from colrow.reference import precision, quiet_transformers
 from colrow.train.batches import Order, Windows
 from colrow.train.optimizer import adamw
 from colrow.train.parallel import parallelize
 from colrow.train.step import Stepper
 from colrow.train.tokens import TokenFile
+from colrow.verification.reference import precision, quiet_transformers
 
 STEPS, RATE, CLIP = 3, 1e-2, 0.5
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from colrow.checkpoint.training import TrainingCheckpoints
-from colrow.mesh import ParallelGroup
+from colrow.comm.group import ParallelGroup
 from tests.ranks import RankError, RankPool
 from tests.train.layouts import LAYOUTS, Layout, make_mesh, make_stepper
 

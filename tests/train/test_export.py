@@ -12,8 +12,8 @@ import torch
 import colrow
 from colrow.checkpoint.export import load_trained
 from colrow.cli import main
-from colrow.reference import precision, quiet_transformers
 from colrow.train.loop import train
+from colrow.verification.reference import precision, quiet_transformers
 from tests.models import tiny
 from tests.train.curves import logged, reference, settings_for, worst, write_inputs
 

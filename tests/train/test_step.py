@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import colrow
-from colrow.mesh import ParallelGroup
+from colrow.comm.group import ParallelGroup
 from colrow.train.batches import Order, Windows
 from colrow.train.model import set_dropout
 from colrow.train.step import evaluate

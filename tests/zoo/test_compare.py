@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from colrow.mesh import Mesh, ParallelGroup
+from colrow.comm.group import ParallelGroup
+from colrow.comm.mesh import Mesh
 from colrow.zoo.architectures import Architecture, architectures
 from colrow.zoo.compare import Outcome, compare_on
 from tests.ranks import RankPool

@@ -10,7 +10,7 @@ from colrow.bench.link_result import measure as measure_link
 from colrow.bench.machine import machine_file
 from colrow.bench.measure import measure
 from colrow.bench.result import BenchSettings
-from colrow.mesh import init_mesh
+from colrow.comm.mesh import init_mesh
 from colrow.models.config import ModelConfig
 
 

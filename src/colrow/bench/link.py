@@ -17,7 +17,8 @@ from torch import Tensor
 
 from colrow.bench.timing import time_rounds
 from colrow.comm import primitives
-from colrow.mesh import Mesh, ParallelGroup
+from colrow.comm.group import ParallelGroup
+from colrow.comm.mesh import Mesh
 from colrow.planner.links import fit_latency_bandwidth, wire_factor
 
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "broadcast", "send")

@@ -9,7 +9,7 @@ import torch
 
 from colrow.bench.link import Curve, measure_links
 from colrow.bench.machine import machine_file
-from colrow.mesh import Mesh
+from colrow.comm.mesh import Mesh
 from colrow.planner.machine_file import machine_from_mapping
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from colrow.bench.link import Curve
 from colrow.bench.timing import time_rounds
-from colrow.mesh import Mesh
+from colrow.comm.mesh import Mesh
 
 # [rows, inner, columns] of matmuls as a step has them, and smaller and larger ones.
 _MATMULS = (

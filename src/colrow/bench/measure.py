@@ -15,7 +15,7 @@ from colrow.bench.attribution import PREFIX, Kernels, attribute
 from colrow.bench.result import BenchSettings, Measurement, PhaseTime, median
 from colrow.bench.subjects import Subject, subjects
 from colrow.comm.ledger import Ledger, record
-from colrow.mesh import Mesh, init_mesh
+from colrow.comm.mesh import Mesh, init_mesh
 
 # The kernels' times hardly vary, and a profile takes long to read.
 _PROFILED_RUNS = 5

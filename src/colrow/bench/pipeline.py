@@ -8,7 +8,7 @@ import torch.distributed as dist
 from colrow.bench.measure import Progress, device_name, say_nothing
 from colrow.bench.pipeline_result import PipelineMeasurement, PipelineSettings
 from colrow.comm.ledger import record
-from colrow.mesh import Mesh, init_mesh
+from colrow.comm.mesh import Mesh, init_mesh
 from colrow.models.build import from_config
 from colrow.pipeline.memory import KeptActivations
 from colrow.pipeline.record import record_step

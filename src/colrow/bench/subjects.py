@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from colrow.bench.result import BenchSettings
-from colrow.generate.cache import KeyValueCache
-from colrow.generate.sampling import next_tokens
+from colrow.comm.mesh import Mesh
+from colrow.generation.cache import KeyValueCache
+from colrow.generation.sampling import next_tokens
 from colrow.layers.block import ParallelBlock
 from colrow.layers.row import RowParallelLinear
-from colrow.mesh import Mesh
 from colrow.models.build import from_config
 from colrow.models.decoder import Decoder
 from colrow.partition import Partition

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from colrow.comm import primitives
-from colrow.mesh import Mesh
+from colrow.comm.mesh import Mesh
 
 ROUNDS = 7
 _MOST_REPEATS = 2000

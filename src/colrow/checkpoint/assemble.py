@@ -11,9 +11,9 @@ from torch.distributed.tensor import DTensor
 from colrow.checkpoint.naming import hf_naming, pieces
 from colrow.checkpoint.same import Held, check_same
 from colrow.comm import primitives
+from colrow.comm.group import ParallelGroup
 from colrow.inplace.assemble import assemble
 from colrow.inplace.record import record_for
-from colrow.mesh import ParallelGroup
 from colrow.models.config import parameter_specs
 from colrow.models.decoder import Decoder
 

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from colrow._leftovers import part_of
 from colrow.checkpoint.assemble import full_state_dict
 from colrow.checkpoint.pretrained import from_pretrained
 from colrow.checkpoint.training import TrainingCheckpoints
+from colrow.comm.group import ParallelGroup
+from colrow.comm.mesh import Mesh
 from colrow.files import check_inside
-from colrow.mesh import Mesh, ParallelGroup
+from colrow.leftovers import part_of
 from colrow.models.build import from_config
 from colrow.models.decoder import Decoder
 from colrow.models.hf_config import config_from_file, read_config

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from colrow._leftovers import part_of
 from colrow.checkpoint.gguf_model import gguf_naming
 from colrow.checkpoint.naming import pieces
 from colrow.checkpoint.pretrained import pretrained_config
 from colrow.layers.options import RopeConfig
+from colrow.leftovers import part_of
 from colrow.models.decoder import Decoder
 
 _DTYPES = (torch.float32, torch.float16)

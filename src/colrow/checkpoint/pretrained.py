@@ -14,7 +14,8 @@ from colrow.checkpoint.locate import resolve_model_path
 from colrow.checkpoint.naming import Naming, hf_naming
 from colrow.checkpoint.reader import TensorReader, open_reader
 from colrow.checkpoint.tied import as_in_file
-from colrow.mesh import Mesh, ParallelGroup
+from colrow.comm.group import ParallelGroup
+from colrow.comm.mesh import Mesh
 from colrow.models.build import DecoderOptions, resolve_mesh, resolve_pipeline
 from colrow.models.config import ModelConfig
 from colrow.models.decoder import Decoder

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from colrow import rng
 from colrow.comm import primitives
-from colrow.mesh import ParallelGroup
+from colrow.comm.group import ParallelGroup
 
 # How far apart relative to its norm: rounding, of which steps of an optimiser make more.
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}

@@ -18,7 +18,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from colrow._leftovers import lock, unlock
 from colrow.checkpoint.same import Held, owner_of, problem_of
 from colrow.checkpoint.training_placement import (
     Placement,
@@ -37,7 +36,8 @@ from colrow.checkpoint.training_storage import (
     read_index,
     remove_unfinished,
 )
-from colrow.mesh import Mesh
+from colrow.comm.mesh import Mesh
+from colrow.leftovers import lock, unlock
 from colrow.models.config import Layout, ModelConfig, parameter_specs
 from colrow.optim.check import check_optimizer, whole_states
 from colrow.partition import ShardSpec

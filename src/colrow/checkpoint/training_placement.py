@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from colrow.comm.group import ParallelGroup
 from colrow.inplace.record import record_for, record_of
-from colrow.mesh import ParallelGroup
 from colrow.partition import Range, ShardSpec
 
 

@@ -265,7 +265,7 @@ def _run_links(args: argparse.Namespace) -> int:
 
 def _measure_links(settings: LinkSettings, size: int) -> Links:
     from colrow.bench.link_result import measure
-    from colrow.mesh import init_mesh
+    from colrow.comm.mesh import init_mesh
 
     mesh = init_mesh(tp=size, device=settings.device, engine=settings.engine)
     announce(mesh)

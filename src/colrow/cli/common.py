@@ -15,7 +15,7 @@ from colrow.launch import launch, rank_environment
 if TYPE_CHECKING:
     import torch
 
-    from colrow.mesh import Mesh
+    from colrow.comm.mesh import Mesh
     from colrow.models.config import ModelConfig
 
 T = TypeVar("T")

@@ -24,7 +24,7 @@ from colrow.cli.common import (
 from colrow.launch import rank_environment
 
 if TYPE_CHECKING:
-    from colrow.traffic import Traffic
+    from colrow.verification.traffic import Traffic
 
 HELP = "list every collective of a training step, predicted and recorded"
 DESCRIPTION = """\
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     elif (rank := rank_environment()) is not None and rank.rank > 0:
         return 0  # a dry run needs no ranks: where a launcher started some, one reports
     else:
-        from colrow.traffic import dry_run
+        from colrow.verification.traffic import dry_run
 
         traffic = dry_run(
             config,
@@ -114,8 +114,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _record(args: argparse.Namespace) -> Traffic:
     from colrow.checkpoint.pretrained import from_pretrained
-    from colrow.mesh import init_mesh
-    from colrow.traffic import record_step
+    from colrow.comm.mesh import init_mesh
+    from colrow.verification.traffic import record_step
 
     mesh = init_mesh(tp=args.tp, device=args.device, engine=args.engine)
     announce(mesh)

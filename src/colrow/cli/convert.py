@@ -7,8 +7,8 @@ import os
 import shutil
 from pathlib import Path
 
-from colrow._leftovers import scratch_directory
 from colrow.cli.common import DTYPES, torch_dtype
+from colrow.leftovers import scratch_directory
 
 HELP = "convert between Hugging Face directories, GGUF files and training runs"
 DESCRIPTION = """\

@@ -21,7 +21,7 @@ from colrow.cli.common import (
     write_json,
 )
 from colrow.files import read_input
-from colrow.generate.options import Sampling
+from colrow.generation.options import Sampling
 from colrow.launch import RankFailure, rank_environment
 from colrow.text import decode, lines
 
@@ -130,9 +130,9 @@ def run(args: argparse.Namespace) -> int:
 
     from colrow.checkpoint.locate import find_weights, resolve_model_path
     from colrow.checkpoint.pretrained import pretrained_config
-    from colrow.generate.answer import Request, answer
-    from colrow.generate.template import RENDERER
-    from colrow.generate.tokenizer import encode_prompt, end_tokens, load_tokenizer
+    from colrow.generation.answer import Request, answer
+    from colrow.generation.template import RENDERER
+    from colrow.generation.tokenizer import encode_prompt, end_tokens, load_tokenizer
     from colrow.models.config import Layout
     from colrow.models.stages import LayerSplit
 

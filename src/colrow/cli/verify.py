@@ -22,7 +22,7 @@ from colrow.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from colrow.verify import Report
+    from colrow.verification.verify import Report
     from colrow.zoo.architectures import Architecture
     from colrow.zoo.compare import Outcome
 
@@ -173,8 +173,8 @@ def known_to_decoder(model: str) -> bool:
 
 
 def _verify(args: argparse.Namespace) -> Report | None:
-    from colrow.mesh import init_mesh
-    from colrow.verify import verify
+    from colrow.comm.mesh import init_mesh
+    from colrow.verification.verify import verify
 
     mesh = init_mesh(tp=args.tp, device=args.device, engine=args.engine)
     announce(mesh)

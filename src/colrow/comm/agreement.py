@@ -7,7 +7,7 @@ from torch import Tensor
 
 from colrow import rng
 from colrow.comm import primitives
-from colrow.mesh import ParallelGroup
+from colrow.comm.group import ParallelGroup
 
 # Bytes that CUDA's _assert_async takes, which has room for 256 (TensorCompare.cu).
 _LONGEST_MESSAGE = 254

@@ -6,8 +6,8 @@ import time
 
 import torch
 
+from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import Call, Phase
-from colrow.mesh import ParallelGroup
 
 
 class Clock:

@@ -35,7 +35,7 @@ from torch.autograd.function import once_differentiable
 
 from colrow.comm import primitives
 from colrow.comm.autograd import apply
-from colrow.mesh import ParallelGroup
+from colrow.comm.group import ParallelGroup
 from colrow.partition import Partition
 
 SEQUENCE = -2

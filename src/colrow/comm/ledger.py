@@ -6,10 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    from colrow.mesh import ParallelGroup
+from typing import Literal, Protocol
 
 Phase = Literal["forward", "backward"]
 
@@ -93,8 +90,14 @@ class Ledger:
         return sum(e.exposed_seconds if exposed else e.seconds for e in self.entries)
 
 
+class Recorded(Protocol):
+    """What can be recorded: a :class:`colrow.ParallelGroup`."""
+
+    ledger: Ledger | None
+
+
 @contextmanager
-def record(*groups: ParallelGroup) -> Iterator[Ledger]:
+def record(*groups: Recorded) -> Iterator[Ledger]:
     """Records every collective of these groups on this rank while the block runs.
 
     Recording is for eager execution: a compiled graph issues its collectives without Python.

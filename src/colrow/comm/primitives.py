@@ -20,8 +20,8 @@ from torch import Tensor
 
 from colrow.comm import compat
 from colrow.comm.clock import Clock
+from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import Phase
-from colrow.mesh import ParallelGroup
 from colrow.partition import Partition
 
 Reduction = Literal["sum", "max"]

@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from colrow import rng
 from colrow.comm.compat import uncompiled
-from colrow.mesh import ParallelGroup
+from colrow.comm.group import ParallelGroup
 from colrow.partition import ShardSpec
 
 _FEW = 4  # parameters whose gradients are compared: what parts ranks shows in each

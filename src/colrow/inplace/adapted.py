@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from colrow.comm import collectives, primitives
+from colrow.comm.group import ParallelGroup
 from colrow.inplace.atoms import indices_of
 from colrow.inplace.equal_weights import check_equal_weights
 from colrow.inplace.gradients import sum_rows
@@ -20,7 +21,6 @@ from colrow.inplace.simulate import take
 from colrow.inplace.streams import Stream
 from colrow.inplace.whole_results import Vocabulary
 from colrow.layers.embedding import check_range
-from colrow.mesh import ParallelGroup
 from colrow.partition import ShardSpec
 
 # Initial values that are made without the weight of the wrapped layer.

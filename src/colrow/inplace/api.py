@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from colrow.comm.mesh import Mesh
 from colrow.comm.steps import watch
 from colrow.inplace.attempt import split_checked
 from colrow.inplace.capture import evaluating
@@ -25,7 +26,6 @@ from colrow.inplace.record import Record, check_whole, record_of
 from colrow.inplace.stand_in import StandIn
 from colrow.inplace.together import look_together
 from colrow.inplace.vocabulary import knows_loss
-from colrow.mesh import Mesh
 
 
 def parallelize(

@@ -10,8 +10,8 @@ from torch.distributed.tensor import DTensor
 
 from colrow.checkpoint.same import Held, check_same, owner_of
 from colrow.comm import primitives
+from colrow.comm.group import ParallelGroup
 from colrow.inplace.record import Record
-from colrow.mesh import ParallelGroup
 from colrow.partition import ShardSpec
 
 

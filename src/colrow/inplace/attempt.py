@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from colrow.comm.mesh import Mesh
 from colrow.inplace.check import Observation, agreed_error, difference, limit_of
 from colrow.inplace.look import Look, carry_out, class_name
 from colrow.inplace.record import Record
 from colrow.inplace.together import LeftAloneError, all_come
 from colrow.inplace.vocabulary import VocabularyLayers
-from colrow.mesh import Mesh
 
 
 def split_checked(

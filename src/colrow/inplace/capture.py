@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from colrow.inplace.calls import ModuleCall, private, tensors_of
-from colrow.reference import FullPrecision
+from colrow.verification.reference import FullPrecision
 
 
 class _GroupedInDouble(TorchFunctionMode):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from colrow.comm import primitives
+from colrow.comm.group import ParallelGroup
 from colrow.inplace.atoms import indices_of
 from colrow.inplace.calls import tensors_of
 from colrow.inplace.capture import arithmetic_of, evaluating, without_cache
@@ -19,7 +20,6 @@ from colrow.inplace.dropout import NoDropout
 from colrow.inplace.generation import Steps, generated
 from colrow.inplace.record import Record, record_of
 from colrow.inplace.together import all_come
-from colrow.mesh import ParallelGroup
 
 _LIMITS = {torch.float64: 1e-9, torch.float32: 1e-3}
 _LOW_PRECISION_LIMIT = 0.2

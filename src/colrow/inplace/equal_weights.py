@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from colrow.comm import primitives
-from colrow.mesh import ParallelGroup
+from colrow.comm.group import ParallelGroup
 
 
 def check_equal_weights(model: nn.Module, tp: ParallelGroup) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from colrow.reference import quiet_transformers
+from colrow.verification.reference import quiet_transformers
 
 _STEPS = 3
 _STARTS = ("input_ids", "pixel_values", "input_features")

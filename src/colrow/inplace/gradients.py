@@ -10,8 +10,8 @@ from torch.autograd.function import once_differentiable
 
 from colrow.comm import primitives
 from colrow.comm.autograd import apply
+from colrow.comm.group import ParallelGroup
 from colrow.layers.shared import SharedRows
-from colrow.mesh import ParallelGroup
 
 
 class _SumRows(torch.autograd.Function):

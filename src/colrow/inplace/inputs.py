@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from colrow import rng
 from colrow.comm import primitives
 from colrow.comm.agreement import different_seeds, require_same
+from colrow.comm.group import ParallelGroup
 from colrow.comm.steps import PARTED, steps_of
 from colrow.inplace.calls import argument_names
 from colrow.inplace.digest import Known, combined, digest_of
@@ -26,7 +27,6 @@ from colrow.inplace.keep import refuse_earlier_ddp
 from colrow.inplace.record import record_of
 from colrow.inplace.streams import drops_out
 from colrow.inplace.whole_results import EmbeddingMixin, GatheredMixin, HeadMixin
-from colrow.mesh import ParallelGroup
 
 # Arguments that hold what the model made earlier: each rank has the part of its own heads in them.
 _STATES = {

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from colrow.comm.group import ParallelGroup
 from colrow.inplace.adapters import adapted_layers, split_adapters, without_adapters
 from colrow.inplace.apply import Applier
 from colrow.inplace.attention_weights import refuse_attention_weights
@@ -38,7 +39,6 @@ from colrow.inplace.vocabulary import (
     vocabulary_layers,
 )
 from colrow.inplace.whole_only import refuse_what_needs_whole_weights
-from colrow.mesh import ParallelGroup
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from colrow.files import read_json, shown
 from colrow.inplace.file_names import FileNames
 from colrow.models.config_limits import check_any_config, number_of_layers
 from colrow.models.hf_config import read_config
-from colrow.reference import quiet_transformers
+from colrow.verification.reference import quiet_transformers
 
 _FEW_LAYERS = 200
 _PARAMETERS = 250_000

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from colrow.comm import collectives
+from colrow.comm.group import ParallelGroup
 from colrow.inplace.calls import Key, ModuleCall
 from colrow.inplace.gradients import sum_rows, sum_together
 from colrow.inplace.nested import by_features
@@ -25,7 +26,6 @@ from colrow.inplace.simulate import take_periodic
 from colrow.inplace.streams import Stream
 from colrow.layers.fused import column_linear, row_linear
 from colrow.layers.shared import SharedRows
-from colrow.mesh import ParallelGroup
 from colrow.partition import Partition
 
 

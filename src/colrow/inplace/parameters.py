@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from colrow.comm import collectives
+from colrow.comm.group import ParallelGroup
 from colrow.inplace.gradients import sum_rows
 from colrow.layers.shared import SharedRows
-from colrow.mesh import ParallelGroup
 from colrow.partition import Partition
 
 

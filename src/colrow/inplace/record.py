@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from colrow.mesh import ParallelGroup
+from colrow.comm.group import ParallelGroup
 from colrow.partition import ShardSpec
 
 REACH_IT = (

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from colrow import rng
-from colrow.mesh import ParallelGroup
+from colrow.comm.group import ParallelGroup
 
 
 class Stream:

@@ -11,8 +11,8 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from colrow import rng
 from colrow.comm import primitives
+from colrow.comm.group import ParallelGroup
 from colrow.inplace.look import Look
-from colrow.mesh import ParallelGroup
 
 # Ranks that fail at the same place come there within a layer's time of each other, for few tokens.
 _TOGETHER = timedelta(seconds=10)

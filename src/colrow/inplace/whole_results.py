@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from colrow.comm import collectives
+from colrow.comm.group import ParallelGroup
 from colrow.inplace.nested import by_features
 from colrow.layers.embedding import check_range
 from colrow.layers.fused import column_linear
-from colrow.mesh import ParallelGroup
 from colrow.partition import Partition
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from colrow.comm import primitives
 from colrow.comm.agreement import common_seed
+from colrow.comm.group import ParallelGroup
 from colrow.layers.column import QKVParallelLinear
 from colrow.layers.context import AttentionContext, KeyValueCache
 from colrow.layers.dropout import ParallelDropout
@@ -20,7 +21,6 @@ from colrow.layers.options import RopeConfig
 from colrow.layers.position import alibi_slopes, apply_rope, rope_frequencies
 from colrow.layers.row import RowParallelLinear
 from colrow.layers.shared import SharedLayers, SharedWeights
-from colrow.mesh import ParallelGroup
 from colrow.partition import HeadPartition, Partition
 
 

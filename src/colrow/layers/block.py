@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from colrow import rng
 from colrow.comm import primitives
 from colrow.comm.agreement import common_seed
+from colrow.comm.group import ParallelGroup
 from colrow.layers.attention import ParallelAttention
 from colrow.layers.context import AttentionContext, KeyValueCache
 from colrow.layers.dropout import ParallelDropout
@@ -14,7 +15,6 @@ from colrow.layers.linear import divides_sequence
 from colrow.layers.mlp import ParallelMLP
 from colrow.layers.norm import LayerNorm, RMSNorm
 from colrow.layers.shared import SharedLayers, SharedWeights
-from colrow.mesh import ParallelGroup
 from colrow.partition import Partition
 
 

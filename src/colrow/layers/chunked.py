@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from colrow.comm import primitives
+from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import Phase
 from colrow.layers.chunks import chunk_count, chunk_partition, row_chunks, sequence_chunks
-from colrow.mesh import ParallelGroup
 from colrow.partition import Partition
 
 

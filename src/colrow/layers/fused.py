@@ -15,8 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from colrow.comm import collectives, primitives
 from colrow.comm.autograd import apply
+from colrow.comm.group import ParallelGroup
 from colrow.layers.chunked import gather_linear, linear_all_reduce, linear_reduce_scatter
-from colrow.mesh import ParallelGroup
 from colrow.partition import Partition
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from colrow import rng
 from colrow.comm.agreement import common_seed
-from colrow.mesh import ParallelGroup
+from colrow.comm.group import ParallelGroup
 from colrow.partition import Partition, ShardSpec
 
 

@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from colrow.comm import primitives
 from colrow.comm.autograd import apply
+from colrow.comm.group import ParallelGroup
 from colrow.layers.embedding import check_range
-from colrow.mesh import ParallelGroup
 from colrow.partition import Partition
 
 Reduction = Literal["mean", "sum", "none"]

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from colrow.comm import primitives
+from colrow.comm.group import ParallelGroup
 from colrow.layers.activation import ACTIVATIONS
 from colrow.layers.column import FusedColumnParallelLinear
 from colrow.layers.options import Activation
 from colrow.layers.row import RowParallelLinear
 from colrow.layers.shared import SharedWeights
-from colrow.mesh import ParallelGroup
 from colrow.partition import Partition
 
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from colrow.comm.autograd import apply
+from colrow.comm.group import ParallelGroup
 from colrow.comm.steps import watch
 from colrow.layers.shared import SharedParameter, SharedRows, SharedWeights
-from colrow.mesh import ParallelGroup
 from colrow.partition import ShardSpec
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from colrow.comm import collectives, primitives
+from colrow.comm.group import ParallelGroup
 from colrow.comm.steps import watch
 from colrow.layers.chunks import check_chunk_bytes
 from colrow.layers.decoding import Kernel
@@ -19,7 +20,6 @@ from colrow.layers.linear import (
     reset_linear_,
 )
 from colrow.layers.shared import SharedParameter, SharedRows, SharedWeights
-from colrow.mesh import ParallelGroup
 from colrow.partition import Partition, ShardSpec
 
 

@@ -9,7 +9,8 @@ from typing import Protocol, TypedDict, Unpack
 
 import torch
 
-from colrow.mesh import Mesh, ParallelGroup
+from colrow.comm.group import ParallelGroup
+from colrow.comm.mesh import Mesh
 from colrow.models.config import Layout, ModelConfig, num_parameters
 from colrow.models.decoder import Decoder
 from colrow.models.hf_config import config_from_file, config_from_hf

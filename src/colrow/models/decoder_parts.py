@@ -8,13 +8,13 @@ from typing import Literal, TypedDict
 import torch
 from torch import nn
 
+from colrow.comm.group import ParallelGroup
 from colrow.layers.attention import ParallelAttention
 from colrow.layers.block import ParallelBlock
 from colrow.layers.column import ColumnParallelLinear
 from colrow.layers.embedding import PositionEmbedding, VocabParallelEmbedding
 from colrow.layers.mlp import ParallelMLP
 from colrow.layers.norm import LayerNorm, RMSNorm
-from colrow.mesh import ParallelGroup
 from colrow.models.config import Layout, ModelConfig
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from colrow.mesh import ParallelGroup
+from colrow.comm.group import ParallelGroup
 from colrow.models.stages import LayerSplit, Stage
 
 

@@ -9,12 +9,12 @@ from typing import Self
 import torch
 from torch import nn
 
+from colrow.comm.group import ParallelGroup
 from colrow.layers.column import FusedColumnParallelLinear
 from colrow.layers.decoding import Kernel, has_fast_blas, lay_out_
 from colrow.layers.dropout import ParallelDropout
 from colrow.layers.row import RowParallelLinear
 from colrow.layers.shared import SharedLayers, sum_gradients_
-from colrow.mesh import ParallelGroup
 from colrow.models.config import Layout, ModelConfig, parameter_specs
 from colrow.models.decoder_parts import DecoderParts, allocate
 from colrow.models.one_token import OneToken

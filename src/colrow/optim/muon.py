@@ -17,7 +17,7 @@ from colrow.checkpoint.training_placement import (
     tensor_parallel_group,
 )
 from colrow.comm import primitives
-from colrow.mesh import ParallelGroup
+from colrow.comm.group import ParallelGroup
 from colrow.optim.whole import (
     Member,
     Part,

@@ -25,8 +25,8 @@ from colrow.checkpoint.training_placement import (
     unwrap,
 )
 from colrow.comm.agreement import require_same
+from colrow.comm.group import ParallelGroup
 from colrow.inplace.record import record_of
-from colrow.mesh import ParallelGroup
 from colrow.models.decoder import Decoder
 from colrow.partition import Partition, ShardSpec
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from colrow.comm import primitives
-from colrow.mesh import ParallelGroup
+from colrow.comm.group import ParallelGroup
 from colrow.models.decoder import Decoder
 from colrow.pipeline.communication import BUCKET_BYTES, buckets
 

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from colrow.comm import primitives
+from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import Ledger, record
-from colrow.mesh import ParallelGroup
 from colrow.pipeline.schedules import Action, Kind, Span
 from colrow.pipeline.timeline import Timeline
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from colrow.comm import primitives
+from colrow.comm.mesh import Mesh
 from colrow.comm.primitives import Pending
-from colrow.mesh import Mesh
 from colrow.models.decoder import Decoder
 from colrow.models.stages import Stage
 from colrow.models.tied import sum_tied_gradients_

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
 from colrow.comm.clock import Clock
+from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import Phase
-from colrow.mesh import ParallelGroup
 from colrow.models.decoder import Decoder
 from colrow.models.stages import Stage
 from colrow.partition import Partition

@@ -18,7 +18,7 @@ from colrow.checkpoint.training_placement import (
 )
 from colrow.comm import primitives
 from colrow.comm.agreement import assert_on_device
-from colrow.mesh import ParallelGroup
+from colrow.comm.group import ParallelGroup
 from colrow.models.decoder import Decoder
 
 _ROUNDING = 1e-2  # of squared norms of gradients, as they differ in bf16 on a GPU

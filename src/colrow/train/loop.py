@@ -13,7 +13,7 @@ from torch import nn
 
 from colrow.checkpoint.training import TrainingCheckpoints
 from colrow.comm.ledger import record
-from colrow.mesh import Mesh, init_mesh
+from colrow.comm.mesh import Mesh, init_mesh
 from colrow.models.config import num_parameters
 from colrow.models.decoder import Decoder
 from colrow.optim.scaler import GradScaler

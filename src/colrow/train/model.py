@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from colrow._leftovers import part_of
 from colrow.checkpoint.export_config import config_to_hf
 from colrow.checkpoint.locate import resolve_model_path
 from colrow.checkpoint.pretrained import from_pretrained, pretrained_config
+from colrow.comm.mesh import Mesh
 from colrow.files import check_inside
-from colrow.generate.tokenizer import end_tokens
+from colrow.generation.tokenizer import end_tokens
 from colrow.layers.dropout import ParallelDropout
-from colrow.mesh import Mesh
+from colrow.leftovers import part_of
 from colrow.models.build import from_config
 from colrow.models.config import Layout, ModelConfig
 from colrow.models.decoder import Decoder
@@ -188,7 +188,7 @@ def copy_tokenizer(model: str | Path, directory: Path) -> None:
     """The tokenizer's files; those inside a GGUF file are written by transformers."""
     path = resolve_model_path(model)
     if path.suffix == ".gguf":
-        from colrow.generate.tokenizer import load_tokenizer
+        from colrow.generation.tokenizer import load_tokenizer
 
         load_tokenizer(path).save_pretrained(str(directory))  # type: ignore[attr-defined]
         return

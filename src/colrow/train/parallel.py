@@ -13,8 +13,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from colrow.comm.mesh import Mesh
 from colrow.layers.block import ParallelBlock
-from colrow.mesh import Mesh
 from colrow.models.decoder import Decoder
 
 Recompute = Literal["none", "selective", "full"]

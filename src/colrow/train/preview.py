@@ -277,7 +277,7 @@ def _beginning(settings: TrainSettings, order: Order) -> str:
     ids: list[int] = order.batch(0, 1)[0][0, :48].tolist()
     if tokenizer_name(settings) == BYTES:
         return repr(bytes(i for i in ids if i < 256).decode(errors="replace"))
-    from colrow.generate.tokenizer import load_tokenizer
+    from colrow.generation.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(tokenizer_name(settings))
     return repr(

@@ -13,8 +13,8 @@ from typing import IO, Any
 
 import torch
 
+from colrow.comm.mesh import Mesh
 from colrow.files import read_text
-from colrow.mesh import Mesh
 from colrow.text import lines
 
 LOG = "log.jsonl"

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from colrow import rng
-from colrow._rank_watch import moved
 from colrow.checkpoint.training import Optimizers, listed
 from colrow.comm import primitives
-from colrow.mesh import Mesh
+from colrow.comm.mesh import Mesh
+from colrow.launch.watch import moved
 from colrow.models.decoder import Decoder
 from colrow.optim.scaler import GradScaler
 from colrow.pipeline.runner import PipelineRunner

@@ -41,12 +41,12 @@ class ModelTokenizer:
     """The tokenizer of a checkpoint.
 
     Args:
-        path: see :func:`colrow.generate.tokenizer.load_tokenizer`.
+        path: see :func:`colrow.generation.tokenizer.load_tokenizer`.
         end_token: what ends a document; by default the tokenizer's own.
     """
 
     def __init__(self, path: str | Path, end_token: int | None = None) -> None:
-        from colrow.generate.tokenizer import load_tokenizer
+        from colrow.generation.tokenizer import load_tokenizer
 
         tokenizer: Any = load_tokenizer(path)
         self._tokenizer = tokenizer

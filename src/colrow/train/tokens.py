@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from colrow._leftovers import part_of
 from colrow.files import check_inside, read_json
+from colrow.leftovers import part_of
 
 _META, _IDS, _COUNTED = "tokens.json", "tokens.bin", "counted.bin"
 

@@ -15,7 +15,7 @@ from torch import nn
 from colrow.checkpoint.reader import open_reader
 from colrow.inplace.meta import model_of
 from colrow.models.hf_config import read_config
-from colrow.reference import prepare_reference, quiet_transformers
+from colrow.verification.reference import prepare_reference, quiet_transformers
 from colrow.zoo.overrides import OVERRIDES
 from colrow.zoo.shrink import tiny_config
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from colrow._leftovers import scratch_directory
+from colrow.leftovers import scratch_directory
 from colrow.zoo.architectures import Architecture
 from colrow.zoo.compare import Outcome, compare
 from colrow.zoo.pool import TaskFailure, Workers

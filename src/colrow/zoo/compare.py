@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from colrow.differences import relative_error
-from colrow.mesh import Mesh, init_mesh
+from colrow.comm.mesh import Mesh, init_mesh
+from colrow.verification.differences import relative_error
 from colrow.zoo.architectures import Architecture, build
 from colrow.zoo.measure import Result, first_difference, gradient_errors, output_error, run
 from colrow.zoo.share import counted_parameters, share_split

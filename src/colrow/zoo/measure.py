@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from colrow.differences import relative_error
-from colrow.reference import FullPrecision, quiet_transformers
+from colrow.verification.differences import relative_error
+from colrow.verification.reference import FullPrecision, quiet_transformers
 from colrow.zoo.architectures import Architecture
 from colrow.zoo.inputs import batch, prompt
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from colrow._leftovers import scratch_directory
-from colrow._signals import end_on_sigint, sigint_blocked
+from colrow.launch.signals import end_on_sigint, sigint_blocked
+from colrow.leftovers import scratch_directory
 
 _SECONDS_TO_START = 120.0
 # Process groups that a task makes (transformers' meshes) leave Gloo's threads behind, several each.
@@ -136,7 +136,7 @@ class Workers:
     def _start(self) -> None:
         if self._connections:
             return
-        from colrow._rank_environment import inherited_environment
+        from colrow.launch.environment import inherited_environment
 
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_PRELOADED)
@@ -179,7 +179,7 @@ def _work(rank: int, ranks: int, connection: Connection, store: str) -> None:
     import torch.distributed as dist
     from torch.distributed import FileStore  # type: ignore[attr-defined]
 
-    from colrow._rendezvous import stay_on_loopback
+    from colrow.launch.rendezvous import stay_on_loopback
 
     end_on_sigint()
     os.environ |= {

@@ -8,7 +8,7 @@ from collections.abc import Collection
 import torch.distributed as dist
 from torch import nn
 
-from colrow.mesh import Mesh
+from colrow.comm.mesh import Mesh
 from colrow.zoo.systems import local
 
 _ROUTER = re.compile(r"(^|\.)(gate|router|wg|classifier)(\.|$)")

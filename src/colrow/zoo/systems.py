@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from colrow.mesh import Mesh
-from colrow.reference import prepare_reference, quiet_transformers
+from colrow.comm.mesh import Mesh
+from colrow.verification.reference import prepare_reference, quiet_transformers
 
 
 @dataclass(frozen=True)

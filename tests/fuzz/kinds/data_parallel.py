@@ -9,8 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import colrow
 from colrow.checkpoint.naming import hf_naming
-from colrow.reference import reference_names
 from colrow.train.parallel import parallelize
+from colrow.verification.reference import reference_names
 from tests.fuzz import compare
 from tests.fuzz.case import Case, Fields, Kind, OneOf, World, grids
 from tests.fuzz.decoders import (

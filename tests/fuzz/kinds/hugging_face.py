@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import colrow
-from colrow.reference import quiet_transformers
+from colrow.verification.reference import quiet_transformers
 from colrow.zoo import sizes
 from colrow.zoo.architectures import OTHERS, Architecture, build
 from colrow.zoo.inputs import batch

@@ -14,11 +14,11 @@ import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor
 
-from colrow._rank_watch import moved
 from colrow.comm.mpi.patience import Patience
 from colrow.comm.mpi.peers import Peers
 from colrow.comm.mpi.start import BACKEND
 from colrow.comm.mpi.work import MpiWork
+from colrow.launch.watch import moved
 
 _SWEEP_AT = 64
 

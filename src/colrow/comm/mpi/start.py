@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 
-from colrow._rank_environment import inherited_environment
 from colrow.comm.engine import against_shared_memory
 from colrow.comm.mpi.peers import Peers
+from colrow.launch.environment import inherited_environment
 
 if TYPE_CHECKING:
     from mpi4py import MPI

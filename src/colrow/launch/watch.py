@@ -65,6 +65,7 @@ class Watch(threading.Thread):
         self._since = time.monotonic()
 
     def run(self) -> None:
+        """Looks from time to time whether this rank gets on."""
         while True:
             time.sleep(SECONDS_BETWEEN_LOOKS)
             try:

@@ -40,16 +40,16 @@ from torch.distributed.elastic.rendezvous.api import (
     RendezvousStoreInfo,
 )
 
-from colrow._leftovers import scratch_directory
-from colrow._rank_environment import (
+from colrow.launch.environment import (
     STORE_VARIABLE,
     allocator_variables,
     inherited_environment,
 )
-from colrow._rank_failure import Evidence, root_cause
-from colrow._rank_process import run_rank
-from colrow._rank_watch import Place, stopped, waited_for
-from colrow._signals import sigint_blocked
+from colrow.launch.failure import Evidence, root_cause
+from colrow.launch.process import run_rank
+from colrow.launch.signals import sigint_blocked
+from colrow.launch.watch import Place, stopped, waited_for
+from colrow.leftovers import scratch_directory
 
 T = TypeVar("T")
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from colrow.checkpoint.pretrained import from_pretrained
-from colrow.generate.engine import generate
-from colrow.generate.options import Sampling
-from colrow.generate.tokenizer import TextStream, Tokenizer
-from colrow.mesh import init_mesh
+from colrow.comm.mesh import init_mesh
+from colrow.generation.engine import generate
+from colrow.generation.options import Sampling
+from colrow.generation.tokenizer import TextStream, Tokenizer
 from colrow.models.decoder import Decoder
 
 
@@ -29,7 +29,7 @@ class Request:
         prompts: the tokens of each prompt.
         listed: whether the result has a list of answers, or is the one answer.
         tokenizer: pickled, for rank 0 alone: loading it a second time takes longer.
-        max_new_tokens, sampling, eos_token_ids: see :func:`colrow.generate.engine.generate`.
+        max_new_tokens, sampling, eos_token_ids: see :func:`colrow.generation.engine.generate`.
         tp, pp: number of ranks along each dimension.
         tensor_split, layer_split: see :func:`colrow.from_pretrained`.
         dtype: None for bf16 on CUDA and fp32 elsewhere.

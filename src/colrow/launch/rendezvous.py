@@ -10,7 +10,7 @@ import os
 import socket
 from typing import TYPE_CHECKING, Any
 
-from colrow._rank_environment import (
+from colrow.launch.environment import (
     STORE_VARIABLE,
     RankEnvironment,
     has_variables,

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import record, summarize
-from colrow.mesh import ParallelGroup
 from colrow.models.communication import predict_step
 from colrow.models.config import ModelConfig
 from colrow.models.decoder import Decoder

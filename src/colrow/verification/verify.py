@@ -22,7 +22,10 @@ from colrow.checkpoint.assemble import full_grads, full_state_dict
 from colrow.checkpoint.naming import Naming, hf_naming
 from colrow.checkpoint.pretrained import from_pretrained
 from colrow.comm.collectives import gather_from_tp
-from colrow.differences import (
+from colrow.comm.mesh import Mesh
+from colrow.generation.engine import generate
+from colrow.models.decoder import Decoder
+from colrow.verification.differences import (
     Result,
     captured,
     captured_reference,
@@ -31,10 +34,7 @@ from colrow.differences import (
     why_not_finite,
     worst_gradients,
 )
-from colrow.generate.engine import generate
-from colrow.mesh import Mesh
-from colrow.models.decoder import Decoder
-from colrow.reference import cached_step, load_reference, precision, reference_grads
+from colrow.verification.reference import cached_step, load_reference, precision, reference_grads
 
 
 @dataclass(frozen=True)

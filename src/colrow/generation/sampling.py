@@ -16,8 +16,8 @@ from torch import Tensor
 
 from colrow import rng
 from colrow.comm import primitives
-from colrow.generate.options import Sampling
-from colrow.mesh import ParallelGroup
+from colrow.comm.group import ParallelGroup
+from colrow.generation.options import Sampling
 from colrow.partition import Partition
 
 _FIRST_COUNT = 512  # candidates of each rank for top_p: enough for most steps of a trained model

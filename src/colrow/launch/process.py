@@ -15,10 +15,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from colrow._rank_environment import STORE_VARIABLE
-from colrow._rank_watch import Watch
-from colrow._signals import end_on_sigint
-from colrow.launch import BAD_INPUT, error_message
+from colrow.launch.environment import STORE_VARIABLE
+from colrow.launch.errors import BAD_INPUT, error_message
+from colrow.launch.signals import end_on_sigint
+from colrow.launch.watch import Watch
 
 # What Gloo, NCCL, the MPI engine and torch's stores say on a rank whose peer is gone or hangs.
 _TIMED_OUT = re.compile(r"socket timeout|wait timeout|timed out", re.IGNORECASE)

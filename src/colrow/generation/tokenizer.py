@@ -8,8 +8,8 @@ from typing import Protocol, cast
 from colrow.checkpoint.locate import resolve_model_path
 from colrow.checkpoint.reader import open_reader
 from colrow.files import INDEX_BYTES, read_json, shown
-from colrow.generate.template import RENDERER
-from colrow.generate.tokenizer_limits import check_growth, check_numbers, check_vocabulary
+from colrow.generation.template import RENDERER
+from colrow.generation.tokenizer_limits import check_growth, check_numbers, check_vocabulary
 
 _REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are not (yet) a character
 _FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
@@ -68,7 +68,7 @@ def load_tokenizer(path_or_id: str | Path) -> Tokenizer:
     try:
         from transformers import AutoTokenizer
 
-        from colrow.generate.gguf_tokenizer import load_gguf_tokenizer
+        from colrow.generation.gguf_tokenizer import load_gguf_tokenizer
     except ModuleNotFoundError as cause:
         raise ValueError(_NEEDS_EXTRA.format(name=cause.name)) from cause
     try:

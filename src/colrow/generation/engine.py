@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from colrow import rng
-from colrow.generate.options import Sampling
-from colrow.generate.relay import Part, Relay
-from colrow.generate.rows import Rows
-from colrow.generate.sampling import next_tokens
+from colrow.generation.options import Sampling
+from colrow.generation.relay import Part, Relay
+from colrow.generation.rows import Rows
+from colrow.generation.sampling import next_tokens
 from colrow.models.decoder import Decoder
 from colrow.models.inputs import check_batch, check_same_on_all_ranks
 
@@ -68,7 +68,7 @@ def generate(
     """Continues a batch of prompts; all ranks of the model call it with the same arguments.
 
     With pipeline parallelism the rows are cut into as many parts as there are stages (see
-    :mod:`colrow.generate.relay`), which keeps all stages busy where there are enough rows.
+    :mod:`colrow.generation.relay`), which keeps all stages busy where there are enough rows.
 
     Sends, for each token, what one forward pass of the decoder sends and what
     :func:`next_tokens` sends; in a pipeline, the hidden states of the new positions from stage to

@@ -14,7 +14,7 @@ from colrow.comm.collectives import gather_from_sequence
 from colrow.models.config import ModelConfig
 from colrow.models.decoder import Decoder
 from colrow.partition import Partition
-from colrow.reference import reference_names
+from colrow.verification.reference import reference_names
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
