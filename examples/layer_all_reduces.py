@@ -25,7 +25,6 @@ from rich.table import Table
 from colrow import Decoder, ModelConfig, init_mesh, record
 from colrow.launch import launch, launched_by
 from colrow.models.communication import predict_step
-from colrow.models.config import Layout
 
 RANKS, BATCH, SEQUENCE, HIDDEN = 4, 1, 32, 4096
 CONFIG = ModelConfig(
@@ -56,7 +55,7 @@ def main() -> bool:
         with record(tp) as ledger:
             model.loss(input_ids, input_ids).backward()
         recorded = [call for call in ledger.calls if call.layer.startswith("blocks.0.")]
-        prediction = predict_step(CONFIG, Layout.create(CONFIG, RANKS), **shape, **mode)
+        prediction = predict_step(CONFIG, CONFIG.divide(RANKS), **shape, **mode)
         predicted = [call for call in prediction if call.layer.startswith("blocks.0.")]
         title = f"sequence parallelism {'on' if count == 4 else 'off'}, rank 0 of {RANKS}"
         table = Table("direction", "layer", "collective", "bytes", "on the wire", title=title)

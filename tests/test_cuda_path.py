@@ -65,7 +65,7 @@ def test_a_token_is_computed_without_the_host_waiting(name: str) -> None:
             logits = model.last_logits(ids, attention_mask=None, cache=cache)
             assert logits.is_cuda and logits.shape == (2, 64)
         assert pretend_cuda.waits == []
-        next_tokens(logits, model.tp, model.layout.vocab)
+        next_tokens(logits, model.tp, model.vocab)
         assert len(pretend_cuda.waits) == 1
 
 

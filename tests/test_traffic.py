@@ -11,7 +11,7 @@ import colrow
 from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import Call, summarize
 from colrow.models.communication import predict_step
-from colrow.models.config import Layout, ModelConfig
+from colrow.models.config import ModelConfig
 from colrow.models.hf_config import config_from_file
 from colrow.planner.catalog import find_model
 from colrow.verification.traffic import Traffic, dry_run, record_step
@@ -30,8 +30,7 @@ def recorded(
                     root / name,
                     tp,
                     dtype=dtype,
-                    sequence_parallel=sequence_parallel,
-                    keep_gathered_input=keep,
+                    sharding=Sharding(sequence_parallel, keep_gathered_input=keep),
                 )
                 key = f"{name} sp={sequence_parallel} keep={keep} {dtype}"
                 found[key] = record_step(model, batch=2, sequence=13)
@@ -51,32 +50,11 @@ def test_recorded_is_predicted(ranks: RankPool, tiny_models: Path, size: int) ->
             assert traffic.seconds is not None and traffic.seconds > 0
 
 
-def recorded_in_chunks(tp: ParallelGroup, root: Path) -> list[tuple[Traffic, int]]:
-    found = []
-    for sequence_parallel in (False, True):
-        model = colrow.from_config(
-            root / "llama", tp, sequence_parallel=sequence_parallel, chunk_bytes=1000
-        )
-        traffic = record_step(model, batch=2, sequence=13)
-        chunks = [row for row in traffic.recorded if row["layer"] == "blocks.0.mlp.down"]
-        found.append((traffic, sum(int(str(row["count"])) for row in chunks)))
-    return found
-
-
-@pytest.mark.parametrize("size", [2, 3])
-def test_chunks_are_predicted(ranks: RankPool, tiny_models: Path, size: int) -> None:
-    for (whole, of_whole), (split, of_split) in ranks(size, recorded_in_chunks, tiny_models):
-        assert whole.recorded == whole.predicted
-        assert split.recorded == split.predicted
-        assert of_whole == 4  # one message of 2 x 13 rows, in as many chunks as there may be
-        assert of_split == 8  # the same for the reduce-scatter of forward and backward's gather
-
-
 def counts(config: ModelConfig, size: int, sequence_parallel: bool) -> dict[tuple[str, str], int]:
     """Calls by phase and operation inside one block."""
     calls = predict_step(
         config,
-        Layout.create(config, size),
+        config.divide(size),
         batch=1,
         sequence=8,
         sequence_parallel=sequence_parallel,

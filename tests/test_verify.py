@@ -104,7 +104,7 @@ def run_tied(tp: ParallelGroup, path: Path) -> Report | None:
     def perturb(model: Decoder) -> None:
         if tp.rank == 1:
             ids = rng.bits(rng.stream_key(0, "verify"), torch.arange(62)).remainder(97)
-            held = range(*model.layout.vocab.bounds[1])
+            held = range(*model.vocab.bounds[1])
             unused = next(token for token in held if token not in ids)
             with torch.no_grad():
                 model.embedding.weight[unused - held.start] += 1.0

@@ -17,8 +17,9 @@ class FixedCache:
     """
 
     def __init__(self, model: Decoder, batch: int, length: int) -> None:
-        heads = model.layout.heads.key_value.size(model.tp.rank)
-        shape = (batch, heads, length + 1, model.config.head_dim)
+        attention = common_attention(model.config)
+        heads = attention.heads(model.division).key_value.size(model.tp.rank)
+        shape = (batch, heads, length + 1, attention.head_dim)
         like = next(model.parameters())
         self.length = length
         self._keys, self._values = (

@@ -38,7 +38,7 @@ class Share:
 
     @property
     def layout(self) -> Layout:
-        return Layout.create(self.config, self.ranks)
+        return self.config.divide(self.ranks)
 
     @property
     def block_flops(self) -> float:

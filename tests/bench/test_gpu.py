@@ -53,7 +53,7 @@ def test_flops_are_those_that_torch_counts() -> None:
         x = torch.empty(share.batch, share.sequence, share.config.hidden_size, device="meta")
         with FlopCounterMode(display=False) as counter:
             block(x)
-        heads = share.layout.heads.query.size(0)
+        heads = share.heads.query.size(0)
         unseen = 4 * share.tokens * heads * share.config.head_dim * share.sequence / 2
         assert share.block_flops == counter.get_total_flops() - unseen
 

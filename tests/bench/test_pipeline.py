@@ -13,7 +13,6 @@ from colrow.bench.pipeline import measure_pipeline
 from colrow.bench.pipeline_result import PipelineMeasurement, PipelineSettings
 from colrow.cli import main
 from colrow.comm.group import ParallelGroup
-from colrow.models.config import Layout
 from colrow.pipeline.communication import predict_pipeline_step
 from colrow.planner.catalog import decoder
 from tests.ranks import RankPool
@@ -54,7 +53,7 @@ def test_every_action_and_every_message_is_there(ranks: RankPool, schedule: str)
         assert first.step.time(rank).communication > 0  # every stage has collectives of tp
         predicted = predict_pipeline_step(
             CONFIG,
-            Layout.create(CONFIG, 2, settings.tensor_split),
+            CONFIG.divide(2, settings.tensor_split),
             settings.split,
             settings.schedule,
             tp_rank=0,

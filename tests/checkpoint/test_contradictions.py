@@ -83,7 +83,7 @@ def errors(tp: ParallelGroup, expected: dict[str, Tensor]) -> dict[str, tuple[fl
     for directory, logits in expected.items():
         model = colrow.from_pretrained(directory, tp, dtype=torch.float64)
         with torch.no_grad():
-            got = gather_from_tp(model(tiny.batch()), tp, partition=model.layout.vocab)
+            got = gather_from_tp(model(tiny.batch()), tp, partition=model.vocab)
         found[directory] = (relative_error(got, logits), model.config.tie_embeddings)
     return found
 

@@ -79,7 +79,7 @@ def one_by_one(model: Decoder, tp: ParallelGroup) -> tuple[Tensor, list[Call]]:
         for position in range(PROMPT, IDS.shape[1]):
             token = IDS[:, position : position + 1]
             local.append(model.last_logits(token, attention_mask=None, cache=cache))
-    whole = collectives.gather_from_tp(torch.cat(local), tp, partition=model.layout.vocab)
+    whole = collectives.gather_from_tp(torch.cat(local), tp, partition=model.vocab)
     return whole, ledger.calls
 
 

@@ -158,7 +158,7 @@ def traffic(world: ParallelGroup, pipe: Pipe, path: str) -> tuple[list[Call], di
     ids, mask = models.prompts()
     with record(model.pipeline.pp) as ledger:
         result = generate(model, ids, attention_mask=mask, max_new_tokens=NEW)
-    heads = model.layout.heads.key_value.size(model.tp.rank)
+    heads = model.config.blocks[0].attention.heads(model.division).key_value.size(model.tp.rank)
     blocks = model.pipeline.split.sizes[model.pipeline.pp.rank]
     per_position = 2 * blocks * heads * model.config.head_dim * 8
     assert result.cache_bytes == 3 * (9 + NEW) * per_position

@@ -43,7 +43,7 @@ def four_ways(tp: ParallelGroup, path: Path, directory: Path) -> dict[str, Any]:
     decoder = colrow.from_pretrained(path, mesh_of(tp), dtype=torch.float64)
     with torch.no_grad():
         local = decoder(ids)
-    decoded = colrow.gather_from_tp(local, tp, partition=decoder.layout.vocab)
+    decoded = colrow.gather_from_tp(local, tp, partition=decoder.vocab)
     del decoder
     read = colrow.parallelize(directory, mesh_of(tp), dtype=torch.float64, sequence_parallel=True)
     with torch.no_grad(), precision(torch.float64):

@@ -30,6 +30,7 @@ from tests.layers.dense import Weights, compare, divided, random
 from tests.layers.test_attention import HEAD_DIM, DenseAttention
 from tests.layers.test_block import LLAMA, NEOX, dense_block, make_block
 from tests.layers.test_mlp import dense_mlp
+from colrow.sharding import Sharding
 
 BATCH, SEQUENCE, IN, OUT, VOCABULARY, FFN = 2, 7, 12, 101, 97, 101
 ROPE = RopeConfig(theta=100.0, dims=HEAD_DIM)
@@ -140,7 +141,9 @@ CASES = [
     ),
     Case(
         "column without overlap",
-        lambda tp, dtype: ColumnParallelLinear(IN, OUT, tp, bias=True, overlap=False, dtype=dtype),
+        lambda tp, dtype: ColumnParallelLinear(
+            IN, OUT, tp, bias=True, sharding=Sharding(overlap=False), dtype=dtype
+        ),
         _linear,
         IN,
         y=_even(OUT),
@@ -166,7 +169,12 @@ CASES = [
     Case(
         "column, gathering again",
         lambda tp, dtype: ColumnParallelLinear(
-            IN, OUT, tp, bias=True, sequence_parallel=True, keep_gathered_input=False, dtype=dtype
+            IN,
+            OUT,
+            tp,
+            bias=True,
+            sharding=Sharding(True, keep_gathered_input=False),
+            dtype=dtype,
         ),
         _linear,
         IN,

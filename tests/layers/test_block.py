@@ -39,6 +39,7 @@ from tests.layers.dense import (
 from tests.layers.test_attention import HEAD_DIM, DenseAttention
 from tests.layers.test_mlp import FFN, dense_mlp
 from tests.ranks import RankError, RankPool
+from colrow.sharding import Sharding
 
 BATCH, SEQUENCE, HIDDEN = 2, 7, 12
 ROPE = RopeConfig(theta=100.0, dims=HEAD_DIM)
@@ -152,10 +153,10 @@ def check_block(tp: ParallelGroup) -> None:
     for kind in (LLAMA, NEOX):
         for sp in (False, True):
             compare_block(tp, kind, sp)
-            compare_block(tp, kind, sp, overlap=False)
+            compare_block(tp, kind, sp, sharding=Sharding(overlap=False))
             compare_block(tp, kind, sp, key=99)
         compare_block(tp, kind, True, key=99, tell=False)
-        compare_block(tp, kind, True, keep_gathered_input=False)
+        compare_block(tp, kind, True, sharding=Sharding(keep_gathered_input=False))
 
 
 def converted(block: ParallelBlock) -> None:

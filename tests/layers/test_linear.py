@@ -28,6 +28,7 @@ from tests.layers.dense import (
     whole_weights,
 )
 from tests.ranks import RankPool
+from colrow.sharding import Sharding
 
 BATCH, SEQUENCE, IN, OUT = 2, 7, 12, 101
 FP64 = torch.float64
@@ -51,7 +52,7 @@ def check_column(tp: ParallelGroup) -> None:
                         bias=bias,
                         gather_output=gather_output,
                         partition=partition,
-                        overlap=overlap,
+                        sharding=Sharding(overlap=overlap),
                         dtype=FP64,
                     )
                     for shape in ((BATCH, SEQUENCE, IN), (SEQUENCE, IN), (IN,)):
@@ -77,8 +78,7 @@ def check_column_sequence_parallel(tp: ParallelGroup) -> None:
                     bias=True,
                     gather_output=gather_output,
                     sequence_parallel=True,
-                    keep_gathered_input=keep,
-                    overlap=overlap,
+                    sharding=Sharding(keep_gathered_input=keep, overlap=overlap),
                     dtype=FP64,
                 )
                 for batch in ((BATCH,), ()):
@@ -108,7 +108,7 @@ def check_row(tp: ParallelGroup) -> None:
                         bias=bias,
                         input_is_parallel=parallel,
                         partition=p,
-                        overlap=overlap,
+                        sharding=Sharding(overlap=overlap),
                         dtype=FP64,
                     )
                     x = random(BATCH, SEQUENCE, OUT).requires_grad_()
@@ -129,7 +129,7 @@ def check_row_sequence_parallel(tp: ParallelGroup) -> None:
                     bias=True,
                     input_is_parallel=parallel,
                     sequence_parallel=True,
-                    overlap=overlap,
+                    sharding=Sharding(overlap=overlap),
                     dtype=FP64,
                 )
                 x = random(BATCH, sequence.length, OUT).requires_grad_()
@@ -296,7 +296,7 @@ def check_refusals(tp: ParallelGroup) -> None:
             make()
     with raises(ValueError, "overlap=False and keep_gathered_input=False exclude each other"):
         ColumnParallelLinear(
-            12, 5, tp, bias=True, sequence_parallel=True, keep_gathered_input=False, overlap=False
+            12, 5, tp, bias=True, sharding=Sharding(True, keep_gathered_input=False, overlap=False)
         )
     with raises(ValueError, "in_features=12", "divides 11"):
         RowParallelLinear(12, 4, tp, bias=True, partition=Partition.even(11, n))

@@ -10,6 +10,7 @@ from torch import Tensor
 from colrow import ParallelGroup, ParallelMLP, Partition
 from tests.layers.dense import Weights, compare, divided, raises, random
 from tests.ranks import RankPool
+from colrow.sharding import Sharding
 
 BATCH, SEQUENCE, HIDDEN, FFN = 2, 7, 12, 101
 
@@ -56,7 +57,7 @@ def check(tp: ParallelGroup) -> None:
                     bias=not gated,
                     partition=uneven if sp else None,
                     sequence_parallel=sp,
-                    keep_gathered_input=gated,
+                    sharding=Sharding(keep_gathered_input=gated),
                     dtype=torch.float64,
                 )
                 x = random(BATCH, SEQUENCE, HIDDEN).requires_grad_()

@@ -26,6 +26,7 @@ from colrow.comm.ledger import record
 from tests.layers.catalogue import BATCH, BY_SEQUENCE, CASES, FFN, IN, OUT, SEQUENCE, Case
 from tests.layers.dense import random
 from tests.ranks import RankPool
+from colrow.sharding import Sharding
 
 Sent = list[tuple[str, str, int]]
 ITEM = 8  # bytes of an fp64 number
@@ -198,10 +199,10 @@ def check_same_without_overlap(tp: ParallelGroup) -> None:
             sent = []
             for overlap in (True, False):
                 up = ColumnParallelLinear(
-                    IN, OUT, tp, bias=True, sequence_parallel=sp, overlap=overlap
+                    IN, OUT, tp, bias=True, sequence_parallel=sp, sharding=Sharding(overlap=overlap)
                 )
                 down = RowParallelLinear(
-                    OUT, IN, tp, bias=True, sequence_parallel=sp, overlap=overlap
+                    OUT, IN, tp, bias=True, sequence_parallel=sp, sharding=Sharding(overlap=overlap)
                 )
                 options = {"sequence": sequence} if sp else {}
                 x = random(BATCH, SEQUENCE, IN, dtype=torch.float32)
@@ -266,7 +267,7 @@ def check_order(tp: ParallelGroup) -> None:
         ),
     ):
         layer = ColumnParallelLinear(
-            IN, FFN, tp, bias=True, sequence_parallel=sp, keep_gathered_input=keep
+            IN, FFN, tp, bias=True, sequence_parallel=sp, sharding=Sharding(keep_gathered_input=keep)
         )
         x = torch.ones(1, 2 if sp else sequence.length, IN, requires_grad=True)
         y = layer(x)

@@ -166,17 +166,16 @@ def test_options_of_a_family_that_the_decoder_lacks() -> None:
     ("size", "change", "message"),
     [
         (6, {}, "5 query heads cannot be split over 6 ranks"),
-        (5, {"vocab_size": 4}, "vocab_size=4 cannot be split over 5 ranks"),
-        (5, {"intermediate_size": 4}, "ffn_size=4 cannot be split over 5 ranks"),
+        (5, {"vocab_size": 4}, "4 vocabulary rows cannot be split over 5 ranks"),
+        (5, {"intermediate_size": 4}, "4 FFN features cannot be split over 5 ranks"),
     ],
 )
 def test_more_ranks_than_the_model_has_parts(
     size: int, change: dict[str, object], message: str
 ) -> None:
-    from colrow.models.config import Layout
-
+    
     with pytest.raises(ValueError, match=message):
-        Layout.create(config_from_hf({**LLAMA, **change}), size)
+        config_from_hf({**LLAMA, **change}).divide(size)
 
 
 @pytest.fixture

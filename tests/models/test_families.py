@@ -28,7 +28,7 @@ def compare(
             root / name, tp, dtype=dtype, sequence_parallel=sequence_parallel
         )
         ids = tiny.batch()
-        logits = gather_from_tp(model(ids), tp, partition=model.layout.vocab)
+        logits = gather_from_tp(model(ids), tp, partition=model.vocab)
         loss = model.loss(ids, ids)
         loss.backward()
         grads = colrow.full_grads(model)

@@ -15,7 +15,7 @@ from colrow.cli import main
 from colrow.comm.collectives import gather_from_tp
 from colrow.comm.group import ParallelGroup
 from colrow.comm.mesh import Mesh
-from colrow.models.config import Layout, num_parameters
+from colrow.models.config import num_parameters
 from colrow.models.decoder import Decoder
 from colrow.planner.catalog import find_model
 from colrow.train.model import build_model
@@ -41,7 +41,7 @@ def compare(
             root / name, tp, sequence_parallel=sequence_parallel, tensor_split=split
         )
         ids = tiny.batch()
-        logits = gather_from_tp(model(ids), tp, partition=model.layout.vocab)
+        logits = gather_from_tp(model(ids), tp, partition=model.vocab)
         loss = model.loss(ids, ids)
         loss.backward()
         grads = colrow.full_grads(model)
@@ -74,7 +74,9 @@ def weights(tp: ParallelGroup, root: Path, split: str) -> tuple[list[int], dict[
     model = colrow.from_config(root / "qwen2", tp, tensor_split=split, seed=3)
     held = sum(parameter.numel() for parameter in model.parameters())
     assert model.weight_bytes_per_rank()[tp.rank] == 4 * held
-    heads, ffn, vocab = model.layout.heads.query, model.layout.ffn, model.layout.vocab
+    block = model.config.blocks[0]
+    heads, vocab = block.attention.heads(model.division).query, model.vocab
+    ffn = model.division.of(block.mlp.ffn_size)
     return (
         [part.size(tp.rank) for part in (heads, ffn, vocab)],
         colrow.full_state_dict(model),
@@ -97,7 +99,7 @@ def test_each_rank_holds_its_share_and_initial_weights_stay(
 def test_memory_of_a_large_model_is_in_the_ratio_within_a_head() -> None:
     config = find_model("llama-3-8b").config
     split = (0.5, 0.3, 0.2)
-    layout = Layout.create(config, 3, split)
+    layout = config.divide(3, split)
     assert sum(layout.heads.query.sizes) == 32
     per_head = config.head_dim * config.hidden_size * 2 * config.num_layers
     per_kv_head = config.head_dim * config.hidden_size * 2 * config.num_layers
@@ -129,7 +131,7 @@ class _NoGroup:
 def test_splits_that_cannot_be(tp: int, split: Any, message: str) -> None:
     config = find_model("llama-3-8b").config
     with pytest.raises(ValueError, match=message):
-        Layout.create(config, tp, split)
+        config.divide(tp, split)
 
 
 def different(tp: ParallelGroup, root: Path) -> None:
@@ -167,7 +169,7 @@ def commanded(tp: ParallelGroup, path: Path) -> list[tuple[int, ...]]:
     common: dict[str, Any] = {"data": "d", "output": "o", "tp": 2, "tensor_split": "2,1"}
     for model in (path, path / "config.json"):
         trained = build_model(TrainSettings(model=str(model), **common), mesh)
-        found.append(trained.layout.heads.query.sizes)
+        found.append(trained.config.blocks[0].attention.heads(trained.division).query.sizes)
     made: list[Decoder] = []
 
     def noted(*args: Any, **options: Any) -> Decoder:
@@ -177,7 +179,7 @@ def commanded(tp: ParallelGroup, path: Path) -> list[tuple[int, ...]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subjects, "from_config", noted)
         subjects.subjects(BenchSettings(trained.config, "block", 1, 4, tensor_split="2,1"), mesh)
-    return [*found, made[0].layout.heads.query.sizes]
+    return [*found, made[0].config.blocks[0].attention.heads(made[0].division).query.sizes]
 
 
 def test_verify_train_and_bench_divide_by_it(ranks: RankPool, tiny_models: Path) -> None:

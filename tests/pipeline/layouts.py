@@ -21,6 +21,7 @@ from colrow.train.parallel import parallelize
 from colrow.train.step import Stepper
 from colrow.train.tokens import TokenFile
 from tests.train.layouts import CLIP, CONFIG
+from colrow.sharding import Sharding
 
 LAYERS = 4
 SEQUENCE, GLOBAL_BATCH = 17, 8
@@ -120,7 +121,7 @@ def make_stepper(
         mesh,
         dtype=dtype,
         sequence_parallel=pipe.sequence_parallel,
-        overlap=pipe.schedule not in ZERO_BUBBLE,
+        sharding=Sharding(overlap=pipe.schedule not in ZERO_BUBBLE),
         layer_split=split_for(config, pipe.pp, pipe.schedule, pipe.split, pipe.stages_per_rank),
         tensor_split=pipe.tensor_split,
     ).train()

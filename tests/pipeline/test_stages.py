@@ -12,7 +12,7 @@ import torch
 import colrow
 from colrow.comm.group import ParallelGroup
 from colrow.comm.mesh import Mesh
-from colrow.models.config import Layout, ModelConfig, parameter_specs
+from colrow.models.config import ModelConfig
 from colrow.models.stages import Costs, LayerSplit, balanced
 from colrow.pipeline.balance import planned_costs
 from colrow.pipeline.ranks import rank_map
@@ -49,7 +49,7 @@ def test_each_block_is_on_one_stage_and_a_v_ends_where_it_began() -> None:
     assert split.layers_of_rank(0) == [0, 1, 4, 5, 6]
     assert split.layers_of_rank(1) == [2, 3]
     assert split.last_rank == 0
-    specs = parameter_specs(config(7), Layout.create(config(7), 1))
+    specs = config(7).parameters(config(7).divide(1))
     held = [split.held(specs, rank, tied=True) for rank in (0, 1)]
     assert held[0].keys() | held[1].keys() == specs.keys()
     assert not held[0].keys() & held[1].keys()
@@ -186,5 +186,5 @@ def test_a_zero_bubble_schedule_needs_collectives_of_their_own() -> None:
     mesh = Mesh(tp, ParallelGroup.single("dp"), pair, None, torch.device("cpu"))
     model = colrow.from_config(TIED, mesh, device="meta")
     tp.size = 2
-    with pytest.raises(ValueError, match="needs a model made with overlap=False"):
+    with pytest.raises(ValueError, match="needs a model made with sharding=Sharding\\(overlap=False\\)"):
         PipelineRunner(model, mesh, "zbv", microbatches=4, microbatch=1, sequence=8)

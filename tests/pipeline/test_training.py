@@ -85,7 +85,7 @@ def take_steps(world: ParallelGroup | None, pipe: Pipe, tokens: Path, steps: int
         runner.backward(stepper._microbatches(0), 1.0)
     predicted = predict_pipeline_step(
         model.config,
-        model.layout,
+        model.division,
         model.pipeline.split,
         pipe.schedule,
         tp_rank=mesh.tp.rank,

@@ -14,6 +14,7 @@ from colrow.pipeline.memory import KeptActivations
 from colrow.pipeline.record import record_step
 from colrow.pipeline.runner import PipelineRunner
 from colrow.pipeline.settings import ZERO_BUBBLE
+from colrow.sharding import Sharding
 
 Batch = tuple[torch.Tensor, torch.Tensor, int]
 
@@ -86,8 +87,7 @@ def _runner(settings: PipelineSettings, mesh: Mesh) -> PipelineRunner:
         settings.config,
         mesh,
         dtype=getattr(torch, settings.dtype),
-        sequence_parallel=settings.sequence_parallel,
-        overlap=settings.schedule not in ZERO_BUBBLE,
+        sharding=Sharding(settings.sequence_parallel, overlap=settings.schedule not in ZERO_BUBBLE),
         layer_split=settings.split,
         tensor_split=settings.tensor_split,
     ).train()

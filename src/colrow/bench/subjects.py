@@ -13,8 +13,10 @@ from colrow.comm.mesh import Mesh
 from colrow.generation.cache import KeyValueCache
 from colrow.generation.sampling import next_tokens
 from colrow.layers.block import ParallelBlock
+from colrow.layers.mlp import ParallelMLP
 from colrow.layers.row import RowParallelLinear
 from colrow.models.build import from_config
+from colrow.models.config import common_attention
 from colrow.models.decoder import Decoder
 from colrow.partition import Partition
 from colrow.train.optimizer import adamw
@@ -52,9 +54,9 @@ def subjects(settings: BenchSettings, mesh: Mesh) -> list[Subject]:
         # A block's shape does not depend on the rest of the model, which would only take memory.
         config = replace(
             config,
-            num_layers=1,
-            windows=config.windows[:1],
-            vocab_size=max(2, config.num_heads),  # which every rank has one of
+            blocks=config.blocks[:1],
+            # of which every rank has one
+            vocab_size=max(2, config.blocks[0].attention.num_heads),
             pad_token_id=None,
             freeze_padding=False,
         )
@@ -72,6 +74,8 @@ def subjects(settings: BenchSettings, mesh: Mesh) -> list[Subject]:
         return [_generation(model, settings) if settings.decode else _training(model, settings)]
     block = model.blocks[0]
     assert isinstance(block, ParallelBlock)
+    if settings.what == "layer" and not isinstance(block.mlp, ParallelMLP):
+        raise ValueError("the linear layers of experts are not measured one by one")
     parts: dict[str, nn.Module] = {
         "attention": block.attention,
         "mlp": block.mlp,
@@ -81,8 +85,7 @@ def subjects(settings: BenchSettings, mesh: Mesh) -> list[Subject]:
         parts = {
             "attention.qkv": block.attention.qkv,
             "attention.output": block.attention.output,
-            "mlp.up": block.mlp.up,
-            "mlp.down": block.mlp.down,
+            **{f"mlp.{name}": part for name, part in block.mlp.named_children()},
         }
     else:
         parts = {settings.what: parts[settings.what]}
@@ -124,7 +127,7 @@ def _generation(model: Decoder, settings: BenchSettings) -> Subject:
     @torch.inference_mode()
     def step(new: Tensor) -> None:
         logits = model.last_logits(new, attention_mask=None, cache=caches[0])
-        tokens[:] = [next_tokens(logits, model.tp, model.layout.vocab)]
+        tokens[:] = [next_tokens(logits, model.tp, model.vocab)]
 
     def prompt() -> None:
         caches[:] = [
@@ -170,8 +173,9 @@ def _part_decoding(name: str, part: nn.Module, model: Decoder, settings: BenchSe
 
     def refill() -> None:
         cache = KeyValueCache.for_model(model, settings.batch, settings.sequence + TOKENS_PER_RUN)
-        heads = model.layout.heads.key_value.size(model.tp.rank)
-        past = x.new_zeros(settings.batch, heads, settings.sequence, model.config.head_dim)
+        attention = common_attention(model.config)
+        heads = attention.heads(model.division).key_value.size(model.tp.rank)
+        past = x.new_zeros(settings.batch, heads, settings.sequence, attention.head_dim)
         cache.update(0, past, past)
         caches[:] = [cache]
 

@@ -14,7 +14,6 @@ from colrow.comm import primitives
 from colrow.comm.group import ParallelGroup
 from colrow.inplace.assemble import assemble
 from colrow.inplace.record import record_for
-from colrow.models.config import parameter_specs
 from colrow.models.decoder import Decoder
 
 
@@ -100,7 +99,7 @@ def _join_stages(mine: dict[str, Tensor], model: Decoder) -> dict[str, Tensor]:
     pp, split, config = model.pipeline.pp, model.pipeline.split, model.config
     if pp.size == 1 or model.tp.rank > 0:
         return mine
-    naming, specs, like = hf_naming(config), parameter_specs(config, model.layout), _like(model)
+    naming, specs, like = hf_naming(config), config.parameters(model.division), _like(model)
     known = split.held(specs, 0, tied=config.tie_embeddings)
     for rank in range(1, pp.size):
         held = split.held(specs, rank, tied=config.tie_embeddings)
@@ -108,7 +107,7 @@ def _join_stages(mine: dict[str, Tensor], model: Decoder) -> dict[str, Tensor]:
             piece.name: piece.shape
             for name, spec in held.items()
             if name not in known  # a tied embedding is on both ends
-            for piece in pieces(naming, config, name, spec, 0)
+            for piece in pieces(naming, config, name, spec.shard, 0)
         }
         layer = f"stage of rank {rank}"
         if pp.rank == rank:

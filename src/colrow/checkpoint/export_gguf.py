@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from colrow.checkpoint.gguf_model import gguf_naming
-from colrow.checkpoint.naming import pieces
+from colrow.checkpoint.naming import gguf_naming, pieces
 from colrow.checkpoint.pretrained import pretrained_config
 from colrow.layers.options import RopeConfig
 from colrow.leftovers import part_of
+from colrow.models.compose import fields_of
 from colrow.models.decoder import Decoder
 
 _DTYPES = (torch.float32, torch.float16)
@@ -49,9 +49,9 @@ def write_gguf(model: Decoder, path: str | Path, like: str | Path, dtype: torch.
     """
     if dtype not in _DTYPES:
         raise ValueError(f"a GGUF file is written in fp32 or fp16, not {str(dtype)[6:]}")
-    expected = pretrained_config(like)
-    for name, value in vars(model.config).items():
-        lent = getattr(expected, name)
+    expected = fields_of(pretrained_config(like))
+    for name, value in fields_of(model.config).items():
+        lent = expected[name]
         if name not in _NOT_IN_THE_FILE and not _equal(lent, value):
             raise ValueError(
                 f"{like} is a model with {name}={lent!r}, not {value!r}: it cannot lend its "

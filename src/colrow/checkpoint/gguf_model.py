@@ -6,74 +6,17 @@ tensor names".
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from typing import Any
 
 from colrow.checkpoint.gguf_file import GGUFTensorReader
 from colrow.checkpoint.gguf_keys import check_keys, check_scale, check_vocabulary
 from colrow.checkpoint.gguf_limits import check_gguf_numbers
 from colrow.checkpoint.gguf_tokens import named_ends, token_id
-from colrow.checkpoint.naming import Naming
 from colrow.checkpoint.reader import TensorReader
 from colrow.layers.options import RopeConfig
 from colrow.models.config import ModelConfig
-
-_SEPARATE_QKV = ("blk.{i}.attn_q", "blk.{i}.attn_k", "blk.{i}.attn_v")
-_MODULES: dict[str, tuple[str, ...]] = {
-    "embedding": ("token_embd",),
-    "positions": ("position_embd",),
-    "blocks.{i}.attention_norm": ("blk.{i}.attn_norm",),
-    "blocks.{i}.attention.query_norm": ("blk.{i}.attn_q_norm",),
-    "blocks.{i}.attention.key_norm": ("blk.{i}.attn_k_norm",),
-    "blocks.{i}.attention.output": ("blk.{i}.attn_output",),
-    "blocks.{i}.mlp_norm": ("blk.{i}.ffn_norm",),
-    "blocks.{i}.mlp.down": ("blk.{i}.ffn_down",),
-    "norm": ("output_norm",),
-    "head": ("output",),
-}
-_GATED: dict[str, tuple[str, ...]] = {
-    **_MODULES,
-    "blocks.{i}.attention.qkv": _SEPARATE_QKV,
-    "blocks.{i}.mlp.up": ("blk.{i}.ffn_gate", "blk.{i}.ffn_up"),
-}
-_FUSED: dict[str, tuple[str, ...]] = {
-    **_MODULES,
-    "blocks.{i}.attention.qkv": ("blk.{i}.attn_qkv",),
-    "blocks.{i}.mlp.up": ("blk.{i}.ffn_up",),
-}
-
-_ROTARY: dict[str, object] = {"norm": "rmsnorm", "position": "rope", "freeze_padding": True}
-
-# Fields that a GGUF architecture fixes. Its llama files also hold Mistral and SmolLM models.
-_ARCHITECTURES: Mapping[str, dict[str, object]] = {
-    "llama": _ROTARY,
-    "qwen2": {**_ROTARY, "qkv_bias": True},
-    "qwen3": {**_ROTARY, "qk_norm": True},
-    "gpt2": {
-        "norm": "layernorm",
-        "position": "learned",
-        "activation": "gelu_tanh",
-        "gated": False,
-        "qkv_bias": True,
-        "output_bias": True,
-        "mlp_bias": True,
-        "scaled_residual_init": True,
-    },
-}
-
-# Of the llama architecture alone, whose files have them or not.
-_OPTIONAL_BIASES = {
-    "qkv_bias": "blk.0.attn_q.bias",
-    "output_bias": "blk.0.attn_output.bias",
-    "mlp_bias": "blk.0.ffn_gate.bias",
-}
-
-
-def gguf_naming(config: ModelConfig) -> Naming:
-    """Names of the tensors in a GGUF file of this model."""
-    if config.family == "gpt2":
-        return Naming(_FUSED, "side_by_side")
-    # The converter stores the llama architecture's Q and K as interleaved rotary pairs.
-    return Naming(_GATED, "separate", paired_heads=config.family == "llama")
+from colrow.models.families import families
+from colrow.models.families.family import Family, GGUFForm
 
 
 def config_from_gguf(reader: TensorReader) -> ModelConfig:
@@ -85,11 +28,7 @@ def config_from_gguf(reader: TensorReader) -> ModelConfig:
     if not isinstance(reader, GGUFTensorReader):
         raise ValueError(f"{reader.description} is not a GGUF file")
     architecture = str(reader.metadata_value("general.architecture", ""))
-    if architecture not in _ARCHITECTURES:
-        raise ValueError(
-            f"{reader.description} holds a model of architecture {architecture!r}; GGUF files of "
-            f"{', '.join(_ARCHITECTURES)} can be read"
-        )
+    family, form = _family(reader, architecture)
     if "rope_freqs.weight" in reader.names():
         raise ValueError(
             f"{reader.description} scales rotary frequencies by a tensor (Llama 3.1 and later), "
@@ -128,33 +67,63 @@ def config_from_gguf(reader: TensorReader) -> ModelConfig:
     check_scale(reader, architecture, head_dim)
     window = int(number("attention.sliding_window", 0))
     layers = int(number("block_count"))
-    fields: dict[str, object] = dict(_ARCHITECTURES[architecture])
+    fields: dict[str, Any] = dict(form.fixed)
+    fields |= {field: int(number(key)) for field, key in form.keys.items()}
     if fields["position"] == "rope":
         equal("rope.dimension_count", head_dim, "the size of a head")
         fields["rope"] = _rope(reader, architecture, head_dim)
-    if architecture == "llama":
-        for field, tensor in _OPTIONAL_BIASES.items():
-            fields[field] = tensor in names
+    for field, tensor in form.optional_biases.items():
+        fields[field] = tensor in names
     is_rms = fields["norm"] == "rmsnorm"
     epsilon = "layer_norm_rms_epsilon" if is_rms else "layer_norm_epsilon"
-    return ModelConfig(
-        family=architecture,
-        vocab_size=vocab_size,
-        hidden_size=hidden,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=int(number("attention.head_count_kv", heads)),
-        head_dim=head_dim,
-        ffn_size=int(number("feed_forward_length")),
-        max_positions=int(number("context_length")),
-        norm_eps=float(number(f"attention.{epsilon}")),
-        tie_embeddings="output.weight" not in names,
-        windows=(window,) * layers if window else (),
-        bos_token_id=token_id(reader, "bos"),
-        eos_token_ids=named_ends(reader),
-        pad_token_id=token_id(reader, "padding"),
-        **fields,  # type: ignore[arg-type]
-    )
+    fields |= {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden,
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": int(number("attention.head_count_kv", heads)),
+        "head_dim": head_dim,
+        "ffn_size": int(number("feed_forward_length")),
+        "max_positions": int(number("context_length")),
+        "norm_eps": float(number(f"attention.{epsilon}")),
+        "tie_embeddings": "output.weight" not in names,
+        "windows": (window,) * layers if window else (),
+        "bos_token_id": token_id(reader, "bos"),
+        "eos_token_ids": named_ends(reader),
+        "pad_token_id": token_id(reader, "padding"),
+    }
+    family.complete_gguf(fields, number)
+    return family.compose(fields)
+
+
+def _family(reader: GGUFTensorReader, architecture: str) -> tuple[Family, GGUFForm]:
+    """The family whose form the file has.
+
+    Several share an architecture: of those the one whose keys the file has, most of them first.
+
+    Raises:
+        ValueError: an architecture that no family has.
+    """
+    keys = reader.metadata_keys()
+    found = [
+        (family, family.gguf)
+        for family in families().values()
+        if family.gguf is not None
+        and family.gguf.architecture == architecture
+        and all(_has(reader, keys, f"{architecture}.{key}") for key in family.gguf.keys.values())
+    ]
+    if not found:
+        known = sorted({f.gguf.architecture for f in families().values() if f.gguf is not None})
+        raise ValueError(
+            f"{reader.description} holds a model of architecture {architecture!r}; GGUF files of "
+            f"{', '.join(known)} can be read"
+        )
+    return max(found, key=lambda each: len(each[1].keys))
+
+
+def _has(reader: GGUFTensorReader, keys: frozenset[str], key: str) -> bool:
+    """Whether a file has this key; 0 is as good as none (``expert_count`` of dense models)."""
+    return key in keys and reader.metadata_value(key) != 0
 
 
 def _rope(reader: GGUFTensorReader, architecture: str, head_dim: int) -> RopeConfig:

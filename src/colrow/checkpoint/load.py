@@ -10,7 +10,8 @@ from torch import Tensor
 from colrow.checkpoint.naming import Naming, Piece, pieces
 from colrow.checkpoint.reader import TensorReader, row_chunks
 from colrow.checkpoint.tied import missing_prefix
-from colrow.models.config import Layout, ModelConfig, parameter_specs
+from colrow.layers.describe import Division
+from colrow.models.config import ModelConfig
 from colrow.models.decoder import Decoder
 
 # Buffers that older checkpoints carry; the decoder computes what they hold.
@@ -28,7 +29,7 @@ def load_(model: Decoder, reader: TensorReader, naming: Naming) -> None:
     """
     held = {
         name: pieces(naming, model.config, name, spec, model.tp.rank)
-        for name, spec in parameter_specs(model.config, model.layout).items()
+        for name, spec in model.specs.items()
     }
     prefix = missing_prefix(naming, reader.names())
     for name, parameter in model.named_parameters():
@@ -69,8 +70,8 @@ def check_tensors(config: ModelConfig, reader: TensorReader, naming: Naming) -> 
             f"configuration asks for {config.num_layers} layers"
         )
     held = {
-        name: pieces(naming, config, name, spec, 0)
-        for name, spec in parameter_specs(config, Layout.create(config, 1)).items()
+        name: pieces(naming, config, name, spec.shard, 0)
+        for name, spec in config.parameters(Division(1)).items()
     }
     prefix = missing_prefix(naming, reader.names())
     expected = {

@@ -8,9 +8,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from colrow.models.config import ModelConfig
-from colrow.models.families import FusedLayout, family_named
+from colrow.layers.describe import ExpertsSpec
+from colrow.models.config import ModelConfig, attention_of
+from colrow.models.families import family_named
+from colrow.models.families.family import FusedLayout
 from colrow.partition import Range, ShardSpec
+
+_NUMBERS = ("{i}", "{e}")  # of a layer, of an expert
 
 
 @dataclass(frozen=True)
@@ -18,16 +22,19 @@ class Naming:
     """Names and layout of the tensors in one kind of file.
 
     Attributes:
-        modules: colrow's module name to the file's, with ``{i}`` for the layer.
-        qkv_layout: see :class:`colrow.models.families.Family`.
+        modules: colrow's module name to the file's, with ``{i}`` for the layer and ``{e}`` for the
+            expert. Where the file's name has no ``{e}``, one tensor holds all experts.
+        fused: see :class:`colrow.models.families.family.Family`.
         transposed: block matrices are stored ``[in, out]``.
         paired_heads: rows of Q and K are stored as interleaved rotary pairs.
+        centred_norms: norms' weights are stored with the 1 added that the model adds.
     """
 
     modules: Mapping[str, tuple[str, ...]]
-    qkv_layout: FusedLayout
+    fused: FusedLayout = "side_by_side"
     transposed: bool = False
     paired_heads: bool = False
+    centred_norms: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,11 +44,14 @@ class Piece:
     Attributes:
         name: the checkpoint tensor.
         shape: its whole shape, as stored.
-        dim: its dimension that is divided, as stored; None for the whole tensor.
+        dim: its dimension that is divided, as stored; None for the whole tensor. Of a tensor of
+            experts the first two dimensions count as one.
         ranges: what this rank holds along ``dim``.
         target: where that lies in the parameter's shard, along the shard's divided dimension.
         transposed: the slice must be transposed to become part of the parameter.
         pairs: size of the heads whose rows are interleaved rotary pairs, or None.
+        rows: of a tensor of experts, the rows of the expert in question, or None.
+        added: what the file's values are larger by.
     """
 
     name: str
@@ -51,12 +61,36 @@ class Piece:
     target: Range
     transposed: bool = False
     pairs: int | None = None
+    rows: Range | None = None
+    added: float = 0.0
 
 
 def hf_naming(config: ModelConfig) -> Naming:
     """Names of the family's Hugging Face checkpoints."""
     family = family_named(config.family)
-    return Naming(family.modules, family.qkv_layout, family.transposed)
+    return Naming(family.modules, family.fused, family.transposed)
+
+
+def gguf_naming(config: ModelConfig) -> Naming:
+    """Names of the tensors in a GGUF file of this model.
+
+    Raises:
+        ValueError: a family that has none.
+    """
+    form = family_named(config.family).gguf
+    if form is None:
+        raise ValueError(f"{config.family} models are not read from or written to GGUF files")
+    return Naming(form.modules, paired_heads=form.paired_heads, centred_norms=form.centred_norms)
+
+
+def module_template(module: str) -> tuple[str, list[str]]:
+    """A module's name with its numbers taken out: of its layer, and of its expert."""
+    words, numbers = module.split("."), list[str]()
+    for at, word in enumerate(words):
+        if word.isdigit():
+            words[at] = _NUMBERS[len(numbers)]
+            numbers.append(word)
+    return ".".join(words), numbers
 
 
 def pieces(
@@ -64,17 +98,18 @@ def pieces(
 ) -> list[Piece]:
     """What ``rank`` holds of ``parameter``, in the file's terms."""
     module, kind = parameter.rsplit(".", 1)
-    template, number = module, ""
-    if module.startswith("blocks."):
-        _, number, rest = module.split(".", 2)
-        template = f"blocks.{{i}}.{rest}"
+    template, numbers = module_template(module)
     if template not in naming.modules:
         raise ValueError(f"{config.family} checkpoints have no tensor for {parameter}")
-    names = [f"{name.format(i=number)}.{kind}" for name in naming.modules[template]]
+    number, expert = (*numbers, "", "")[:2]
+    files = naming.modules[template]
+    names = [f"{name.format(i=number, e=expert)}.{kind}" for name in files]
     matrix = len(spec.shape) == 2 and template.startswith("blocks.")
     transposed = naming.transposed and matrix
+    added = float(naming.centred_norms and template.endswith("norm"))
     if spec.dim is None:
-        return [Piece(names[0], spec.shape, None, (), (0, spec.shape[0]))]
+        whole = (0, spec.shape[0])
+        return [Piece(names[0], spec.shape, None, (), whole, added=added)]
     found, offset = [], 0
     for index, (block, start) in enumerate(zip(spec.blocks, spec.local_offsets(rank), strict=True)):
         first, last = block.bounds[rank]
@@ -82,14 +117,23 @@ def pieces(
         length = block.length
         if len(names) == 1 and len(spec.blocks) > 1:
             length = spec.shape[spec.dim]
-            if naming.qkv_layout == "interleaved":
-                ranges = _interleaved(first, last, index, len(spec.blocks), config.head_dim)
+            if naming.fused == "interleaved":
+                head_dim = attention_of(config.blocks[int(number)]).head_dim
+                ranges = _interleaved(first, last, index, len(spec.blocks), head_dim)
             else:
                 ranges = ((offset + first, offset + last),)
         shape = (*spec.shape[: spec.dim], length, *spec.shape[spec.dim + 1 :])
         dim = spec.dim
         if transposed:
             shape, dim = shape[::-1], 1 - dim
+        rows = None
+        if expert and "{e}" not in files[0]:
+            mlp = config.blocks[int(number)].mlp
+            count = mlp.count if isinstance(mlp, ExpertsSpec) else 1
+            rows = (int(expert) * shape[0], (int(expert) + 1) * shape[0])
+            shape = (count, *shape)
+            if dim == 0:
+                ranges = tuple((rows[0] + a, rows[0] + b) for a, b in ranges)
         paired = naming.paired_heads and template.endswith("attention.qkv") and index < 2
         found.append(
             Piece(
@@ -99,7 +143,9 @@ def pieces(
                 ranges=ranges,
                 target=(start, start + last - first),
                 transposed=transposed,
-                pairs=config.head_dim if paired else None,
+                pairs=attention_of(config.blocks[int(number)]).head_dim if paired else None,
+                rows=rows,
+                added=added,
             )
         )
         offset += block.length

@@ -37,8 +37,9 @@ from colrow.checkpoint.training_storage import (
     remove_unfinished,
 )
 from colrow.comm.mesh import Mesh
+from colrow.layers.describe import Division
 from colrow.leftovers import lock, unlock
-from colrow.models.config import Layout, ModelConfig, parameter_specs
+from colrow.models.config import ModelConfig
 from colrow.optim.check import check_optimizer, whole_states
 from colrow.partition import ShardSpec
 
@@ -175,12 +176,13 @@ class TrainingCheckpoints:
             ValueError: a parameter of the model that it lacks, or has in another shape.
         """
         tensors = read_index(self.path(step))["tensors"]
-        for name, spec in parameter_specs(config, Layout.create(config, 1)).items():
+        for name, parameter in config.parameters(Division(1)).items():
+            shape = list(parameter.shard.shape)
             found = tensors.get(f"model.{name}", {}).get("shape")
-            if found != list(spec.shape):
+            if found != shape:
                 raise ValueError(
                     f"{name} has shape {found} in {self.path(step)}, but the run's configuration "
-                    f"asks for {list(spec.shape)}: they do not belong together"
+                    f"asks for {shape}: they do not belong together"
                 )
 
     def load(self, step: int, module: nn.Module, optimizer: Optimizers | None) -> dict[str, Any]:

@@ -143,7 +143,6 @@ def run(args: argparse.Namespace) -> int:
     if args.machine:
         raise ValueError("--machine describes what --link measures: give both")
     from colrow.bench.result import BenchSettings
-    from colrow.models.config import Layout
 
     bench_pipeline.check_arguments(args)
     config = _configuration(args)
@@ -165,7 +164,7 @@ def run(args: argparse.Namespace) -> int:
     )
     sizes = args.tp or (1, 2)
     for size in sizes:
-        Layout.create(settings.config, size, settings.tensor_split_of(size))
+        settings.config.divide(size, settings.tensor_split_of(size))
     if args.plot:
         from colrow.bench.plot import check_picture
 

@@ -74,7 +74,6 @@ def check_arguments(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace, config: ModelConfig) -> int:
     """Measures and shows."""
     from colrow.bench.pipeline_result import PipelineSettings
-    from colrow.models.config import Layout
 
     settings = PipelineSettings(
         config=config,
@@ -94,7 +93,7 @@ def run(args: argparse.Namespace, config: ModelConfig) -> int:
         device=args.device,
         engine=args.engine,
     )
-    Layout.create(config, settings.tp, settings.tensor_split)
+    config.divide(settings.tp, settings.tensor_split)
     if args.timeline:
         from colrow.bench.plot import check_picture
 

@@ -22,6 +22,7 @@ from colrow.cli.common import (
     write_json,
 )
 from colrow.launch import rank_environment
+from colrow.sharding import Sharding
 
 if TYPE_CHECKING:
     from colrow.verification.traffic import Traffic
@@ -82,10 +83,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--sequence must be at least 2: the loss compares a token with the next")
     if args.recompute_gather and not args.sequence_parallel:
         raise ValueError("--recompute-gather changes --sequence-parallel alone: give both")
-    from colrow.models.config import Layout
 
     config, has_weights = model_configuration(args.model)
-    Layout.create(config, args.tp, args.tensor_split)
+    config.divide(args.tp, args.tensor_split)
     if has_weights and not args.dry_run:
         traffic = run_on_ranks(_record, args, ranks=args.tp)
     elif (rank := rank_environment()) is not None and rank.rank > 0:
@@ -98,9 +98,8 @@ def run(args: argparse.Namespace) -> int:
             args.tp,
             batch=args.batch,
             sequence=args.sequence,
-            sequence_parallel=args.sequence_parallel,
+            sharding=_sharding(args),
             tensor_split=args.tensor_split,
-            keep_gathered_input=not args.recompute_gather,
             dtype=torch_dtype(args.dtype),
         )
     if traffic is None:
@@ -110,6 +109,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json != "-":
         show(traffic, args)
     return 0 if traffic.equal else 1
+
+
+def _sharding(args: argparse.Namespace) -> Sharding:
+    return Sharding(args.sequence_parallel, keep_gathered_input=not args.recompute_gather)
 
 
 def _record(args: argparse.Namespace) -> Traffic:
@@ -123,9 +126,8 @@ def _record(args: argparse.Namespace) -> Traffic:
         args.model,
         mesh,
         dtype=torch_dtype(args.dtype),
-        sequence_parallel=args.sequence_parallel,
+        sharding=_sharding(args),
         tensor_split=args.tensor_split,
-        keep_gathered_input=not args.recompute_gather,
     )
     return record_step(model, batch=args.batch, sequence=args.sequence)
 

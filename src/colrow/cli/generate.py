@@ -133,12 +133,11 @@ def run(args: argparse.Namespace) -> int:
     from colrow.generation.answer import Request, answer
     from colrow.generation.template import RENDERER
     from colrow.generation.tokenizer import encode_prompt, end_tokens, load_tokenizer
-    from colrow.models.config import Layout
     from colrow.models.stages import LayerSplit
 
     find_weights(resolve_model_path(args.model))
     config = pretrained_config(args.model)
-    Layout.create(config, args.tp, args.tensor_split)
+    config.divide(args.tp, args.tensor_split)
     LayerSplit.create(config, args.pp, args.layer_split)
     tokenizer = load_tokenizer(args.model)
     tokens = [

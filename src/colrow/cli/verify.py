@@ -91,7 +91,6 @@ def run(args: argparse.Namespace) -> int:
     """Verifies and prints the report."""
     from colrow.checkpoint.locate import find_weights, resolve_model_path
     from colrow.checkpoint.pretrained import pretrained_config
-    from colrow.models.config import Layout
 
     if (args.model is None) == (args.architecture is None):
         raise ValueError("give either MODEL or --architecture NAME")
@@ -101,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--sequence must be at least 2: the loss compares a token with the next")
     find_weights(resolve_model_path(args.model))
     config = pretrained_config(args.model)
-    Layout.create(config, args.tp, args.tensor_split)
+    config.divide(args.tp, args.tensor_split)
     if args.sequence > config.max_positions:
         raise ValueError(
             f"--sequence {args.sequence} is longer than the model's context of "
@@ -158,7 +157,7 @@ def known_to_decoder(model: str) -> bool:
         ValueError: when there is no such checkpoint.
     """
     from colrow.checkpoint.locate import resolve_model_path
-    from colrow.models.families import FAMILIES
+    from colrow.models.families import families
     from colrow.models.hf_config import read_config
 
     file = resolve_model_path(model)
@@ -169,7 +168,7 @@ def known_to_decoder(model: str) -> bool:
         _, values = read_config(config)
     except ValueError:
         return True  # whose reader says what is wrong with the file
-    return values.get("model_type") in FAMILIES
+    return values.get("model_type") in families()
 
 
 def _verify(args: argparse.Namespace) -> Report | None:

@@ -17,6 +17,7 @@ from colrow.comm.mesh import init_mesh
 from colrow.generation.engine import generate
 from colrow.generation.options import Sampling
 from colrow.generation.tokenizer import TextStream, Tokenizer
+from colrow.models.config import common_attention
 from colrow.models.decoder import Decoder
 
 
@@ -125,7 +126,8 @@ def padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 def _cache_bytes_per_rank(model: Decoder, here: int) -> list[int]:
     """From the bytes on this rank: a cache grows with KV heads and with layers."""
-    heads, layers = model.layout.heads.key_value.sizes, model.pipeline.split.sizes
+    division, layers = model.division, model.pipeline.split.sizes
+    heads = common_attention(model.config).heads(division).key_value.sizes
     unit = heads[model.tp.rank] * layers[model.pipeline.pp.rank]
     return [here * held * count // unit for count in layers for held in heads]
 

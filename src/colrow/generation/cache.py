@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from colrow.models.config import common_attention
 from colrow.models.decoder import Decoder
 
 
@@ -48,13 +49,13 @@ class KeyValueCache:
     @classmethod
     def for_model(cls, model: Decoder, batch: int, capacity: int) -> KeyValueCache:
         """A cache for this rank's part of a decoder, which is one stage of it at most."""
-        stage = model.one_stage(None)
+        stage, attention = model.one_stage(None), common_attention(model.config)
         parameter = next(model.parameters())
         return cls(
             len(stage.blocks),
             batch,
-            model.layout.heads.key_value.size(model.tp.rank),
-            model.config.head_dim,
+            attention.heads(model.division).key_value.size(model.tp.rank),
+            attention.head_dim,
             capacity,
             dtype=parameter.dtype,
             device=parameter.device,

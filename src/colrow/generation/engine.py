@@ -95,7 +95,7 @@ def generate(
     settings = rng.stream_key(0, max_new_tokens, sampling, tuple(eos_token_ids))
     given = (input_ids, attention_mask, torch.tensor([settings], device=device))
     for group in (model.tp, relay.pp):
-        check_same_on_all_ranks(group, *given, layout=(model.layout, model.pipeline.split))
+        check_same_on_all_ranks(group, *given, layout=(model.division, model.pipeline.split))
     started = time.perf_counter()
     if pad_token_id is None:
         pad_token_id = model.config.pad_token_id
@@ -164,7 +164,7 @@ def _turn(
         return
     logits = model.last_logits(x, attention_mask=mask, cache=part.cache)
     chosen = next_tokens(
-        logits, model.tp, model.layout.vocab, sampling, step=step, first_row=part.start
+        logits, model.tp, model.vocab, sampling, step=step, first_row=part.start
     ).cpu()
     if not stage.is_first:
         relay.send_tokens(part, chosen)
@@ -174,12 +174,12 @@ def _turn(
 def _checked_shape(
     model: Decoder, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int
 ) -> tuple[int, int]:
-    longest, position = model.config.max_positions, model.config.position
-    check_batch(input_ids, attention_mask, 0, longest, position)
+    longest = model.config.longest
+    check_batch(input_ids, attention_mask, 0, longest)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: at least 1 is needed")
     batch, length = input_ids.shape
-    if position == "learned" and length + max_new_tokens > longest:
+    if longest is not None and length + max_new_tokens > longest:
         raise ValueError(
             f"{length} prompt tokens and max_new_tokens={max_new_tokens} are more than the "
             f"model's {longest} positions: shorten the prompt or set max_new_tokens to at most "

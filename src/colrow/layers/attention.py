@@ -14,17 +14,20 @@ from colrow.comm.agreement import common_seed
 from colrow.comm.group import ParallelGroup
 from colrow.layers.column import QKVParallelLinear
 from colrow.layers.context import AttentionContext, KeyValueCache
+from colrow.layers.describe import NormSpec
 from colrow.layers.dropout import ParallelDropout
 from colrow.layers.grouped_query import attend, group_sizes, padded_groups
-from colrow.layers.norm import RMSNorm
+from colrow.layers.linear import Sharded
+from colrow.layers.norm import DividedRMSNorm, head_norm, normed_together
 from colrow.layers.options import RopeConfig
 from colrow.layers.position import alibi_slopes, apply_rope, rope_frequencies
 from colrow.layers.row import RowParallelLinear
 from colrow.layers.shared import SharedLayers, SharedWeights
-from colrow.partition import HeadPartition, Partition
+from colrow.partition import HeadPartition
+from colrow.sharding import SequenceDivision, Sharding
 
 
-class ParallelAttention(nn.Module):
+class ParallelAttention(Sharded, nn.Module):
     """Self-attention; this rank computes its query heads and the KV heads that they read.
 
     ================  ===================================  ====================================
@@ -44,13 +47,17 @@ class ParallelAttention(nn.Module):
         rope: rotary positions, or None.
         alibi: linear position biases (Press et al. 2021).
         qkv_bias, output_bias: whether these projections have biases.
-        qk_norm_eps: RMS norm on every query and key head with this epsilon, or None.
+        query_norm, key_norm: RMS norms of queries and keys, or None. Of size ``head_dim`` they are
+            of each head's features. Of the size of all heads they are of all heads' features
+            together, of which each rank has some: the ranks add up their squares, two numbers for
+            each token in fp32 (fp64 for fp64), once in forward and once in backward.
+        scale: what scores are multiplied by; ``head_dim ** -0.5`` by default.
         window: how many keys back a query sees, itself included; None for all.
         dropout: probability of dropping an attention weight in training. Its mask follows the
             global head index, and is computed outside the fused kernel.
         sequence_parallel: whether input and result are shards of the sequence; the heads always
             see the whole of it.
-        keep_gathered_input, overlap, chunk_bytes: as in :class:`FusedColumnParallelLinear`.
+        sharding: this and more, see :class:`colrow.Sharding`.
         layer_index: row of the key-value cache.
         layer: name for messages and the ledger.
 
@@ -70,33 +77,31 @@ class ParallelAttention(nn.Module):
         alibi: bool = False,
         qkv_bias: bool = False,
         output_bias: bool = False,
-        qk_norm_eps: float | None = None,
+        query_norm: NormSpec | None = None,
+        key_norm: NormSpec | None = None,
+        scale: float | None = None,
         window: int | None = None,
         dropout: float = 0.0,
         sequence_parallel: bool = False,
-        keep_gathered_input: bool = True,
-        overlap: bool = True,
-        chunk_bytes: int | None = None,
+        sharding: Sharding | None = None,
         layer_index: int = 0,
         layer: str = "",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        prefix = f"{layer}." if layer else ""
+        prefix = self.prefix = f"{layer}." if layer else ""
         self.heads, self.head_dim, self.tp = heads, head_dim, tp
         self.rope, self.window, self.layer_index = rope, window, layer_index
-        self.sequence_parallel = sequence_parallel
+        self.sharding = Sharding.of(sharding, sequence_parallel)
+        self.scale = scale
         self.qkv = QKVParallelLinear(
             hidden_size,
             heads,
             head_dim,
             tp,
             bias=qkv_bias,
-            sequence_parallel=sequence_parallel,
-            keep_gathered_input=keep_gathered_input,
-            overlap=overlap,
-            chunk_bytes=chunk_bytes,
+            sharding=self.sharding,
             layer=f"{prefix}qkv",
             device=device,
             dtype=dtype,
@@ -108,27 +113,23 @@ class ParallelAttention(nn.Module):
             hidden_size,
             tp,
             bias=output_bias,
-            sequence_parallel=sequence_parallel,
+            sharding=self.sharding,
             partition=heads.query.scaled(head_dim),
-            overlap=overlap,
-            chunk_bytes=chunk_bytes,
             layer=f"{prefix}output",
             device=device,
             dtype=dtype,
         )
         self.query_norm = self.key_norm = None
-        if qk_norm_eps is not None:
+        if query_norm is not None and key_norm is not None:
+            owned = heads.query.scaled(head_dim), heads.key_value.scaled(head_dim)
             self.query_norm, self.key_norm = (
-                RMSNorm(
-                    head_dim,
-                    tp,
-                    eps=qk_norm_eps,
-                    applied_to="shard",
-                    layer=f"{prefix}{name}",
-                    device=device,
-                    dtype=dtype,
+                head_norm(
+                    norm, head_dim, part, tp, layer=f"{prefix}{name}", device=device, dtype=dtype
                 )
-                for name in ("query_norm", "key_norm")
+                for name, norm, part in (
+                    ("query_norm", query_norm, owned[0]),
+                    ("key_norm", key_norm, owned[1]),
+                )
             )
         self.dropout = ParallelDropout(dropout)
         self.alibi = alibi
@@ -171,7 +172,7 @@ class ParallelAttention(nn.Module):
         *,
         context: AttentionContext | None = None,
         cache: KeyValueCache | None = None,
-        sequence: Partition | None = None,
+        sequence: SequenceDivision = None,
         shared: SharedWeights | None = None,
         dropout_key: int | Tensor | None = None,
     ) -> Tensor:
@@ -205,8 +206,7 @@ class ParallelAttention(nn.Module):
         )  # each [batch, queries, heads_local, head_dim]
         if self.query_norm is not None and self.key_norm is not None:
             q, k = qk.split([self.q_heads, self.kv_heads], dim=2)
-            normed = self.query_norm(q, shared=shared), self.key_norm(k, shared=shared)
-            qk = torch.cat(normed, dim=2)
+            qk = torch.cat(self._normed(q, k, shared), dim=2)
         if self.rope is not None and self.frequencies is not None:
             qk = apply_rope(qk, context.rope(self.frequencies, self.rope, qk.dtype))
         q, k = qk.split([self.q_heads, self.kv_heads], dim=2)
@@ -221,6 +221,16 @@ class ParallelAttention(nn.Module):
         result: Tensor = self.output(mixed, sequence=sequence, shared=shared)
         return result
 
+    def _normed(self, q: Tensor, k: Tensor, shared: SharedWeights) -> tuple[Tensor, Tensor]:
+        """Queries and keys, ``[batch, queries, heads_local, head_dim]``, behind their norms."""
+        first, second = self.query_norm, self.key_norm
+        if isinstance(first, DividedRMSNorm) and isinstance(second, DividedRMSNorm):
+            name = f"{self.prefix}norms"
+            q, k = normed_together((first, second), (q, k), shared, layer=name)
+            return q, k
+        assert first is not None and second is not None
+        return first(q, shared=shared), second(k, shared=shared)
+
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, context: AttentionContext) -> Tensor:
         """Fused attention, one call for each run of KV heads that serve equally many queries."""
         mask = self._bias(context, q.dtype)
@@ -229,14 +239,16 @@ class ParallelAttention(nn.Module):
         parts = []
         for (q0, q1), (kv0, kv1) in self.runs:
             bias = mask[:, q0:q1] if mask is not None and mask.shape[1] > 1 else mask
-            parts.append(attend(q[:, q0:q1], k[:, kv0:kv1], v[:, kv0:kv1], bias))
+            parts.append(attend(q[:, q0:q1], k[:, kv0:kv1], v[:, kv0:kv1], bias, self.scale))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def _attend_padded(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """One query: as one call, in which every KV head serves as many heads as the fullest."""
         batch, _, _, dim = q.shape
         groups = q.index_select(1, self.padded).view(batch, self.kv_heads, -1, dim)
-        mixed = F.scaled_dot_product_attention(groups, k, v, mask).view(batch, -1, 1, dim)
+        mixed = F.scaled_dot_product_attention(groups, k, v, mask, scale=self.scale).view(
+            batch, -1, 1, dim
+        )
         return mixed.index_select(1, self.unpadded)
 
     def _attend_with_dropout(
@@ -249,7 +261,8 @@ class ParallelAttention(nn.Module):
     ) -> Tensor:
         """Attention written out, with a dropout mask that follows the global head index."""
         k, v = k.index_select(1, self.kv_of_query), v.index_select(1, self.kv_of_query)
-        scores = q @ k.transpose(-1, -2) / math.sqrt(self.head_dim)
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
+        scores = q @ k.transpose(-1, -2) * scale
         bias = self._bias(context, q.dtype)
         if bias is None or bias.dtype == torch.bool:
             seen = context.full_mask(self.window) if bias is None else bias

@@ -11,25 +11,31 @@ from colrow.comm.group import ParallelGroup
 from colrow.layers.attention import ParallelAttention
 from colrow.layers.context import AttentionContext, KeyValueCache
 from colrow.layers.dropout import ParallelDropout
-from colrow.layers.linear import divides_sequence
+from colrow.layers.experts import ParallelExperts
+from colrow.layers.linear import Sharded
 from colrow.layers.mlp import ParallelMLP
 from colrow.layers.norm import LayerNorm, RMSNorm
 from colrow.layers.shared import SharedLayers, SharedWeights
 from colrow.partition import Partition
+from colrow.sharding import WHOLE, SequenceDivision
 
 
-class ParallelBlock(nn.Module):
-    """Pre-norm block, serial or parallel (GPT-J, GPT-NeoX).
+class ParallelBlock(Sharded, nn.Module):
+    """A block whose norms stand before its layers, behind them or both; serial or parallel.
 
-    Serial: ``x += attention(norm(x))``, then ``x += mlp(norm(x))``.
-    Parallel: ``x += attention(norm(x)) + mlp(norm'(x))``.
+    Serial: ``x += post(attention(pre(x)))``, then ``x += post'(mlp(pre'(x)))``.
+    Parallel (GPT-J, GPT-NeoX): ``x += attention(pre(x)) + mlp(pre'(x))``.
 
-    Shapes and communication are those of :class:`ParallelAttention` plus :class:`ParallelMLP`: per
-    direction two all-reduces, or two all-gathers and two reduce-scatters with sequence parallelism.
+    Shapes and communication are those of :class:`ParallelAttention` plus those of the other layer:
+    per direction two all-reduces, or two all-gathers and two reduce-scatters with sequence
+    parallelism.
 
     Args:
-        attention, mlp: the two layers; they must agree on sequence parallelism.
-        attention_norm, mlp_norm: norms in front of them.
+        attention: the first layer.
+        mlp: the second, :class:`ParallelMLP` or :class:`ParallelExperts`; the two must agree on
+            sequence parallelism.
+        attention_norm, mlp_norm: norms in front of them, or None.
+        attention_post_norm, mlp_post_norm: norms behind them, before the result is added, or None.
         parallel_residual: which of the two forms.
         dropout: on the output of both layers, in training.
 
@@ -44,27 +50,31 @@ class ParallelBlock(nn.Module):
     def __init__(
         self,
         attention: ParallelAttention,
-        mlp: ParallelMLP,
-        attention_norm: nn.Module,
-        mlp_norm: nn.Module,
+        mlp: ParallelMLP | ParallelExperts,
+        attention_norm: nn.Module | None,
+        mlp_norm: nn.Module | None,
         tp: ParallelGroup,
         *,
+        attention_post_norm: nn.Module | None = None,
+        mlp_post_norm: nn.Module | None = None,
         parallel_residual: bool = False,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if attention.sequence_parallel != mlp.up.sequence_parallel:
+        self.sharding = attention.sharding
+        if self.sequence_parallel != mlp.sequence_parallel:
             raise ValueError("attention and mlp of a block must agree on sequence_parallel")
-        needed = "shard" if attention.sequence_parallel else "all"
-        for norm in (attention_norm, mlp_norm):
+        needed = "shard" if self.sequence_parallel else "all"
+        for norm in (attention_norm, attention_post_norm, mlp_norm, mlp_post_norm):
             if isinstance(norm, RMSNorm | LayerNorm) and norm.applied_to != needed:
                 raise ValueError(
-                    f"with sequence_parallel={attention.sequence_parallel} the norms of a block "
+                    f"with sequence_parallel={self.sequence_parallel} the norms of a block "
                     f"need applied_to={needed!r}, got {norm.applied_to!r}"
                 )
         self.tp = tp
         self.attention_norm, self.attention = attention_norm, attention
-        self.mlp_norm, self.mlp = mlp_norm, mlp
+        self.attention_post_norm = attention_post_norm
+        self.mlp_norm, self.mlp, self.mlp_post_norm = mlp_norm, mlp, mlp_post_norm
         self.parallel_residual = parallel_residual
         self.dropout = ParallelDropout(dropout)
         self.own_bucket = False
@@ -76,7 +86,7 @@ class ParallelBlock(nn.Module):
         *,
         context: AttentionContext | None = None,
         cache: KeyValueCache | None = None,
-        sequence: Partition | None = None,
+        sequence: SequenceDivision = None,
         shared: SharedWeights | None = None,
         dropout_key: int | Tensor | None = None,
     ) -> Tensor:
@@ -84,33 +94,44 @@ class ParallelBlock(nn.Module):
         layer = self.attention.qkv.layer
         if dropout_key is None and self.training and self.dropout.p + self.attention.dropout.p:
             dropout_key = common_seed("dropout masks", self.tp, layer=layer, device=x.device)
-        if sequence is None and self.attention.sequence_parallel:
-            sequence = primitives.exchange_sizes(x, self.tp, 1, layer=layer)
+        divided = self.divided_sequence(
+            sequence, lambda: primitives.exchange_sizes(x, self.tp, 1, layer=layer)
+        )
+        sequence = WHOLE if divided is None else divided  # both layers must divide it alike
         if shared is None or self.own_bucket:
             shared = self._shared_layers.weights(self.tp, layer)
         attended = self.attention(
-            self.attention_norm(x, shared=shared),
+            _normed(self.attention_norm, x, shared),
             context=context,
             cache=cache,
             sequence=sequence,
             shared=shared,
             dropout_key=_derived(dropout_key, "weights"),
         )
-        residual = x + self._drop(attended, sequence, _derived(dropout_key, "attention"))
+        attended = _normed(self.attention_post_norm, attended, shared)
+        residual = x + self._drop(attended, divided, _derived(dropout_key, "attention"))
         mlp_input = x if self.parallel_residual else residual
         expanded = self.mlp(
-            self.mlp_norm(mlp_input, shared=shared), sequence=sequence, shared=shared
+            _normed(self.mlp_norm, mlp_input, shared), sequence=sequence, shared=shared
         )
-        return residual + self._drop(expanded, sequence, _derived(dropout_key, "mlp"))
+        expanded = _normed(self.mlp_post_norm, expanded, shared)
+        return residual + self._drop(expanded, divided, _derived(dropout_key, "mlp"))
 
     def _drop(self, x: Tensor, sequence: Partition | None, key: int | Tensor | None) -> Tensor:
         if not self.training or self.dropout.p == 0:
             return x
-        if not divides_sequence(self.attention, sequence):
+        if sequence is None:
             whole: Tensor = self.dropout(x, key=key)
             return whole
         part: Tensor = self.dropout(x, key=key, dim=1, partition=sequence, rank=self.tp.rank)
         return part
+
+
+def _normed(norm: nn.Module | None, x: Tensor, shared: SharedWeights) -> Tensor:
+    if norm is None:
+        return x
+    normed: Tensor = norm(x, shared=shared)
+    return normed
 
 
 def _derived(key: int | Tensor | None, name: str) -> int | Tensor | None:

@@ -15,33 +15,31 @@ from torch import Tensor, nn
 from colrow.comm import collectives, primitives
 from colrow.comm.group import ParallelGroup
 from colrow.comm.steps import watch
-from colrow.layers.chunks import check_chunk_bytes
 from colrow.layers.decoding import Kernel
-from colrow.layers.fused import check_overlap, column_linear
+from colrow.layers.fused import column_linear
 from colrow.layers.linear import (
+    Sharded,
     check_features,
     check_partition,
     describe,
-    divides_sequence,
     reset_linear_,
 )
 from colrow.layers.shared import SharedParameter, SharedRows, SharedWeights
 from colrow.partition import HeadPartition, Partition, ShardSpec
+from colrow.sharding import SequenceDivision, Sharding
 
 
 class ColumnOptions(TypedDict, total=False):
     """Optional arguments of :class:`FusedColumnParallelLinear`, which its forms pass on to it."""
 
     sequence_parallel: bool
-    keep_gathered_input: bool
-    overlap: bool
-    chunk_bytes: int | None
+    sharding: Sharding | None
     layer: str
     device: torch.device | str | None
     dtype: torch.dtype | None
 
 
-class FusedColumnParallelLinear(nn.Module):
+class FusedColumnParallelLinear(Sharded, nn.Module):
     """Several column-parallel layers with one input: one matmul, one collective for all of them.
 
     ``y = x W^T + b`` where this rank holds its range of the output features of every block. In
@@ -65,15 +63,7 @@ class FusedColumnParallelLinear(nn.Module):
         tp: the tensor-parallel group.
         bias: whether to add a (divided) bias.
         sequence_parallel: whether the input is a shard of the sequence.
-        keep_gathered_input: with sequence parallelism, keep the gathered input for backward (less
-            communication) or gather it again (less memory).
-        overlap: hide the collective of backward behind the weight gradient. Without it the layer
-            is an explicit collective and ``F.linear``, node by node, which pipeline schedules that
-            split backward need; under sequence parallelism that form keeps the gathered input.
-        chunk_bytes: under sequence parallelism, gather the input of forward in up to 4 chunks of at
-            least so many bytes, each behind the matmul of the one before. None, the default,
-            gathers it whole: on CPUs the core that multiplies also moves the bytes, and nothing
-            is hidden. Not used under torch.compile.
+        sharding: this and more, see :class:`colrow.Sharding`.
         layer: name for messages and the ledger.
 
     Attributes:
@@ -87,8 +77,7 @@ class FusedColumnParallelLinear(nn.Module):
 
     Raises:
         ValueError: a block that is divided over another number of ranks; ranks with different
-            seeds; ``overlap=False`` together with ``keep_gathered_input=False`` or
-            ``chunk_bytes``.
+            seeds.
     """
 
     def __init__(
@@ -99,9 +88,7 @@ class FusedColumnParallelLinear(nn.Module):
         *,
         bias: bool,
         sequence_parallel: bool = False,
-        keep_gathered_input: bool = True,
-        overlap: bool = True,
-        chunk_bytes: int | None = None,
+        sharding: Sharding | None = None,
         layer: str = "",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -109,15 +96,11 @@ class FusedColumnParallelLinear(nn.Module):
         super().__init__()
         for block in blocks:
             primitives.check_parts(block, tp)
-        check_overlap(sequence_parallel, keep_gathered_input, overlap)
-        check_chunk_bytes(chunk_bytes, overlap)
         self.in_features = in_features
         self.out_features = sum(block.length for block in blocks)
         self.tp, self.layer = tp, layer
         watch(self, tp)
-        self.sequence_parallel = sequence_parallel
-        self.keep_gathered_input = keep_gathered_input
-        self.overlap, self.chunk_bytes = overlap, chunk_bytes
+        self.sharding = Sharding.of(sharding, sequence_parallel)
         self.kernel: Kernel | None = None
         self.weight_spec = ShardSpec((self.out_features, in_features), 0, tuple(blocks))
         self.bias_spec = ShardSpec((self.out_features,), 0, tuple(blocks))
@@ -145,7 +128,7 @@ class FusedColumnParallelLinear(nn.Module):
         self,
         x: Tensor,
         *,
-        sequence: Partition | None = None,
+        sequence: SequenceDivision = None,
         shared: SharedWeights | None = None,
     ) -> Tensor:
         """Applies the layer.
@@ -153,15 +136,14 @@ class FusedColumnParallelLinear(nn.Module):
         Args:
             x: see the table of the class.
             sequence: under sequence parallelism, how the sequence is divided; without it the ranks
-                exchange their sizes first. If replicated, x is whole on every rank.
+                exchange their sizes first. WHOLE says that x is whole on every rank.
             shared: the model's gradient bucket, for a layer inside one.
         """
         check_features(x, self.in_features, self)
-        if not divides_sequence(self, sequence):
-            sequence = None
-        elif sequence is None:
-            sequence = primitives.exchange_sizes(x, self.tp, -2, layer=self.layer)
-        if self.kernel is not None and sequence is None and not torch.is_grad_enabled():
+        divided = self.divided_sequence(
+            sequence, lambda: primitives.exchange_sizes(x, self.tp, -2, layer=self.layer)
+        )
+        if self.kernel is not None and divided is None and not torch.is_grad_enabled():
             return self.kernel(x, self.weight, self.bias)
         shared = shared or SharedWeights.of_layer(self)
         bias = None if self.bias is None else shared(self, "bias")
@@ -170,10 +152,8 @@ class FusedColumnParallelLinear(nn.Module):
             shared(self, "weight"),
             bias,
             self.tp,
-            sequence=sequence,
-            keep_gathered_input=self.keep_gathered_input,
-            overlap=self.overlap,
-            chunk_bytes=self.chunk_bytes,
+            sequence=divided,
+            sharding=self.sharding,
             layer=self.layer,
         )
 
@@ -221,7 +201,7 @@ class ColumnParallelLinear(FusedColumnParallelLinear):
         self,
         x: Tensor,
         *,
-        sequence: Partition | None = None,
+        sequence: SequenceDivision = None,
         shared: SharedWeights | None = None,
     ) -> Tensor:
         """As the base class; with ``gather_output`` the result is ``[..., out]``."""

@@ -11,12 +11,13 @@ from colrow.comm import collectives, primitives
 from colrow.comm.agreement import common_seed
 from colrow.comm.group import ParallelGroup
 from colrow.comm.steps import watch
-from colrow.layers.linear import divides_sequence
+from colrow.layers.linear import Sharded
 from colrow.layers.shared import SharedParameter, SharedRows, SharedWeights
 from colrow.partition import Partition, ShardSpec
+from colrow.sharding import SequenceDivision, Sharding
 
 
-class VocabParallelEmbedding(nn.Module):
+class VocabParallelEmbedding(Sharded, nn.Module):
     """Looks tokens up where they are held; the sum over ranks is the embedding.
 
     =================  ===============================  =========================================
@@ -36,6 +37,7 @@ class VocabParallelEmbedding(nn.Module):
         partition: how the vocabulary is divided; as evenly as possible by default.
         padding_idx: a token whose vector gets no gradient, as in nn.Embedding.
         sequence_parallel: whether the result is a shard of the sequence.
+        sharding: the same as a value that is handed down, see :class:`colrow.Sharding`.
         layer: name for messages and the ledger.
 
     Parameters: ``weight`` ``[vocab_local, dim]``, standard normal, the same at any tp size. All
@@ -56,6 +58,7 @@ class VocabParallelEmbedding(nn.Module):
         partition: Partition | None = None,
         padding_idx: int | None = None,
         sequence_parallel: bool = False,
+        sharding: Sharding | None = None,
         layer: str = "",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -78,7 +81,7 @@ class VocabParallelEmbedding(nn.Module):
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.partition, self.tp, self.layer = partition, tp, layer
         watch(self, tp)
-        self.sequence_parallel = sequence_parallel
+        self.sharding = Sharding.of(sharding, sequence_parallel)
         start, stop = partition.bounds[tp.rank]
         held = padding_idx is not None and start <= padding_idx < stop
         self._local_padding = padding_idx - start if padding_idx is not None and held else None
@@ -91,12 +94,12 @@ class VocabParallelEmbedding(nn.Module):
             key = rng.stream_key(seed, "embedding")
             rng.fill_shard_(self.weight, self.weight_spec, tp.rank, lambda at: rng.normal(key, at))
 
-    def forward(self, token_ids: Tensor, *, sequence: Partition | None = None) -> Tensor:
+    def forward(self, token_ids: Tensor, *, sequence: SequenceDivision = None) -> Tensor:
         """The vectors of these tokens.
 
         Args:
             sequence: under sequence parallelism, how the sequence is divided; evenly by default.
-                If replicated, the result is whole on every rank.
+                WHOLE asks for a result that is whole on every rank.
 
         Raises:
             ValueError: when a token id is outside the vocabulary. (On CUDA and under torch.compile
@@ -110,10 +113,13 @@ class VocabParallelEmbedding(nn.Module):
         index = (token_ids - start).masked_fill(elsewhere, 0)
         local = F.embedding(index, self.weight, self._local_padding)
         local = local.masked_fill(elsewhere.unsqueeze(-1), 0)
-        if not divides_sequence(self, sequence):
+        divided = self.divided_sequence(
+            sequence, lambda: Partition.even(local.shape[-2], self.tp.size)
+        )
+        if divided is None:
             return collectives.reduce_from_tp(local, self.tp, layer=self.layer)
         return collectives.reduce_scatter_to_sequence(
-            local, self.tp, partition=sequence, layer=self.layer
+            local, self.tp, partition=divided, layer=self.layer
         )
 
     def extra_repr(self) -> str:
@@ -140,7 +146,7 @@ def check_range(ids: Tensor, length: int, what: str, *, ignore: int | None = Non
         raise ValueError(f"{what} {int(ids[bad][0])} is outside the valid range 0 to {length - 1}")
 
 
-class PositionEmbedding(nn.Module):
+class PositionEmbedding(Sharded, nn.Module):
     """A learned vector for each position, held by every rank; nothing is sent in forward.
 
     ``[batch or 1, sequence]`` positions give ``[batch or 1, sequence (_local), dim]``. Under
@@ -161,6 +167,7 @@ class PositionEmbedding(nn.Module):
         tp: ParallelGroup,
         *,
         sequence_parallel: bool = False,
+        sharding: Sharding | None = None,
         layer: str = "",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -168,7 +175,7 @@ class PositionEmbedding(nn.Module):
         super().__init__()
         self.max_positions, self.tp, self.layer = max_positions, tp, layer
         watch(self, tp)
-        self.sequence_parallel = sequence_parallel
+        self.sharding = Sharding.of(sharding, sequence_parallel)
         self.weight_spec = ShardSpec.replicated(max_positions, embedding_dim)
         self.weight = nn.Parameter(
             torch.empty(max_positions, embedding_dim, device=device, dtype=dtype)
@@ -188,7 +195,7 @@ class PositionEmbedding(nn.Module):
         self,
         positions: Tensor,
         *,
-        sequence: Partition | None = None,
+        sequence: SequenceDivision = None,
         shared: SharedWeights | None = None,
     ) -> Tensor:
         """The vectors of these positions.
@@ -197,7 +204,10 @@ class PositionEmbedding(nn.Module):
             ValueError: for a position beyond the table.
         """
         check_range(positions, self.max_positions, "position")
-        if divides_sequence(self, sequence):
-            positions = primitives.local_range(positions, self.tp, -1, sequence)
+        divided = self.divided_sequence(
+            sequence, lambda: Partition.even(positions.shape[-1], self.tp.size)
+        )
+        if divided is not None:
+            positions = primitives.local_range(positions, self.tp, -1, divided)
         shared = shared or SharedWeights.of_layer(self)
         return F.embedding(positions, shared(self, "weight"))

@@ -16,8 +16,10 @@ from torch.autograd.function import once_differentiable
 from colrow.comm import collectives, primitives
 from colrow.comm.autograd import apply
 from colrow.comm.group import ParallelGroup
-from colrow.layers.chunked import gather_linear, linear_all_reduce, linear_reduce_scatter
 from colrow.partition import Partition
+from colrow.sharding import Sharding
+
+_PLAIN = Sharding()
 
 
 def column_linear(
@@ -27,9 +29,7 @@ def column_linear(
     tp: ParallelGroup,
     *,
     sequence: Partition | None = None,
-    keep_gathered_input: bool = True,
-    overlap: bool = True,
-    chunk_bytes: int | None = None,
+    sharding: Sharding = _PLAIN,
     layer: str = "",
 ) -> Tensor:
     """``x W^T + b`` with this rank's output features.
@@ -44,16 +44,16 @@ def column_linear(
     backward      all-reduce dx, hidden behind dW             reduce-scatter dx, hidden behind dW
     ============  ==========================================  ================================
     """
-    check_overlap(sequence is not None, keep_gathered_input, overlap)
     if tp.size == 1 or (sequence is None and not torch.is_grad_enabled()):
         return F.linear(x, weight, bias)  # nothing to send, and nothing to differentiate
     # A gather that is repeated in backward has no plain form; the compiler captures the fused one.
-    plain = not overlap or (torch.compiler.is_compiling() and keep_gathered_input)
+    keep = sharding.keep_gathered_input
+    plain = not sharding.overlap or (torch.compiler.is_compiling() and keep)
     if plain:
         x = _cast(x, _autocast(x))  # so that the collectives carry the narrow dtype here too
     if plain and sequence is None:
         return F.linear(collectives.copy_to_tp(x, tp, layer=layer), weight, bias)
-    if plain and keep_gathered_input:
+    if plain:
         whole = collectives.gather_from_sequence(x, tp, partition=sequence, layer=layer)
         return F.linear(whole, weight, bias)
     y: Tensor = apply(
@@ -63,22 +63,11 @@ def column_linear(
         bias,
         tp,
         sequence,
-        keep_gathered_input,
-        chunk_bytes,
+        keep,
         layer,
         _autocast(x),
     )
     return y
-
-
-def check_overlap(sequence_parallel: bool, keep_gathered_input: bool, overlap: bool) -> None:
-    """Raises ValueError for the one pair of options that has no form."""
-    if sequence_parallel and not keep_gathered_input and not overlap:
-        raise ValueError(
-            "overlap=False and keep_gathered_input=False exclude each other under sequence "
-            "parallelism: the plain form keeps its gathered input for backward; set one of the two "
-            "to True"
-        )
 
 
 def row_linear(
@@ -87,8 +76,7 @@ def row_linear(
     tp: ParallelGroup,
     *,
     sequence: Partition | None = None,
-    overlap: bool = True,
-    chunk_bytes: int | None = None,
+    sharding: Sharding = _PLAIN,
     layer: str = "",
 ) -> Tensor:
     """The sum over ranks of ``x W^T``.
@@ -105,15 +93,15 @@ def row_linear(
     """
     if tp.size == 1:
         return F.linear(x, weight)
-    if torch.compiler.is_compiling() or not overlap:
+    if torch.compiler.is_compiling() or not sharding.overlap:
         partial = F.linear(x, weight)
         if sequence is None:
             return collectives.reduce_from_tp(partial, tp, layer=layer)
         return collectives.reduce_scatter_to_sequence(partial, tp, partition=sequence, layer=layer)
     if sequence is None and not torch.is_grad_enabled():
         x, weight = _cast(x, _autocast(x)), _cast(weight, _autocast(x))
-        return linear_all_reduce(x, weight, tp, chunk_bytes=chunk_bytes, layer=layer)
-    y: Tensor = apply(_RowLinear, x, weight, tp, sequence, chunk_bytes, layer, _autocast(x))
+        return primitives.all_reduce(F.linear(x, weight), tp, layer=layer, in_place=True)
+    y: Tensor = apply(_RowLinear, x, weight, tp, sequence, layer, _autocast(x))
     return y
 
 
@@ -127,7 +115,6 @@ class _ColumnLinear(torch.autograd.Function):
         tp: ParallelGroup,
         sequence: Partition | None,
         keep_gathered_input: bool,
-        chunk_bytes: int | None,
         layer: str,
         autocast: torch.dtype | None,
     ) -> Tensor:
@@ -138,9 +125,8 @@ class _ColumnLinear(torch.autograd.Function):
         if sequence is None:
             whole, y = x, F.linear(x, weight, bias)
         else:
-            whole, y = gather_linear(
-                x, weight, bias, tp, sequence, chunk_bytes=chunk_bytes, layer=layer
-            )
+            whole = primitives.all_gather(x, tp, -2, partition=sequence, layer=layer)
+            y = F.linear(whole, weight, bias)
         ctx.gather_again = sequence is not None and not keep_gathered_input
         ctx.save_for_backward(x if ctx.gather_again else whole, weight)
         return y
@@ -174,7 +160,7 @@ class _ColumnLinear(torch.autograd.Function):
         if need_bias:
             dbias = rows.sum(0).to(bias_dtype)
         dx = None if pending is None else pending.wait().to(x_dtype)
-        return dx, dweight, dbias, None, None, None, None, None, None
+        return dx, dweight, dbias, None, None, None, None, None
 
 
 class _RowLinear(torch.autograd.Function):
@@ -185,18 +171,17 @@ class _RowLinear(torch.autograd.Function):
         weight: Tensor,
         tp: ParallelGroup,
         sequence: Partition | None,
-        chunk_bytes: int | None,
         layer: str,
         autocast: torch.dtype | None,
     ) -> Tensor:
         ctx.tp, ctx.sequence, ctx.layer = tp, sequence, layer
-        ctx.chunk_bytes = chunk_bytes
         ctx.dtypes = x.dtype, weight.dtype
         x, weight = _cast(x, autocast), _cast(weight, autocast)
         ctx.save_for_backward(x, weight)
+        partial = F.linear(x, weight)
         if sequence is None:
-            return linear_all_reduce(x, weight, tp, chunk_bytes=chunk_bytes, layer=layer)
-        return linear_reduce_scatter(x, weight, tp, sequence, chunk_bytes=chunk_bytes, layer=layer)
+            return primitives.all_reduce(partial, tp, layer=layer, in_place=True)
+        return primitives.reduce_scatter(partial, tp, -2, partition=sequence, layer=layer)
 
     @staticmethod
     @once_differentiable
@@ -205,21 +190,15 @@ class _RowLinear(torch.autograd.Function):
         x_dtype, weight_dtype = ctx.dtypes
         need_x = ctx.needs_input_grad[0]
         names = {"layer": ctx.layer, "phase": "backward"}
-        dx = dweight = None
-        if ctx.sequence is None:
-            dx = grad @ weight if need_x else None
-        elif need_x:
-            chunk_bytes: int | None = ctx.chunk_bytes
-            grad, dx = gather_linear(
-                grad, weight.t(), None, ctx.tp, ctx.sequence, chunk_bytes=chunk_bytes, **names
-            )
-        else:
+        dweight = None
+        if ctx.sequence is not None:
             grad = primitives.all_gather(grad, ctx.tp, -2, partition=ctx.sequence, **names)
+        dx = grad @ weight if need_x else None
         dx = None if dx is None else dx.to(x_dtype)
         if ctx.needs_input_grad[1]:
             rows = _rows(grad)
             dweight = (rows.t() @ _rows(x)).to(weight_dtype)
-        return dx, dweight, None, None, None, None, None
+        return dx, dweight, None, None, None, None
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -28,7 +28,9 @@ def padded_groups(runs: Sequence[tuple[Range, Range]]) -> tuple[list[int], list[
     return padded, unpadded
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None
+) -> Tensor:
     """Attention of ``[batch, heads, queries, dim]`` where every KV head serves equally many."""
     batch, q_heads, queries, dim = q.shape
     kv_heads = k.shape[1]
@@ -37,7 +39,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         q = q.view(batch, kv_heads, q_heads // kv_heads, dim)
         if mask is not None and mask.shape[1] > 1:
             mask = mask.view(mask.shape[0], kv_heads, q_heads // kv_heads, -1)
-        return F.scaled_dot_product_attention(q, k, v, mask).view(batch, q_heads, 1, dim)
+        mixed = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+        return mixed.view(batch, q_heads, 1, dim)
     return F.scaled_dot_product_attention(
-        q, k, v, mask, is_causal=mask is None and queries > 1, enable_gqa=q_heads != kv_heads
+        q,
+        k,
+        v,
+        mask,
+        is_causal=mask is None and queries > 1,
+        scale=scale,
+        enable_gqa=q_heads != kv_heads,
     )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Protocol
 
 from torch import Tensor, nn
 
@@ -12,12 +12,31 @@ from colrow import rng
 from colrow.comm.agreement import common_seed
 from colrow.comm.group import ParallelGroup
 from colrow.partition import Partition, ShardSpec
+from colrow.sharding import WHOLE, SequenceDivision, Sharding
 
 
-class SequenceParallel(Protocol):
-    """A layer that knows sequence parallelism."""
+class Sharded:
+    """A layer that was told how to divide its work, see :class:`colrow.sharding.Sharding`."""
 
-    sequence_parallel: bool
+    sharding: Sharding
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Whether it works on shards of the sequence, unless a call says otherwise."""
+        return self.sharding.sequence_parallel
+
+    def divided_sequence(
+        self, sequence: SequenceDivision, unless_given: Callable[[], Partition]
+    ) -> Partition | None:
+        """How the sequence of this call is divided; None where this rank holds all of it.
+
+        Args:
+            sequence: what the caller says.
+            unless_given: what divides it where the caller leaves that to the layer.
+        """
+        if not self.sequence_parallel or sequence is WHOLE:
+            return None
+        return unless_given() if sequence is None else sequence
 
 
 def reset_linear_(
@@ -54,15 +73,6 @@ def check_features(x: Tensor, expected: int, module: nn.Module) -> None:
         raise ValueError(
             f"{named(module)} expects an input with {expected} features, got shape {tuple(x.shape)}"
         )
-
-
-def divides_sequence(module: SequenceParallel, sequence: Partition | None) -> bool:
-    """Whether a layer works on a shard of the sequence in this call.
-
-    A replicated ``sequence`` says that every rank holds all of it, as in generation with a cache.
-    """
-    whole = sequence is not None and sequence.is_replicated and sequence.parts > 1
-    return module.sequence_parallel and not whole
 
 
 def named(module: nn.Module) -> str:

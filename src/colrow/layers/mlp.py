@@ -8,14 +8,21 @@ from torch import Tensor, nn
 from colrow.comm import primitives
 from colrow.comm.group import ParallelGroup
 from colrow.layers.activation import ACTIVATIONS
-from colrow.layers.column import FusedColumnParallelLinear
+from colrow.layers.column import (
+    ColumnOptions,
+    ColumnParallelLinear,
+    FusedColumnParallelLinear,
+    GateUpParallelLinear,
+)
+from colrow.layers.linear import Sharded
 from colrow.layers.options import Activation
 from colrow.layers.row import RowParallelLinear
 from colrow.layers.shared import SharedWeights
 from colrow.partition import Partition
+from colrow.sharding import SequenceDivision, Sharding
 
 
-class ParallelMLP(nn.Module):
+class ParallelMLP(Sharded, nn.Module):
     """``down(act(up(x)))``, or gated ``down(act(gate(x)) * up(x))`` (SwiGLU: Shazeer 2020).
 
     ================  ===================================  ====================================
@@ -34,7 +41,7 @@ class ParallelMLP(nn.Module):
         bias: whether both layers have biases.
         partition: how ``ffn_size`` is divided; as evenly as possible by default.
         sequence_parallel: whether input and result are shards of the sequence.
-        keep_gathered_input, overlap, chunk_bytes: as in :class:`FusedColumnParallelLinear`.
+        sharding: this and more, see :class:`colrow.Sharding`.
         layer: name for messages and the ledger.
 
     Raises:
@@ -52,9 +59,7 @@ class ParallelMLP(nn.Module):
         bias: bool = False,
         partition: Partition | None = None,
         sequence_parallel: bool = False,
-        keep_gathered_input: bool = True,
-        overlap: bool = True,
-        chunk_bytes: int | None = None,
+        sharding: Sharding | None = None,
         layer: str = "",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -66,28 +71,32 @@ class ParallelMLP(nn.Module):
         prefix = f"{layer}." if layer else ""
         self.gated, self.partition = gated, partition
         self.activation = activation
-        self.up = FusedColumnParallelLinear(
-            hidden_size,
-            [partition, partition] if gated else [partition],
-            tp,
-            bias=bias,
-            sequence_parallel=sequence_parallel,
-            keep_gathered_input=keep_gathered_input,
-            overlap=overlap,
-            chunk_bytes=chunk_bytes,
-            layer=f"{prefix}up",
-            device=device,
-            dtype=dtype,
-        )
+        self.sharding = Sharding.of(sharding, sequence_parallel)
+        options: ColumnOptions = {
+            "sharding": self.sharding,
+            "layer": f"{prefix}up",
+            "device": device,
+            "dtype": dtype,
+        }
+        self.up: FusedColumnParallelLinear
+        if gated:
+            self.up = GateUpParallelLinear(hidden_size, partition, tp, bias=bias, **options)
+        else:
+            self.up = ColumnParallelLinear(
+                hidden_size,
+                ffn_size,
+                tp,
+                bias=bias,
+                partition=partition,
+                **options,
+            )
         self.down = RowParallelLinear(
             ffn_size,
             hidden_size,
             tp,
             bias=bias,
-            sequence_parallel=sequence_parallel,
+            sharding=self.sharding,
             partition=partition,
-            overlap=overlap,
-            chunk_bytes=chunk_bytes,
             layer=f"{prefix}down",
             device=device,
             dtype=dtype,
@@ -97,11 +106,11 @@ class ParallelMLP(nn.Module):
         self,
         x: Tensor,
         *,
-        sequence: Partition | None = None,
+        sequence: SequenceDivision = None,
         shared: SharedWeights | None = None,
     ) -> Tensor:
         """See the table of the class; ``sequence`` and ``shared`` as in the linear layers."""
-        if sequence is None and self.up.sequence_parallel:  # both layers must divide it alike
+        if sequence is None and self.sequence_parallel:  # both layers must divide it alike
             sequence = primitives.exchange_sizes(x, self.up.tp, -2, layer=self.up.layer)
         hidden = self.up(x, sequence=sequence, shared=shared)  # [..., (2 *) ffn_local]
         act = ACTIVATIONS[self.activation]

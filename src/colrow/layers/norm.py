@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -10,11 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from colrow.comm import collectives
 from colrow.comm.autograd import apply
 from colrow.comm.group import ParallelGroup
 from colrow.comm.steps import watch
+from colrow.layers.describe import NormSpec, unknown
 from colrow.layers.shared import SharedParameter, SharedRows, SharedWeights
-from colrow.partition import ShardSpec
+from colrow.partition import Partition, ShardSpec
 
 
 class _Norm(nn.Module):
@@ -27,6 +30,8 @@ class _Norm(nn.Module):
         applied_to: "all" when every rank normalises the same tensor: nothing is sent. "shard" when
             each rank normalises its own part (its sequence shard, its heads): the gradients of
             the parameters are then summed over the ranks in backward.
+        centred: the weight is what is added to 1, and starts at 0.
+        wide: the weight multiplies before the result is rounded to the input's dtype.
         layer: name for messages and the ledger.
     """
 
@@ -40,16 +45,20 @@ class _Norm(nn.Module):
         eps: float,
         applied_to: Literal["all", "shard"] = "all",
         bias: bool = False,
+        centred: bool = False,
+        wide: bool = False,
         layer: str = "",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        self.centred, self.wide = centred, wide
         self.size, self.tp, self.eps, self.layer = size, tp, eps, layer
         watch(self, tp)
         self.applied_to = applied_to
         self.weight_spec = self.bias_spec = ShardSpec.replicated(size)
-        self.weight = nn.Parameter(torch.ones(size, device=device, dtype=dtype))
+        first = torch.full((size,), 0.0 if centred else 1.0, device=device, dtype=dtype)
+        self.weight = nn.Parameter(first)
         self.bias = nn.Parameter(torch.zeros(size, device=device, dtype=dtype)) if bias else None
 
     def shared_parameters(self) -> list[SharedParameter]:
@@ -68,13 +77,19 @@ class _Norm(nn.Module):
 class RMSNorm(_Norm):
     """``x / rms(x) * weight`` over the last dimension (Zhang and Sennrich 2019).
 
-    Computed in fp32 for narrower inputs; the result has the dtype of the input.
+    With ``centred`` it is ``x / rms(x) * (1 + weight)``. Computed in fp32 for narrower inputs; the
+    result has the dtype of the input.
     """
 
     def forward(self, x: Tensor, *, shared: SharedWeights | None = None) -> Tensor:
         """``[..., size]`` to the same shape."""
         shared = shared or SharedWeights.of_layer(self)
         weight = shared(self, "weight")
+        if self.centred:
+            weight = 1 + _widened(weight)
+        if self.wide and x.dtype.itemsize < 4:
+            normed = F.rms_norm(x.float(), (self.size,), _widened(weight), self.eps)
+            return normed.to(x.dtype)
         if x.is_cpu and not torch.compiler.is_compiling():
             if not torch.is_grad_enabled() and x.numel() == self.size:
                 return normed_row(x, weight, self.eps)
@@ -159,3 +174,156 @@ class LayerNorm(_Norm):
         shared = shared or SharedWeights.of_layer(self)
         bias = None if self.bias is None else shared(self, "bias")
         return F.layer_norm(x, (self.size,), shared(self, "weight"), bias, self.eps)
+
+
+class DividedRMSNorm(nn.Module):
+    """An RMS norm over features of which each rank has some: those of all heads together.
+
+    The ranks add up the squares of what they have, see :func:`normed_together`. What several ranks
+    have (keys that are read on both) counts once, and its weight's gradient is summed over them.
+
+    Args:
+        spec: with a ``partition``.
+        tp: the tensor-parallel group.
+        layer: name for messages and the ledger.
+
+    Parameters: ``weight`` ``[size_local]``.
+    """
+
+    def __init__(
+        self,
+        spec: NormSpec,
+        tp: ParallelGroup,
+        *,
+        layer: str = "",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if spec.partition is None or spec.kind != "rmsnorm":
+            raise ValueError(f"{layer}: an RMS norm with a partition is needed, not {spec}")
+        self.spec, self.tp, self.layer = spec, tp, layer
+        watch(self, tp)
+        self.weight_spec = spec.parameters()["weight"].shard
+        (size,) = self.weight_spec.local_shape(tp.rank)
+        start, stop = spec.partition.bounds[tp.rank]
+        before = max((end for _, end in spec.partition.bounds[: tp.rank]), default=start)
+        self._first_counted = min(max(start, before), stop) - start
+        first = torch.full((size,), 0.0 if spec.centred else 1.0, device=device, dtype=dtype)
+        self.weight = nn.Parameter(first)
+
+    def shared_parameters(self) -> list[SharedParameter]:
+        """The weight, where several ranks have the same features."""
+        rows = SharedRows.of(self.weight_spec, self.tp.rank)
+        return [SharedParameter(self, "weight", rows)] if rows.total else []
+
+    def squares(self, x: Tensor) -> Tensor:
+        """``[..., size_local]`` to this rank's part of the sum of squares, ``[...]``, in fp32."""
+        return _widened(x[..., self._first_counted :]).square().sum(-1)
+
+    def scaled(self, x: Tensor, squares: Tensor, shared: SharedWeights) -> Tensor:
+        """The norm of ``[..., size_local]``, given the sum over all ranks, ``[...]``."""
+        weight, wide = shared(self, "weight"), _widened(x)
+        if self.spec.centred:
+            weight = 1 + _widened(weight)
+        scale = torch.rsqrt(squares / self.spec.size + self.spec.eps).unsqueeze(-1)
+        if self.spec.wide:
+            return (wide * scale * weight).to(x.dtype)
+        return ((wide * scale).to(x.dtype) * weight).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Size held and in all."""
+        return f"{self.weight.numel()} of {self.spec.size}, eps={self.spec.eps}"
+
+
+def normed_together(
+    norms: tuple[DividedRMSNorm, ...], values: tuple[Tensor, ...], shared: SharedWeights, layer: str
+) -> tuple[Tensor, ...]:
+    """Several divided norms, whose squares travel together.
+
+    Communicates: an all-reduce of one number in fp32 (fp64 for fp64) for each norm and token, once
+    in forward and once in backward.
+
+    Args:
+        values: ``[batch, sequence, heads_local, head_dim]`` for each of the norms.
+        layer: name for the ledger.
+    """
+    tp, flat = norms[0].tp, [value.flatten(2) for value in values]
+    mine = torch.stack([norm.squares(x) for norm, x in zip(norms, flat, strict=True)], dim=-1)
+    # Every rank goes on with the sum, for features of its own: its gradient is a sum as well.
+    total = collectives.copy_to_tp(
+        collectives.reduce_from_tp(mine, tp, layer=layer), tp, layer=layer
+    )
+    return tuple(
+        norm.scaled(x, squares, shared).view(value.shape)
+        for norm, x, squares, value in zip(norms, flat, total.unbind(-1), values, strict=True)
+    )
+
+
+def head_norm(
+    norm: NormSpec,
+    head_dim: int,
+    features: Partition,
+    tp: ParallelGroup,
+    *,
+    layer: str,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> RMSNorm | DividedRMSNorm:
+    """The norm of queries or keys: of each head, or of all heads' features.
+
+    Args:
+        features: how the features of all heads are divided.
+    """
+    if norm.size != head_dim:
+        divided = replace(norm, partition=features)
+        return DividedRMSNorm(divided, tp, layer=layer, device=device, dtype=dtype)
+    return RMSNorm(
+        head_dim,
+        tp,
+        eps=norm.eps,
+        applied_to="shard",
+        centred=norm.centred,
+        wide=norm.wide,
+        layer=layer,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def hidden_norm(
+    norm: NormSpec,
+    tp: ParallelGroup,
+    *,
+    divided_sequence: bool,
+    layer: str,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> RMSNorm | LayerNorm:
+    """A norm over the hidden size, of whole sequences or of a shard of each.
+
+    Raises:
+        ValueError: a LayerNorm of a form that only RMS norms have.
+    """
+    applied_to: Literal["all", "shard"] = "shard" if divided_sequence else "all"
+    if norm.kind == "rmsnorm":
+        return RMSNorm(
+            norm.size,
+            tp,
+            eps=norm.eps,
+            applied_to=applied_to,
+            centred=norm.centred,
+            wide=norm.wide,
+            layer=layer,
+            device=device,
+            dtype=dtype,
+        )
+    if norm.centred or norm.wide:
+        unknown(norm, "LayerNorm")
+    return LayerNorm(
+        norm.size, tp, eps=norm.eps, applied_to=applied_to, layer=layer, device=device, dtype=dtype
+    )
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x if x.dtype.itemsize >= 4 else x.float()

@@ -8,22 +8,22 @@ from torch import Tensor, nn
 from colrow.comm import collectives, primitives
 from colrow.comm.group import ParallelGroup
 from colrow.comm.steps import watch
-from colrow.layers.chunks import check_chunk_bytes
 from colrow.layers.decoding import Kernel
 from colrow.layers.fused import row_linear
 from colrow.layers.linear import (
+    Sharded,
     check_features,
     check_partition,
     describe,
-    divides_sequence,
     named,
     reset_linear_,
 )
 from colrow.layers.shared import SharedParameter, SharedRows, SharedWeights
 from colrow.partition import Partition, ShardSpec
+from colrow.sharding import SequenceDivision, Sharding
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(Sharded, nn.Module):
     """A linear layer whose input features are divided: ``y = sum over ranks of x_r W_r^T, plus b``.
 
     ==================  ================================  =====================================
@@ -45,12 +45,8 @@ class RowParallelLinear(nn.Module):
             False, x is ``[..., in]`` on every rank and is split first (backward: all-gather).
         sequence_parallel: whether the result is a shard of the sequence.
         partition: how the input features are divided; as evenly as possible by default.
-        overlap: matmul and collective as one node of the graph; without it the layer is
-            ``F.linear`` and an explicit collective. Both send the same, and neither hides it: the
+        sharding: this and more, see :class:`colrow.Sharding`. ``overlap`` hides nothing here: the
             collective comes last in forward and, under sequence parallelism, first in backward.
-        chunk_bytes: multiply and reduce in up to 4 chunks of at least so many bytes, so that each
-            reduction runs behind the next matmul; the same for the gather of backward. None, the
-            default, sends whole messages, see :class:`FusedColumnParallelLinear`.
         layer: name for messages and the ledger.
 
     Attributes:
@@ -74,9 +70,8 @@ class RowParallelLinear(nn.Module):
         bias: bool,
         input_is_parallel: bool = True,
         sequence_parallel: bool = False,
+        sharding: Sharding | None = None,
         partition: Partition | None = None,
-        overlap: bool = True,
-        chunk_bytes: int | None = None,
         layer: str = "",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -85,14 +80,12 @@ class RowParallelLinear(nn.Module):
         partition = partition or Partition.even(in_features, tp.size)
         check_partition(partition, in_features, "in_features")
         primitives.check_split(partition, tp)
-        check_chunk_bytes(chunk_bytes, overlap)
         self.in_features, self.out_features = in_features, out_features
         self.tp, self.layer = tp, layer
         watch(self, tp)
         self.partition = partition
         self.input_is_parallel = input_is_parallel
-        self.sequence_parallel = sequence_parallel
-        self.overlap, self.chunk_bytes = overlap, chunk_bytes
+        self.sharding = Sharding.of(sharding, sequence_parallel)
         self.kernel: Kernel | None = None
         self.weight_spec = ShardSpec((out_features, in_features), 1, (partition,))
         self.bias_spec = ShardSpec.replicated(out_features)
@@ -114,7 +107,7 @@ class RowParallelLinear(nn.Module):
         self,
         x: Tensor,
         *,
-        sequence: Partition | None = None,
+        sequence: SequenceDivision = None,
         shared: SharedWeights | None = None,
     ) -> Tensor:
         """Applies the layer.
@@ -122,7 +115,7 @@ class RowParallelLinear(nn.Module):
         Args:
             x: see the table of the class.
             sequence: under sequence parallelism, how to divide the sequence; as evenly as possible
-                by default. If replicated, the result is whole on every rank.
+                by default. WHOLE asks for a result that is whole on every rank.
             shared: the model's gradient bucket, for a layer inside one.
 
         Raises:
@@ -144,11 +137,8 @@ class RowParallelLinear(nn.Module):
         else:
             check_features(x, self.in_features, self)
             x = collectives.scatter_to_tp(x, self.tp, partition=self.partition, layer=self.layer)
-        if not divides_sequence(self, sequence):
-            sequence = None
-        elif sequence is None:
-            sequence = Partition.even(x.shape[-2], self.tp.size)
-        if self.kernel is not None and sequence is None and not torch.is_grad_enabled():
+        divided = self.divided_sequence(sequence, lambda: Partition.even(x.shape[-2], self.tp.size))
+        if self.kernel is not None and divided is None and not torch.is_grad_enabled():
             partial = self.kernel(x, self.weight, None)
             y = primitives.all_reduce(partial, self.tp, layer=self.layer, in_place=True)
         else:
@@ -156,9 +146,8 @@ class RowParallelLinear(nn.Module):
                 x,
                 self.weight,
                 self.tp,
-                sequence=sequence,
-                overlap=self.overlap,
-                chunk_bytes=self.chunk_bytes,
+                sequence=divided,
+                sharding=self.sharding,
                 layer=self.layer,
             )
         if self.bias is None:

@@ -11,12 +11,14 @@ import torch
 
 from colrow.comm.group import ParallelGroup
 from colrow.comm.mesh import Mesh
-from colrow.models.config import Layout, ModelConfig, num_parameters
+from colrow.layers.describe import Division
+from colrow.models.config import ModelConfig, num_parameters
 from colrow.models.decoder import Decoder
 from colrow.models.hf_config import config_from_file, config_from_hf
 from colrow.models.initialize import initialize_
 from colrow.models.pipeline import Pipeline
 from colrow.models.stages import LayerSplit
+from colrow.sharding import Sharding
 
 
 class _HasDict(Protocol):
@@ -26,12 +28,10 @@ class _HasDict(Protocol):
 class DecoderOptions(TypedDict, total=False):
     """Keyword arguments that are passed on to :class:`Decoder`."""
 
-    layout: Layout
+    division: Division
     tensor_split: str | Sequence[float] | None
     sequence_parallel: bool
-    keep_gathered_input: bool
-    overlap: bool
-    chunk_bytes: int | None
+    sharding: Sharding | None
     check_inputs: bool
 
 

@@ -1,34 +1,46 @@
-"""The shape of a decoder, and every parameter that follows from it. Plain Python, no torch."""
+"""A decoder, described: its blocks and what stands around them. Plain Python, no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Literal
 
-from colrow.layers.options import Activation, Norm, Position, RopeConfig
-from colrow.models.config_limits import check_fields
-from colrow.partition import HeadPartition, Partition, ShardSpec, parse_shares
+from colrow.layers.describe import (
+    AttentionSpec,
+    BlockSpec,
+    ColumnSpec,
+    Division,
+    EmbeddingSpec,
+    ExpertsSpec,
+    NormSpec,
+    ParameterSpec,
+    Part,
+    TableSpec,
+    parameters_of,
+)
+from colrow.partition import Partition, parse_shares
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer.
 
+    Families make one from a checkpoint's configuration (:mod:`colrow.models.families`), by
+    :func:`colrow.models.compose.decoder` where all blocks are alike or nearly so.
+
     Attributes:
-        family: name of the family whose weight names it uses, see :mod:`colrow.models.families`.
-        vocab_size, hidden_size, num_layers, num_heads, num_kv_heads, head_dim, ffn_size: sizes;
-            ``num_kv_heads`` below ``num_heads`` is grouped-query, 1 is multi-query attention.
+        family: name of the family whose weight names it uses.
+        vocab_size: rows of the embedding and of the head.
+        blocks: one description for each layer.
         max_positions: longest sequence; binding for learned positions.
-        norm, norm_eps: kind of normalisation and its epsilon.
-        activation, gated: of the MLP; gated is SwiGLU's ``act(gate) * up``.
-        position, rope: how positions enter.
-        parallel_residual: attention and MLP both read the block's input and are added together.
-        qkv_bias, output_bias, mlp_bias: which linear layers have a bias.
-        qk_norm: RMS norm on each head's query and key.
-        embedding_norm: a norm right after the embedding.
+        norm: in front of the head.
+        positions: "learned" for a vector for each position that is added to the token's, else None.
+        embedding_scale: what the token's vector is multiplied by.
+        embedding_norm: a norm right after the embedding, or None.
         tie_embeddings: the head uses the embedding's weight.
-        windows: per layer, how many keys back a query sees (itself included), or None for all.
-        embedding_dropout, attention_dropout, residual_dropout: probabilities, in training.
+        embedding_dropout: probability, in training.
         initializer_range: standard deviation of initial weights.
         scaled_residual_init: weights that write to the residual stream start smaller by
             ``sqrt(2 * num_layers)`` (Radford et al. 2019, section 2.3).
@@ -38,76 +50,67 @@ class ModelConfig:
 
     family: str
     vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    ffn_size: int
+    blocks: tuple[BlockSpec, ...]
     max_positions: int
-    norm: Norm = "rmsnorm"
-    norm_eps: float = 1e-5
-    activation: Activation = "silu"
-    gated: bool = True
-    position: Position = "rope"
-    rope: RopeConfig | None = None
-    parallel_residual: bool = False
-    qkv_bias: bool = False
-    output_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    embedding_norm: bool = False
+    norm: NormSpec
+    positions: Literal["learned"] | None = None
+    embedding_scale: float = 1.0
+    embedding_norm: NormSpec | None = None
     tie_embeddings: bool = False
-    windows: tuple[int | None, ...] = field(default=())
     embedding_dropout: float = 0.0
-    attention_dropout: float = 0.0
-    residual_dropout: float = 0.0
     initializer_range: float = 0.02
     scaled_residual_init: bool = False
     freeze_padding: bool = False
     bos_token_id: int | None = None
-    eos_token_ids: tuple[int, ...] = ()
+    eos_token_ids: tuple[int, ...] = field(default=())
     pad_token_id: int | None = None
 
-    def __post_init__(self) -> None:
-        check_fields(vars(self))
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}"
-            )
-        if (self.position == "rope") != (self.rope is not None):
-            raise ValueError(f"position={self.position!r} and rope={self.rope} do not go together")
-        if self.windows and len(self.windows) != self.num_layers:
-            raise ValueError(f"{len(self.windows)} windows for {self.num_layers} layers")
-
-    def window(self, layer: int) -> int | None:
-        """How many keys back a query of this layer sees, or None for all."""
-        return self.windows[layer] if self.windows else None
+    @property
+    def num_layers(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
 
     @property
-    def has_norm_bias(self) -> bool:
-        """LayerNorm has one, RMSNorm has none."""
-        return self.norm == "layernorm"
+    def hidden_size(self) -> int:
+        """Width of the residual stream."""
+        return self.norm.size
 
+    @property
+    def longest(self) -> int | None:
+        """The longest sequence that can be computed; None where positions go on for ever."""
+        return self.max_positions if self.positions == "learned" else None
 
-@dataclass(frozen=True)
-class Layout:
-    """How a model's dimensions are divided over a tensor-parallel group.
+    @property
+    def drops(self) -> bool:
+        """Whether anything is dropped in training."""
+        return self.embedding_dropout > 0 or any(
+            block.dropout > 0 or block.attention.dropout > 0 for block in set(self.blocks)
+        )
 
-    Attributes:
-        heads: attention heads.
-        ffn: hidden features of the MLP.
-        vocab: rows of the embedding and of the head.
-    """
+    def parts(self, division: Division) -> dict[str, Part]:
+        """All layers by colrow's names, in the order of the forward pass.
 
-    heads: HeadPartition
-    ffn: Partition
-    vocab: Partition
+        A tied head is not listed: it is the embedding.
+        """
+        vocab = division.of(self.vocab_size)
+        found: dict[str, Part] = {"embedding": EmbeddingSpec(vocab, self.hidden_size)}
+        if self.positions is not None:
+            found["positions"] = TableSpec(self.max_positions, self.hidden_size)
+        if self.embedding_norm is not None:
+            found["embedding_norm"] = self.embedding_norm
+        for index, block in enumerate(self.blocks):
+            for name, part in _parts_of(block, division).items():
+                found[f"blocks.{index}.{name}"] = part
+        found["norm"] = self.norm
+        if not self.tie_embeddings:
+            found["head"] = ColumnSpec(self.hidden_size, (vocab,))
+        return found
 
-    @classmethod
-    def create(
-        cls, config: ModelConfig, tp_size: int, tensor_split: str | Sequence[float] | None = None
-    ) -> Layout:
+    def parameters(self, division: Division) -> dict[str, ParameterSpec]:
+        """Every parameter under colrow's names, in the order of the forward pass."""
+        return parameters_of(self.parts(division))
+
+    def divide(self, tp_size: int, tensor_split: str | Sequence[float] | None = None) -> Division:
         """As even as possible, or in the ratio of ``tensor_split``.
 
         Args:
@@ -119,101 +122,74 @@ class Layout:
             ValueError: when there are more ranks than query heads, FFN features or vocabulary; a
                 split without one share for each rank, or that leaves a rank without one of these.
         """
-        for name, length in (("ffn_size", config.ffn_size), ("vocab_size", config.vocab_size)):
-            if length < tp_size:
-                raise ValueError(
-                    f"{name}={length} cannot be split over {tp_size} ranks; use a tensor-parallel "
-                    f"size of at most {length}"
-                )
-        if not tensor_split:
-            heads = HeadPartition.create(config.num_heads, config.num_kv_heads, tp_size)
-            ffn = Partition.even(config.ffn_size, tp_size)
-            return cls(heads, ffn, Partition.even(config.vocab_size, tp_size))
-        shares = parse_shares(tensor_split, "tensor split")
-        if len(shares) != tp_size:
+        shares = parse_shares(tensor_split, "tensor split") if tensor_split else ()
+        if shares and len(shares) != tp_size:
             raise ValueError(
                 f"the tensor split {_text(shares)} has {len(shares)} "
                 f"number{'s' if len(shares) > 1 else ''} for a tensor-parallel size of {tp_size}: "
                 "give one for each rank, or leave it out"
             )
-        for what, length in (
-            ("query heads", config.num_heads),
-            ("FFN features", config.ffn_size),
-            ("vocabulary rows", config.vocab_size),
-        ):
-            sizes = Partition.ratio(length, shares).sizes
+        for what, length in self._divided():
+            if length < tp_size and not shares and what != "query heads":
+                raise ValueError(
+                    f"the model's {length} {what} cannot be split over {tp_size} ranks; use a "
+                    f"tensor-parallel size of at most {length}"
+                )
+            sizes = Partition.ratio(length, shares).sizes if shares else (1,)
             if 0 in sizes:
                 raise ValueError(
                     f"the tensor split {_text(shares)} gives the ranks {_text(sizes)} of the "
                     f"model's {length} {what}, none to rank {sizes.index(0)}: every rank needs at "
                     "least one, so give that rank a larger share or take fewer ranks"
                 )
-        return cls(
-            HeadPartition.create(config.num_heads, config.num_kv_heads, tp_size, weights=shares),
-            Partition.ratio(config.ffn_size, shares),
-            Partition.ratio(config.vocab_size, shares),
-        )
+        division = Division(tp_size, shares)
+        for block in dict.fromkeys(self.blocks):
+            block.attention.heads(division)
+        return division
+
+    def _divided(self) -> list[tuple[str, int]]:
+        """What is divided, and how much there is of it."""
+        found: list[tuple[str, int]] = []
+        for block in self.blocks:
+            mlp = block.mlp
+            both = (mlp.expert, mlp.shared) if isinstance(mlp, ExpertsSpec) else (mlp,)
+            found.append(("query heads", block.attention.num_heads))
+            found += [("FFN features", one.ffn_size) for one in both if one is not None]
+        return list(dict.fromkeys([*found, ("vocabulary rows", self.vocab_size)]))
+
+
+@lru_cache(maxsize=1024)
+def _parts_of(block: BlockSpec, division: Division) -> dict[str, Part]:
+    return block.parts(division)
 
 
 def _text(numbers: Sequence[float]) -> str:
     return ",".join(f"{number:g}" for number in numbers)
 
 
-def parameter_specs(config: ModelConfig, layout: Layout) -> dict[str, ShardSpec]:
-    """Every parameter of the decoder, under colrow's names, in the order of the forward pass.
-
-    A tied head is not listed: it is the embedding.
-    """
-    hidden, whole = config.hidden_size, ShardSpec.replicated
-    specs: dict[str, ShardSpec] = {}
-
-    def norm(name: str, size: int = hidden, bias: bool = config.has_norm_bias) -> None:
-        specs[f"{name}.weight"] = whole(size)
-        if bias:
-            specs[f"{name}.bias"] = whole(size)
-
-    def column(name: str, blocks: tuple[Partition, ...], bias: bool) -> None:
-        out = sum(block.length for block in blocks)
-        specs[f"{name}.weight"] = ShardSpec((out, hidden), 0, blocks)
-        if bias:
-            specs[f"{name}.bias"] = ShardSpec((out,), 0, blocks)
-
-    def row(name: str, partition: Partition, bias: bool) -> None:
-        specs[f"{name}.weight"] = ShardSpec((hidden, partition.length), 1, (partition,))
-        if bias:
-            specs[f"{name}.bias"] = whole(hidden)
-
-    query = layout.heads.query.scaled(config.head_dim)
-    key_value = layout.heads.key_value.scaled(config.head_dim)
-    column("embedding", (layout.vocab,), bias=False)
-    if config.position == "learned":
-        specs["positions.weight"] = whole(config.max_positions, hidden)
-    if config.embedding_norm:
-        norm("embedding_norm")
-    for index in range(config.num_layers):
-        block = f"blocks.{index}"
-        norm(f"{block}.attention_norm")
-        column(f"{block}.attention.qkv", (query, key_value, key_value), config.qkv_bias)
-        if config.qk_norm:
-            norm(f"{block}.attention.query_norm", config.head_dim, bias=False)
-            norm(f"{block}.attention.key_norm", config.head_dim, bias=False)
-        row(f"{block}.attention.output", query, config.output_bias)
-        norm(f"{block}.mlp_norm")
-        ffn = (layout.ffn, layout.ffn) if config.gated else (layout.ffn,)
-        column(f"{block}.mlp.up", ffn, config.mlp_bias)
-        row(f"{block}.mlp.down", layout.ffn, config.mlp_bias)
-    norm("norm")
-    if not config.tie_embeddings:
-        column("head", (layout.vocab,), bias=False)
-    return specs
-
-
 def num_parameters(config: ModelConfig) -> int:
     """Number of parameters of the whole model; a tied head counts once."""
-    total = 0
-    for spec in parameter_specs(config, Layout.create(config, 1)).values():
-        size = 1
-        for length in spec.shape:
-            size *= length
-        total += size
-    return total
+    return sum(parameter.elements for parameter in config.parameters(Division(1)).values())
+
+
+def common_attention(config: ModelConfig) -> AttentionSpec:
+    """The attention of the first block, whose heads all blocks have.
+
+    Raises:
+        ValueError: blocks whose heads differ in number or size, or are of another kind.
+    """
+    found = [attention_of(block) for block in dict.fromkeys(config.blocks)]
+    if len({(each.num_heads, each.num_kv_heads, each.head_dim) for each in found}) > 1:
+        raise ValueError(f"the blocks of this {config.family} model have heads of several kinds")
+    return found[0]
+
+
+def attention_of(block: BlockSpec) -> AttentionSpec:
+    """The block's attention, where keys and values are cached by head.
+
+    Raises:
+        ValueError: for another kind.
+    """
+    if not isinstance(block.attention, AttentionSpec):
+        raise ValueError(f"{type(block.attention).__name__} has no keys and values by head")
+    return block.attention

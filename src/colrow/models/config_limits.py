@@ -22,10 +22,11 @@ SIZES: dict[str, int] = {
     "ffn_size": 1 << 24,
     "max_positions": 1 << 40,
 }
-"""Field of :class:`ModelConfig` to the largest value."""
+"""Field of :func:`colrow.models.compose.decoder` to the largest value."""
 
 _LEARNED_POSITIONS = 1 << 26
 _PARAMETERS = 1 << 53
+_EXPERTS = 1 << 14
 _SHARES = ("embedding_dropout", "attention_dropout", "residual_dropout")
 _SWITCHES = (
     "gated",
@@ -33,7 +34,8 @@ _SWITCHES = (
     "qkv_bias",
     "output_bias",
     "mlp_bias",
-    "qk_norm",
+    "norm_centred",
+    "norm_wide",
     "embedding_norm",
     "tie_embeddings",
     "scaled_residual_init",
@@ -45,7 +47,7 @@ _ROPE_TABLES = ("rope_parameters", "rope_scaling")
 
 
 def check_fields(fields: Mapping[str, object], keys: Mapping[str, str] | None = None) -> None:
-    """Makes sure that fields of a :class:`ModelConfig` have values that a model can have.
+    """Makes sure that fields of a decoder have values that a model can have.
 
     Args:
         fields: all of them, or those that are known so far.
@@ -71,6 +73,12 @@ def check_fields(fields: Mapping[str, object], keys: Mapping[str, str] | None = 
     for field in ("bos_token_id", "pad_token_id"):
         if fields.get(field) is not None:
             check_whole(name(field), fields[field], -_TOKEN, _TOKEN)
+    for field in ("experts", "active_experts"):
+        if field in fields:
+            check_whole(name(field), fields[field], 0, _EXPERTS)
+    for field in ("attention_scale", "embedding_scale"):
+        if fields.get(field) is not None:
+            check_number(name(field), fields[field])
     _check_list(name("eos_token_ids"), fields.get("eos_token_ids", ()), _TOKENS, -_TOKEN)
     layers = SIZES["num_layers"]
     windows = [each for each in _items(fields.get("windows", ())) if each is not None]
@@ -130,7 +138,7 @@ def check_hf_values(values: Mapping[str, object], keys: Mapping[str, str]) -> No
 
     Args:
         values: its contents.
-        keys: field of :class:`ModelConfig` to the key of the file.
+        keys: field of a decoder to the key of the file.
 
     Raises:
         ValueError: naming the first key that has not.

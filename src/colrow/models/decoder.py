@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from colrow import rng
+from colrow.comm import primitives
 from colrow.layers.context import AttentionContext, KeyValueCache
 from colrow.layers.fused import column_linear
-from colrow.layers.linear import divides_sequence
 from colrow.layers.loss import Reduction, vocab_parallel_cross_entropy
 from colrow.layers.shared import SharedWeights
 from colrow.models.inputs import (
@@ -20,6 +20,7 @@ from colrow.models.inputs import (
 from colrow.models.staged_layers import StagedLayers
 from colrow.models.stages import Stage
 from colrow.partition import Partition
+from colrow.sharding import WHOLE, SequenceDivision
 
 
 class Decoder(StagedLayers):
@@ -33,14 +34,12 @@ class Decoder(StagedLayers):
         config: its shape.
         tp: the tensor-parallel group.
         pipeline: which stages are here; the whole model by default.
-        layout: how its dimensions are divided; as evenly as possible by default.
-        tensor_split: instead of a layout the ratio of the ranks' shares, "2,1" or (0.5, 0.3, 0.2):
-            see :meth:`Layout.create`. The same on all ranks, which compare it with the batch.
+        division: how its dimensions are divided; as evenly as possible by default.
+        tensor_split: instead of a division the ratio of the ranks' shares, "2,1" or
+            (0.5, 0.3, 0.2), see :meth:`ModelConfig.divide`. The same on all ranks, which compare
+            it with the batch.
         sequence_parallel: norms, dropout and residuals work on a shard of the sequence.
-        keep_gathered_input: with sequence parallelism, keep gathered inputs for backward.
-        overlap: hide the collectives of backward behind weight gradients.
-        chunk_bytes: multiply and send in chunks of at least so many bytes, so that collectives of
-            forward hide behind matmuls too, see :class:`colrow.layers.RowParallelLinear`.
+        sharding: this and more, see :class:`colrow.Sharding`.
         check_inputs: compare the batch, and the dropout key if there is one, over the ranks in
             every forward pass that is not decoding, and what optimisers did since the last one (one
             all-reduce of 32 bytes), since different ones give wrong numbers silently.
@@ -91,7 +90,7 @@ class Decoder(StagedLayers):
         if self.check_inputs and cache is None and stage.is_first:
             given = (input_ids, attention_mask, positions)
             check_same_on_all_ranks(
-                self.tp, *given, dropout_key=key, layout=self.layout, trained=True
+                self.tp, *given, dropout_key=key, layout=self.division, trained=True
             )
         hidden = self._hidden(stage, input_ids, length, attention_mask, positions, cache, key)
         return self.logits(*hidden) if stage.is_last else hidden[0]
@@ -134,7 +133,7 @@ class Decoder(StagedLayers):
             compared = (input_ids, attention_mask, positions) if stage.is_first else ()
             compared = (*compared, labels)
             check_same_on_all_ranks(
-                self.tp, *compared, dropout_key=key, layout=self.layout, trained=True
+                self.tp, *compared, dropout_key=key, layout=self.division, trained=True
             )
         check_next_token(labels)
         hidden = self._hidden(
@@ -150,7 +149,7 @@ class Decoder(StagedLayers):
             label_smoothing=label_smoothing,
             z_loss=z_loss,
             reduction=reduction,
-            partition=self.layout.vocab,
+            partition=self.vocab,
         )
         return losses[:, :-1] if reduction == "none" else losses
 
@@ -173,7 +172,7 @@ class Decoder(StagedLayers):
         positions: Tensor | None,
         cache: KeyValueCache | None,
         key: int | Tensor | None,
-    ) -> tuple[Tensor, Partition | None, SharedWeights]:
+    ) -> tuple[Tensor, SequenceDivision, SharedWeights]:
         """The hidden states after a stage, after the last one normed for the head."""
         past = 0 if cache is None else cache.length
         if cache is not None and self.sequence_parallel and torch.is_grad_enabled():
@@ -183,10 +182,9 @@ class Decoder(StagedLayers):
             )
         divided = self.sequence_parallel and cache is None
         length = check_stage_input(self.config, stage, x, length, attention_mask, past, divided)
-        sequence = None
+        sequence: SequenceDivision = None
         if self.sequence_parallel:
-            divide = Partition.even if cache is None else Partition.replicated
-            sequence = divide(length, self.tp.size)
+            sequence = Partition.even(length, self.tp.size) if cache is None else WHOLE
         shared = SharedWeights({})
         if not self.sums_shared_later:
             shared = self._shared_layers[self.stages.index(stage)].weights(self.tp, "shared")
@@ -223,7 +221,7 @@ class Decoder(StagedLayers):
         self,
         input_ids: Tensor,
         context: AttentionContext,
-        sequence: Partition | None,
+        sequence: SequenceDivision,
         shared: SharedWeights,
         key: int | Tensor | None,
         *,
@@ -232,6 +230,9 @@ class Decoder(StagedLayers):
         """Embeddings of tokens and positions, with their norm and dropout."""
         assert self.embedding is not None
         x: Tensor = self.embedding(input_ids, sequence=sequence)
+        if self.config.embedding_scale != 1:
+            # Rounded to the weights' dtype first, as models are trained.
+            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype).item()
         if self.positions is not None:
             x = x + self.positions(context.positions, sequence=sequence, shared=shared)
         if self.embedding_norm is not None:
@@ -242,18 +243,20 @@ class Decoder(StagedLayers):
             x,
             key=rng.derived_key(key, "embedding"),
             dim=1 if divided else None,
-            partition=sequence if divided else None,
+            partition=sequence if isinstance(sequence, Partition) else None,
             rank=self.tp.rank,
         )
         return dropped
 
-    def logits(self, hidden: Tensor, sequence: Partition | None, shared: SharedWeights) -> Tensor:
+    def logits(self, hidden: Tensor, sequence: SequenceDivision, shared: SharedWeights) -> Tensor:
         """The head: ``[batch, sequence (_local), hidden]`` to local logits."""
         if self.head is not None:
             logits: Tensor = self.head(hidden, sequence=sequence, shared=shared)
             return logits
-        whole = not divides_sequence(self, sequence)
-        if self.tied_kernel is not None and whole and not torch.is_grad_enabled():
+        divided = self.divided_sequence(
+            sequence, lambda: primitives.exchange_sizes(hidden, self.tp, 1, layer="head")
+        )
+        if self.tied_kernel is not None and divided is None and not torch.is_grad_enabled():
             assert self.embedding is not None
             return self.tied_kernel(hidden, self.embedding.weight, None)
         assert self.embedding is not None
@@ -262,17 +265,13 @@ class Decoder(StagedLayers):
             self.embedding.weight,
             None,
             self.tp,
-            sequence=None if whole else sequence,
-            keep_gathered_input=self.keep_gathered_input,
-            overlap=self.overlap,
-            chunk_bytes=self.chunk_bytes,
+            sequence=divided,
+            sharding=self.sharding,
             layer="head",
         )
 
     def _dropout_key(self, given: int | Tensor | None) -> int | Tensor | None:
         """The key of this forward pass; None where nothing is dropped."""
-        config = self.config
-        p = max(config.embedding_dropout, config.attention_dropout, config.residual_dropout)
-        if given is None and self.training and p > 0:
+        if given is None and self.training and self.config.drops:
             return rng.draw_seed()
         return given

@@ -1,9 +1,9 @@
-"""The layers of a decoder, made from its configuration."""
+"""The layers of a decoder, made from its description."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import nn
@@ -12,10 +12,22 @@ from colrow.comm.group import ParallelGroup
 from colrow.layers.attention import ParallelAttention
 from colrow.layers.block import ParallelBlock
 from colrow.layers.column import ColumnParallelLinear
+from colrow.layers.describe import (
+    Attention,
+    AttentionSpec,
+    Division,
+    ExpertsSpec,
+    FeedForward,
+    MLPSpec,
+    NormSpec,
+    unknown,
+)
 from colrow.layers.embedding import PositionEmbedding, VocabParallelEmbedding
+from colrow.layers.experts import ParallelExperts
 from colrow.layers.mlp import ParallelMLP
-from colrow.layers.norm import LayerNorm, RMSNorm
-from colrow.models.config import Layout, ModelConfig
+from colrow.layers.norm import hidden_norm
+from colrow.models.config import ModelConfig
+from colrow.sharding import Sharding
 
 
 class _Place(TypedDict):
@@ -23,24 +35,14 @@ class _Place(TypedDict):
     dtype: torch.dtype | None
 
 
-class _Sharding(TypedDict):
-    sequence_parallel: bool
-    keep_gathered_input: bool
-    overlap: bool
-    chunk_bytes: int | None
-
-
 @dataclass(frozen=True)
 class DecoderParts:
     """Makes each layer; arguments as for :class:`colrow.models.decoder.Decoder`."""
 
     config: ModelConfig
-    layout: Layout
+    division: Division
     tp: ParallelGroup
-    sequence_parallel: bool
-    keep_gathered_input: bool
-    overlap: bool
-    chunk_bytes: int | None
+    sharding: Sharding
     device: torch.device
     dtype: torch.dtype | None
 
@@ -48,28 +50,12 @@ class DecoderParts:
     def _place(self) -> _Place:
         return {"device": self.device, "dtype": self.dtype}
 
-    @property
-    def _sharding(self) -> _Sharding:
-        return {
-            "sequence_parallel": self.sequence_parallel,
-            "keep_gathered_input": self.keep_gathered_input,
-            "overlap": self.overlap,
-            "chunk_bytes": self.chunk_bytes,
-        }
-
-    def norm(self, layer: str) -> nn.Module:
-        """A norm over the hidden size."""
-        config = self.config
-        kind = RMSNorm if config.norm == "rmsnorm" else LayerNorm
-        applied_to: Literal["all", "shard"] = "shard" if self.sequence_parallel else "all"
-        return kind(
-            config.hidden_size,
-            self.tp,
-            eps=config.norm_eps,
-            applied_to=applied_to,
-            layer=layer,
-            **self._place,
-        )
+    def norm(self, spec: NormSpec | None, layer: str) -> nn.Module | None:
+        """A norm over the hidden size, where there is one."""
+        if spec is None:
+            return None
+        divided = self.sharding.sequence_parallel
+        return hidden_norm(spec, self.tp, divided_sequence=divided, layer=layer, **self._place)
 
     def embedding(self) -> VocabParallelEmbedding:
         """The token embedding."""
@@ -78,66 +64,87 @@ class DecoderParts:
             config.vocab_size,
             config.hidden_size,
             self.tp,
-            partition=self.layout.vocab,
+            partition=self.division.of(config.vocab_size),
             padding_idx=config.pad_token_id if config.freeze_padding else None,
-            sequence_parallel=self.sequence_parallel,
+            sharding=self.sharding,
             layer="embedding",
             **self._place,
         )
 
     def positions(self) -> PositionEmbedding | None:
-        """The table of learned positions, where there is one."""
-        if self.config.position != "learned":
+        """Learned positions, where the model has them."""
+        if self.config.positions is None:
             return None
         return PositionEmbedding(
             self.config.max_positions,
             self.config.hidden_size,
             self.tp,
-            sequence_parallel=self.sequence_parallel,
+            sharding=self.sharding,
             layer="positions",
             **self._place,
         )
 
     def block(self, index: int) -> ParallelBlock:
         """Block number ``index``."""
-        config = self.config
-        attention = ParallelAttention(
-            config.hidden_size,
-            self.layout.heads,
-            config.head_dim,
+        block, name = self.config.blocks[index], f"blocks.{index}"
+        return ParallelBlock(
+            self._attention(block.attention, index),
+            self._mlp(block.mlp, f"{name}.mlp"),
+            self.norm(block.attention_norm, f"{name}.attention_norm"),
+            self.norm(block.mlp_norm, f"{name}.mlp_norm"),
             self.tp,
-            rope=config.rope,
-            alibi=config.position == "alibi",
-            qkv_bias=config.qkv_bias,
-            output_bias=config.output_bias,
-            qk_norm_eps=config.norm_eps if config.qk_norm else None,
-            window=config.window(index),
-            dropout=config.attention_dropout,
+            attention_post_norm=self.norm(block.attention_post_norm, f"{name}.attention_post_norm"),
+            mlp_post_norm=self.norm(block.mlp_post_norm, f"{name}.mlp_post_norm"),
+            parallel_residual=block.parallel_residual,
+            dropout=block.dropout,
+        )
+
+    def _attention(self, spec: Attention, index: int) -> ParallelAttention:
+        if not isinstance(spec, AttentionSpec):
+            unknown(spec, "the decoder")
+        return ParallelAttention(
+            spec.hidden_size,
+            spec.heads(self.division),
+            spec.head_dim,
+            self.tp,
+            rope=spec.rope,
+            alibi=spec.alibi,
+            qkv_bias=spec.qkv_bias,
+            output_bias=spec.output_bias,
+            query_norm=spec.query_norm,
+            key_norm=spec.key_norm,
+            scale=spec.scale,
+            window=spec.window,
+            dropout=spec.dropout,
+            sharding=self.sharding,
             layer_index=index,
             layer=f"blocks.{index}.attention",
-            **self._sharding,
             **self._place,
         )
-        mlp = ParallelMLP(
-            config.hidden_size,
-            config.ffn_size,
+
+    def _mlp(self, spec: FeedForward, layer: str) -> ParallelMLP | ParallelExperts:
+        if isinstance(spec, ExpertsSpec):
+            return ParallelExperts(
+                spec,
+                self.tp,
+                partition=self.division.of(spec.expert.ffn_size),
+                sharding=self.sharding,
+                layer=layer,
+                **self._place,
+            )
+        if not isinstance(spec, MLPSpec):
+            unknown(spec, "the decoder")
+        return ParallelMLP(
+            spec.hidden_size,
+            spec.ffn_size,
             self.tp,
-            activation=config.activation,
-            gated=config.gated,
-            bias=config.mlp_bias,
-            partition=self.layout.ffn,
-            layer=f"blocks.{index}.mlp",
-            **self._sharding,
+            activation=spec.activation,
+            gated=spec.gated,
+            bias=spec.bias,
+            partition=self.division.of(spec.ffn_size),
+            sharding=self.sharding,
+            layer=layer,
             **self._place,
-        )
-        return ParallelBlock(
-            attention,
-            mlp,
-            self.norm(f"blocks.{index}.attention_norm"),
-            self.norm(f"blocks.{index}.mlp_norm"),
-            self.tp,
-            parallel_residual=config.parallel_residual,
-            dropout=config.residual_dropout,
         )
 
     def head(self) -> ColumnParallelLinear | None:
@@ -149,9 +156,9 @@ class DecoderParts:
             self.config.vocab_size,
             self.tp,
             bias=False,
-            partition=self.layout.vocab,
+            partition=self.division.of(self.config.vocab_size),
+            sharding=self.sharding,
             layer="head",
-            **self._sharding,
             **self._place,
         )
 

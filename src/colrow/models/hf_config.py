@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from colrow.files import check_inside, read_json, shown
 from colrow.layers.options import Activation
 from colrow.models.config import ModelConfig
 from colrow.models.config_limits import check_hf_values
-from colrow.models.families import Family, family_named
-from colrow.models.hf_rope import rope_config, windows
+from colrow.models.families import family_named
+from colrow.models.families.family import Family
+from colrow.models.hf_rope import windows
 
 ACTIVATION_NAMES: dict[str, Activation] = {
     "silu": "silu",
@@ -124,13 +126,14 @@ def config_from_hf(values: Mapping[str, object]) -> ModelConfig:
             f"this {family.name} checkpoint is quantised ({quantised}), which "
             "the decoder cannot read: use the original checkpoint or a GGUF file"
         )
+    read = {*family.keys.values(), *family.reads}
     for key, supported in {**_FOREIGN_KEYS, **family.refused}.items():
-        if key not in family.keys.values() and values.get(key, supported) != supported:
+        if key not in read and values.get(key, supported) != supported:
             raise ValueError(
                 f"{family.name} with {key}={shown(values[key])} is not supported: it changes the "
                 "numbers in a way that this decoder does not know"
             )
-    fields: dict[str, object] = dict(family.fixed)
+    fields: dict[str, Any] = dict(family.fixed)
     for name, key in family.keys.items():
         if key in values:
             fields[name] = values[key]
@@ -143,9 +146,8 @@ def config_from_hf(values: Mapping[str, object]) -> ModelConfig:
     if "intermediate_size" not in family.keys.values():
         fields.setdefault("ffn_size", 4 * hidden)
     fields["activation"] = _activation(str(fields.get("activation", "silu")), family)
-    if fields["position"] == "rope":
-        fields["rope"] = rope_config(values, int(str(fields["head_dim"])), family)
-    fields["windows"] = windows(values, _required(fields, "num_layers", family), family)
+    layers = _required(fields, "num_layers", family)
+    fields["windows"] = windows(values, layers, family.windows, family.name)
     fields["bos_token_id"] = values.get("bos_token_id")
     padding = values.get("pad_token_id")
     if isinstance(padding, int) and padding < 0:  # counted from the end, as nn.Embedding does
@@ -157,7 +159,8 @@ def config_from_hf(values: Mapping[str, object]) -> ModelConfig:
     )
     for name in ("vocab_size", "num_layers", "ffn_size", "max_positions"):
         _required(fields, name, family)
-    return ModelConfig(family=family.name, **fields)  # type: ignore[arg-type]
+    family.complete(fields, values)
+    return family.compose(fields)
 
 
 def _renamed(values: Mapping[str, object], family: Family) -> dict[str, object]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from colrow.layers.options import RopeConfig
-from colrow.models.families import Family
 
 # Field of RopeConfig, key of rope_parameters.
 _SCALING_KEYS = (
@@ -18,11 +18,26 @@ _ROPE_KEYS = {
     *("rope_type", "type", "rope_theta", "partial_rotary_factor"),
     *(key for _, key in _SCALING_KEYS),
 }
-# What transformers' configuration of GPT-NeoX calls these, and it looks at no other spelling.
-_NEOX_KEYS = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
 
 
-def rope_config(values: Mapping[str, object], head_dim: int, family: Family) -> RopeConfig:
+@dataclass(frozen=True)
+class RopeKeys:
+    """How a family spells rotary positions beside the table of them.
+
+    Attributes:
+        theta, share: the keys for the base and for the part of a head that rotates. Where they are
+            not the usual ones, transformers looks at no other spelling.
+        partial: whether a part of a head may rotate at all.
+    """
+
+    theta: str = "rope_theta"
+    share: str = "partial_rotary_factor"
+    partial: bool = False
+
+
+def rope_config(
+    values: Mapping[str, object], head_dim: int, keys: RopeKeys, family: str
+) -> RopeConfig:
     """From ``rope_parameters``, or the older ``rope_scaling``, with the keys beside them.
 
     A key inside the table comes before the one beside it, as in transformers.
@@ -38,7 +53,7 @@ def rope_config(values: Mapping[str, object], head_dim: int, family: Family) -> 
             raise ValueError(f"{name}={given!r} is not a table")
         if given:
             tables[name] = given
-    found = [_rope(table, values, head_dim, family) for table in tables.values() or [{}]]
+    found = [_rope(table, values, head_dim, keys, family) for table in tables.values() or [{}]]
     if found[0] != found[-1]:
         raise ValueError(
             f"rope_scaling={tables['rope_scaling']!r} and rope_parameters="
@@ -48,7 +63,11 @@ def rope_config(values: Mapping[str, object], head_dim: int, family: Family) -> 
 
 
 def _rope(
-    table: Mapping[str, object], values: Mapping[str, object], head_dim: int, family: Family
+    table: Mapping[str, object],
+    values: Mapping[str, object],
+    head_dim: int,
+    keys: RopeKeys,
+    family: str,
 ) -> RopeConfig:
     given = {key: value for key, value in table.items() if value is not None}
     kind = str(given.get("rope_type") or given.get("type") or "default")
@@ -58,10 +77,10 @@ def _rope(
         raise ValueError(
             f"rope_parameters has {unknown[0]}={given[unknown[0]]!r}, which is not supported"
         )
-    theta = float(str(_beside("rope_theta", given, values, family) or 10000.0))
-    share = float(str(_beside("partial_rotary_factor", given, values, family) or 1.0))
-    if share != 1.0 and "rotary_pct" not in family.defaults:
-        raise ValueError(f"{family.name} with partial_rotary_factor={share} is not supported")
+    theta = float(str(_beside("rope_theta", keys.theta, given, values, family) or 10000.0))
+    share = float(str(_beside("partial_rotary_factor", keys.share, given, values, family) or 1.0))
+    if share != 1.0 and not keys.partial:
+        raise ValueError(f"{family} with partial_rotary_factor={share} is not supported")
     needed = {"default": 0, "linear": 1, "llama3": 4}[kind]
     if needed == 4:
         original, trained = (
@@ -83,27 +102,35 @@ def _rope(
 
 
 def _beside(
-    key: str, table: Mapping[str, object], values: Mapping[str, object], family: Family
+    key: str, read: str, table: Mapping[str, object], values: Mapping[str, object], family: str
 ) -> object:
     """A value of the table of rotary positions, or the one that stands beside the table.
 
     Raises:
-        ValueError: a GPT-NeoX configuration that says it under another name as well, differently.
+        ValueError: a configuration that says it under another name as well, differently.
     """
-    read = _NEOX_KEYS[key] if family.name == "gpt_neox" else key
     value = table.get(key) or values.get(read)
     if read != key and values.get(key) is not None:
         used = value or 10000.0
         if values[key] != used:
             raise ValueError(
-                f"{key}={values[key]!r} contradicts what transformers takes for a {family.name} "
+                f"{key}={values[key]!r} contradicts what transformers takes for a {family} "
                 f"model, {read}={used!r}: make them equal or leave {key} out"
             )
     return value
 
 
+def spelled_rope(rope: RopeConfig, head_dim: int) -> dict[str, object]:
+    """The table ``rope_parameters`` that means these rotary positions."""
+    table: dict[str, object] = {"rope_type": rope.scaling, "rope_theta": rope.theta}
+    if rope.dims != head_dim:
+        table["partial_rotary_factor"] = rope.dims / head_dim
+    needed = {"default": 0, "linear": 1, "llama3": 4}[rope.scaling]
+    return table | {key: getattr(rope, name) for name, key in _SCALING_KEYS[:needed]}
+
+
 def windows(
-    values: Mapping[str, object], num_layers: int, family: Family
+    values: Mapping[str, object], num_layers: int, windowed: str, family: str
 ) -> tuple[int | None, ...]:
     """Per layer, how far back it sees, as transformers' model of the family reads it.
 
@@ -114,34 +141,34 @@ def windows(
     if isinstance(kinds, list):
         if unknown := {str(kind) for kind in kinds} - {"full_attention", "sliding_attention"}:
             raise ValueError(
-                f"{family.name} with layer_types {sorted(unknown)} is not supported: "
+                f"{family} with layer_types {sorted(unknown)} is not supported: "
                 "full_attention and sliding_attention are"
             )
         if len(kinds) != num_layers:
             raise ValueError(f"layer_types names {len(kinds)} layers, and there are {num_layers}")
-    found = _windows(values, num_layers, family)
+    found = _windows(values, num_layers, windowed, family)
     if isinstance(kinds, list) and "sliding_attention" in kinds and not found:
         raise ValueError(
-            f"layer_types asks for sliding_attention, and this {family.name} configuration has no "
+            f"layer_types asks for sliding_attention, and this {family} configuration has no "
             "sliding_window for it: set it and use_sliding_window, or leave layer_types out"
         )
     return found if any(window is not None for window in found) else ()
 
 
 def _windows(
-    values: Mapping[str, object], num_layers: int, family: Family
+    values: Mapping[str, object], num_layers: int, windowed: str, family: str
 ) -> tuple[int | None, ...]:
     window, used = values.get("sliding_window"), values.get("use_sliding_window")
     if not isinstance(window, int):
         return ()
-    if family.windows == "never":
+    if windowed == "never":
         if used is False:
             return ()
-        raise ValueError(f"{family.name} with sliding_window={window} is not supported")
+        raise ValueError(f"{family} with sliding_window={window} is not supported")
     kinds = values.get("layer_types")
-    if family.windows == "always" and not isinstance(kinds, list):
+    if windowed == "always" and not isinstance(kinds, list):
         return (window,) * num_layers
-    if family.windows == "by_layer" and not used:
+    if windowed == "by_layer" and not used:
         return ()
     if not isinstance(kinds, list):
         first = int(str(values.get("max_window_layers", 28)))

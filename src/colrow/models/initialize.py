@@ -32,19 +32,17 @@ def initialize_(model: Decoder, seed: int) -> None:
             device=next(model.parameters()).device,
         )
     for name, parameter in model.named_parameters():
-        module, kind = name.rsplit(".", 1)
-        if kind == "bias":
-            parameter.zero_()
-        elif module.endswith("norm"):
-            parameter.fill_(1.0)
-        else:
-            std = config.initializer_range
-            if config.scaled_residual_init and module.endswith((".output", ".down")):
-                std /= math.sqrt(2 * config.num_layers)
-            key = rng.stream_key(seed, name)
-            rng.fill_shard_(
-                parameter,
-                model.specs[name],
-                model.tp.rank,
-                lambda at, key=key, std=std: rng.normal(key, at) * std,  # type: ignore[misc]
-            )
+        spec = model.parameter_specs[name]
+        if spec.start in ("zeros", "ones"):
+            parameter.fill_(float(spec.start == "ones"))
+            continue
+        std = config.initializer_range
+        if config.scaled_residual_init and spec.start == "residual":
+            std /= math.sqrt(2 * config.num_layers)
+        key = rng.stream_key(seed, name)
+        rng.fill_shard_(
+            parameter,
+            spec.shard,
+            model.tp.rank,
+            lambda at, key=key, std=std: rng.normal(key, at) * std,  # type: ignore[misc]
+        )

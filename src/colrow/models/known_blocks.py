@@ -19,7 +19,7 @@ from torch.nn.modules import module as torch_module
 from colrow.layers.activation import ACTIVATIONS
 from colrow.layers.attention import ParallelAttention
 from colrow.layers.block import ParallelBlock
-from colrow.layers.column import FusedColumnParallelLinear, QKVParallelLinear
+from colrow.layers.column import ColumnParallelLinear, GateUpParallelLinear, QKVParallelLinear
 from colrow.layers.decoding import BlasKernel, Kernel, PackedKernel
 from colrow.layers.dropout import ParallelDropout
 from colrow.layers.grouped_query import group_sizes
@@ -61,6 +61,7 @@ def _attention_fits(attention: ParallelAttention) -> bool:
     return (
         type(attention.rope) is RopeConfig
         and attention.window is None
+        and attention.scale is None
         and attention.alibi is False
         and attention.query_norm is None
         and attention.key_norm is None
@@ -75,30 +76,31 @@ def _linear_fits(layer: Any) -> bool:
     return layer.sequence_parallel is False and type(layer.kernel) in kernels
 
 
+def _column_fits(layer: Any) -> bool:
+    return _linear_fits(layer) and layer.gather_output is False
+
+
 def _row_fits(layer: Any) -> bool:
     return _linear_fits(layer) and layer.input_is_parallel is True
 
 
 def _norm_fits(norm: Any) -> bool:
-    return bool(norm.applied_to == "all")
+    return norm.applied_to == "all" and norm.centred is False and norm.wide is False
 
 
 def _mlp_fits(mlp: ParallelMLP) -> bool:
     return mlp.activation in ACTIVATIONS and type(mlp.gated) is bool
 
 
-_LINEAR = (
-    "weight bias weight_spec bias_spec tp layer in_features out_features sequence_parallel "
-    "chunk_bytes overlap kernel "
-)
-_COLUMN = _LINEAR + "_shared_rows keep_gathered_input"
-_NORM = "weight bias weight_spec bias_spec tp layer size eps applied_to"
+_LINEAR = "weight bias weight_spec bias_spec tp layer in_features out_features sharding kernel "
+_COLUMN = _LINEAR + "_shared_rows"
+_NORM = "weight bias weight_spec bias_spec tp layer size eps applied_to centred wide"
 _NORMS = (RMSNorm, LayerNorm)
 
 _KINDS: dict[type[nn.Module], _Kind] = {
     ParallelBlock: _kind(
         ParallelBlock,
-        "tp parallel_residual own_bucket _shared_layers",
+        "tp sharding parallel_residual own_bucket _shared_layers attention_post_norm mlp_post_norm",
         lambda block: type(block.parallel_residual) is bool,
         attention_norm=_NORMS,
         attention=ParallelAttention,
@@ -108,8 +110,8 @@ _KINDS: dict[type[nn.Module], _Kind] = {
     ),
     ParallelAttention: _kind(
         ParallelAttention,
-        "heads head_dim tp rope window layer_index sequence_parallel q_heads kv_heads runs alibi "
-        "query_norm key_norm _shared_layers padded unpadded kv_of_query slopes frequencies",
+        "heads head_dim tp rope scale window layer_index sharding prefix q_heads kv_heads runs "
+        "alibi query_norm key_norm _shared_layers padded unpadded kv_of_query slopes frequencies",
         _attention_fits,
         qkv=QKVParallelLinear,
         output=RowParallelLinear,
@@ -117,13 +119,16 @@ _KINDS: dict[type[nn.Module], _Kind] = {
     ),
     ParallelMLP: _kind(
         ParallelMLP,
-        "activation gated partition",
+        "activation gated partition sharding",
         _mlp_fits,
-        up=FusedColumnParallelLinear,
+        up=(GateUpParallelLinear, ColumnParallelLinear),
         down=RowParallelLinear,
     ),
     QKVParallelLinear: _kind(QKVParallelLinear, _COLUMN, _linear_fits),
-    FusedColumnParallelLinear: _kind(FusedColumnParallelLinear, _COLUMN, _linear_fits),
+    GateUpParallelLinear: _kind(GateUpParallelLinear, _COLUMN, _linear_fits),
+    ColumnParallelLinear: _kind(
+        ColumnParallelLinear, f"{_COLUMN} partition gather_output", _column_fits
+    ),
     RowParallelLinear: _kind(
         RowParallelLinear, f"{_LINEAR} partition input_is_parallel", _row_fits
     ),

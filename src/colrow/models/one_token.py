@@ -23,6 +23,7 @@ from colrow.layers.column import FusedColumnParallelLinear
 from colrow.layers.context import AttentionContext, KeyValueCache
 from colrow.layers.decoding import Kernel
 from colrow.layers.grouped_query import group_sizes
+from colrow.layers.mlp import ParallelMLP
 from colrow.layers.norm import RMSNorm, rms_scale
 from colrow.layers.row import RowParallelLinear
 from colrow.models.known_blocks import Unchanged, known
@@ -141,6 +142,9 @@ class _Rows:
 def _flat(block: ParallelBlock, rows: _Rows) -> _Block:
     """A block as a function of the cache, which adds to the row "stream"."""
     mlp, parallel_residual = block.mlp, block.parallel_residual
+    norms = block.attention_norm, block.mlp_norm
+    if not isinstance(mlp, ParallelMLP) or norms[0] is None or norms[1] is None:
+        raise ValueError(f"{block.attention.qkv.layer} is of no kind that is written out here")
     stream = rows("stream", mlp.up.in_features)
     normed = rows("normed", mlp.up.in_features)
     fused = rows("fused", block.attention.qkv.weight.shape[0])
@@ -148,7 +152,7 @@ def _flat(block: ParallelBlock, rows: _Rows) -> _Block:
     gate, hidden = widened.chunk(2) if mlp.gated else (widened, None)
     act = ACTIVATIONS[mlp.activation]
     attention_norm, mlp_norm = (
-        _norm(norm, stream, normed, rows) for norm in (block.attention_norm, block.mlp_norm)
+        _norm(norm, stream, normed, rows) for norm in norms if norm is not None
     )
     qkv, up = _column(block.attention.qkv, fused), _column(mlp.up, widened)
     attend = _attention(block.attention, fused, rows)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Self
 
 import torch
@@ -12,22 +13,27 @@ from torch import nn
 from colrow.comm.group import ParallelGroup
 from colrow.layers.column import FusedColumnParallelLinear
 from colrow.layers.decoding import Kernel, has_fast_blas, lay_out_
+from colrow.layers.describe import Division
 from colrow.layers.dropout import ParallelDropout
+from colrow.layers.linear import Sharded
 from colrow.layers.row import RowParallelLinear
 from colrow.layers.shared import SharedLayers, sum_gradients_
-from colrow.models.config import Layout, ModelConfig, parameter_specs
+from colrow.models.config import ModelConfig
 from colrow.models.decoder_parts import DecoderParts, allocate
 from colrow.models.one_token import OneToken
 from colrow.models.pipeline import Blocks, Pipeline
 from colrow.models.stages import Stage
+from colrow.sharding import Sharding
 
 
-class StagedLayers(nn.Module):
+class StagedLayers(Sharded, nn.Module):
     """The layers of this rank; arguments as for :class:`colrow.models.decoder.Decoder`.
 
     Attributes:
         stages: this rank's stages; one, the whole model, without a pipeline.
-        specs: how each parameter of this rank is divided over tp, by its name in the whole model.
+        division: how dimensions are divided over tp; ``vocab`` is the vocabulary's partition.
+        parameter_specs: what each parameter of this rank is, by its name in the whole model.
+        specs: how each is divided over tp.
     """
 
     def __init__(
@@ -36,55 +42,50 @@ class StagedLayers(nn.Module):
         tp: ParallelGroup,
         *,
         pipeline: Pipeline | None = None,
-        layout: Layout | None = None,
+        division: Division | None = None,
         tensor_split: str | Sequence[float] | None = None,
         sequence_parallel: bool = False,
-        keep_gathered_input: bool = True,
-        overlap: bool = True,
-        chunk_bytes: int | None = None,
+        sharding: Sharding | None = None,
         check_inputs: bool = True,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.config, self.tp = config, tp
-        if layout is not None and tensor_split:
-            raise ValueError("a layout divides the model already: leave out tensor_split")
-        self.layout = layout or Layout.create(config, tp.size, tensor_split)
+        if division is not None and tensor_split:
+            raise ValueError("a division divides the model already: leave out tensor_split")
+        self.division = division or config.divide(tp.size, tensor_split)
+        self.vocab = self.division.of(config.vocab_size)
         self.pipeline = pipeline or Pipeline.alone(config.num_layers)
         self.stages = self.pipeline.stages
         first, last = (
             any(getattr(s, f"is_{end}") for s in self.stages) for end in ("first", "last")
         )
-        self.specs = self.pipeline.split.held(
-            parameter_specs(config, self.layout), self.pipeline.pp.rank, tied=config.tie_embeddings
+        self.parameter_specs = self.pipeline.split.held(
+            config.parameters(self.division), self.pipeline.pp.rank, tied=config.tie_embeddings
         )
-        self.sequence_parallel = sequence_parallel = sequence_parallel and tp.size > 1
-        self.keep_gathered_input, self.overlap = keep_gathered_input, overlap
-        self.chunk_bytes = chunk_bytes
+        self.specs = {name: spec.shard for name, spec in self.parameter_specs.items()}
+        self.sharding = Sharding.of(sharding, sequence_parallel)
+        if tp.size == 1:
+            self.sharding = replace(self.sharding, sequence_parallel=False)
         self.check_inputs = check_inputs
         # Built without memory, then allocated once: no layer draws values that are replaced anyway.
         parts = DecoderParts(
             config,
-            self.layout,
+            self.division,
             tp,
-            sequence_parallel=sequence_parallel,
-            keep_gathered_input=keep_gathered_input,
-            overlap=overlap,
-            chunk_bytes=chunk_bytes,
+            self.sharding,
             device=torch.device("meta"),
             dtype=dtype,
         )
         here = first or (last and config.tie_embeddings)
         self.embedding = parts.embedding() if here else None
         self.positions = parts.positions() if first else None
-        self.embedding_norm = (
-            parts.norm("embedding_norm") if first and config.embedding_norm else None
-        )
+        self.embedding_norm = parts.norm(config.embedding_norm, "embedding_norm") if first else None
         self.dropout = ParallelDropout(config.embedding_dropout)
         numbers = [number for stage in self.stages for number in stage.blocks]
         self.blocks = Blocks({number: parts.block(number) for number in numbers})
-        self.norm = parts.norm("norm") if last else None
+        self.norm = parts.norm(config.norm, "norm") if last else None
         self.head = parts.head() if last else None
         self.sums_shared_later = False
         self.tied_kernel: Kernel | None = None
@@ -145,13 +146,13 @@ class StagedLayers(nn.Module):
     def weight_bytes_per_rank(self) -> list[int]:
         """Bytes of parameters on each rank of the pipeline, tp innermost; nothing is sent."""
         itemsize = next(self.parameters()).element_size()
-        whole, split = parameter_specs(self.config, self.layout), self.pipeline.split
+        whole, split = self.config.parameters(self.division), self.pipeline.split
         held = [
             split.held(whole, rank, tied=self.config.tie_embeddings).values()
             for rank in range(split.ranks)
         ]
         return [
-            itemsize * sum(math.prod(spec.local_shape(rank)) for spec in specs)
+            itemsize * sum(math.prod(spec.shard.local_shape(rank)) for spec in specs)
             for specs in held
             for rank in range(self.tp.size)
         ]

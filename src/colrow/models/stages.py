@@ -8,11 +8,15 @@ or for ZBV to the last rank and back (Qi et al. 2024, arXiv 2405.15362).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
+from colrow.layers.describe import BlockSpec, Division, ExpertsSpec
 from colrow.models.config import ModelConfig
-from colrow.partition import Partition, ShardSpec, parse_shares
+from colrow.partition import Partition, parse_shares
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,7 @@ class LayerSplit:
         """Numbers of the blocks on a pipeline rank."""
         return [block for stage in self.of_rank(rank) for block in stage.blocks]
 
-    def held(self, specs: dict[str, ShardSpec], rank: int, *, tied: bool) -> dict[str, ShardSpec]:
+    def held(self, specs: Mapping[str, T], rank: int, *, tied: bool) -> dict[str, T]:
         """Of the whole model's parameters those on a pipeline rank, in the same order."""
         stages = self.of_rank(rank)
         return {
@@ -210,14 +214,25 @@ class Costs:
 def layer_costs(config: ModelConfig, sequence: int = 0) -> Costs:
     """Floating point operations per token of the forward pass.
 
-    Two for each weight of a matmul, and with a ``sequence`` length two products of queries with
-    half of the keys and values. The embedding looks up and multiplies nothing.
+    Two for each weight of a matmul that the token meets, and with a ``sequence`` length two
+    products of queries with half of the keys and values. The embedding looks up and multiplies
+    nothing. Where blocks differ, their mean counts.
     """
-    hidden, width = config.hidden_size, config.num_heads * config.head_dim
-    key_value = config.num_kv_heads * config.head_dim
-    attention = 2 * hidden * (2 * width + 2 * key_value) + 2 * sequence * width
-    mlp = 2 * hidden * config.ffn_size * (3 if config.gated else 2)
-    return Costs(0.0, float(attention + mlp), float(2 * hidden * config.vocab_size))
+    operations = [_operations(block, sequence) for block in config.blocks]
+    return Costs(
+        0.0, sum(operations) / len(operations), float(2 * config.hidden_size * config.vocab_size)
+    )
+
+
+def _operations(block: BlockSpec, sequence: int) -> float:
+    attention, mlp = block.attention, block.mlp
+    active = mlp.active / mlp.count if isinstance(mlp, ExpertsSpec) else 1.0
+    weights = sum(
+        linear.inputs * linear.outputs * (linear.experts * active if linear.experts > 1 else 1)
+        for linear in block.linears(Division(1), 0)
+    )
+    numbers = attention.num_heads * (attention.key_size + attention.value_size)
+    return 2.0 * weights + sequence * numbers
 
 
 def balanced(layers: int, stages: int, costs: Costs) -> tuple[int, ...]:

@@ -6,8 +6,9 @@ import math
 from collections.abc import Sequence
 
 from colrow.comm.ledger import Call
+from colrow.layers.describe import Division
 from colrow.models.communication import ITEMSIZE, predict_stage, shared_elements
-from colrow.models.config import Layout, ModelConfig, parameter_specs
+from colrow.models.config import ModelConfig
 from colrow.models.stages import LayerSplit
 from colrow.partition import Partition
 from colrow.pipeline.schedules import Schedule
@@ -18,7 +19,7 @@ BUCKET_BYTES = 25 << 20
 
 def predict_pipeline_step(
     config: ModelConfig,
-    layout: Layout,
+    division: Division,
     split: LayerSplit,
     schedule: Schedule,
     *,
@@ -49,7 +50,7 @@ def predict_pipeline_step(
         dtype: of parameters and gradients.
         compute_dtype: of activations, where it is another.
     """
-    ranks, calls = layout.vocab.parts, []
+    ranks, calls = division.ranks, []
     width = compute_dtype or dtype
     later = schedule in ZERO_BUBBLE
     apart = (fsdp and dp > 1) or compute_dtype is not None
@@ -67,7 +68,7 @@ def predict_pipeline_step(
     for stage in split.of_rank(pp_rank):
         calls += predict_stage(
             config,
-            layout,
+            division,
             stage,
             batch=batch,
             sequence=sequence,
@@ -83,16 +84,16 @@ def predict_pipeline_step(
             crossing(stage.stop, split.rank_of(stage.index + 1), "send")
     calls *= microbatches
     itemsize = ITEMSIZE[dtype]
-    held = split.held(parameter_specs(config, layout), pp_rank, tied=config.tie_embeddings)
+    held = split.held(config.parameters(division), pp_rank, tied=config.tie_embeddings)
     if later and ranks > 1:
-        shared = shared_elements(config, layout, sequence_parallel)
+        shared = shared_elements(config, division, sequence_parallel)
         elements = sum(count for name, count in shared.items() if name in held)
         if elements:
             calls.append(Call("all_reduce", "backward", "shared", elements * itemsize, dtype, "tp"))
     sharded = fsdp and dp > 1
     ends = (0, split.last_rank)
     if config.tie_embeddings and split.last_rank and pp_rank in ends:
-        shape = held["embedding.weight"].local_shape(tp_rank)
+        shape = held["embedding.weight"].shard.local_shape(tp_rank)
         rows = shape[0]
         if sharded:  # as torch.chunk divides
             chunk = -(-rows // dp)
@@ -100,7 +101,7 @@ def predict_pipeline_step(
         size = rows * math.prod(shape[1:]) * itemsize
         calls.append(Call("all_reduce", "backward", "embedding", size, dtype, "pp"))
     if dp > 1 and not fsdp:
-        sizes = [math.prod(spec.local_shape(tp_rank)) * itemsize for spec in held.values()]
+        sizes = [math.prod(spec.shard.local_shape(tp_rank)) * itemsize for spec in held.values()]
         for members in buckets(sizes, BUCKET_BYTES):
             size = sum(sizes[i] for i in members)
             calls.append(Call("all_reduce", "backward", "gradients", size, dtype, "dp"))

@@ -76,9 +76,10 @@ class PipelineRunner:
             tied=model.config.tie_embeddings,
         )
         self._later = schedule in ZERO_BUBBLE
-        if self._later and model.overlap and mesh.tp.size > 1:
+        if self._later and model.sharding.overlap and mesh.tp.size > 1:
             raise ValueError(
-                f"schedule={schedule} with tp={mesh.tp.size} needs a model made with overlap=False:"
+                f"schedule={schedule} with tp={mesh.tp.size} needs a model made with "
+                "sharding=Sharding(overlap=False):"
                 " each collective is then a node of the graph of its own, and issued once"
             )
         model.sums_shared_later = self._later

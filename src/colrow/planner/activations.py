@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from colrow.models.config import Layout as Division
+from colrow.layers.describe import Division
 from colrow.planner.layout import Layout
 from colrow.planner.model import ModelShape
 

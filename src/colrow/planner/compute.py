@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from colrow.models.config import Layout as Division
+from colrow.layers.describe import Division
 from colrow.planner.hardware import Device
 from colrow.planner.layout import Layout
 from colrow.planner.linears import Linear, fullest_rank, linears

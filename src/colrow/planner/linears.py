@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from colrow.models.config import Layout as Division
+from colrow.layers.describe import Division
 from colrow.planner.model import ModelShape
 
 

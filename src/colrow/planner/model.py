@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
-from colrow.models.config import Layout as Division
+from colrow.layers.describe import Division
 from colrow.models.config import ModelConfig, parameter_specs
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from colrow.models.config import Layout as Division
+from colrow.layers.describe import Division
 from colrow.planner.activations import Sizes, block_bytes, head_bytes
 from colrow.planner.layout import Layout
 from colrow.planner.model import ModelShape

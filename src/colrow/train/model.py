@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,12 +17,14 @@ from colrow.generation.tokenizer import end_tokens
 from colrow.layers.dropout import ParallelDropout
 from colrow.leftovers import part_of
 from colrow.models.build import from_config
-from colrow.models.config import Layout, ModelConfig
+from colrow.models.compose import with_dropout
+from colrow.models.config import ModelConfig
 from colrow.models.decoder import Decoder
 from colrow.models.hf_config import config_from_file, read_config
 from colrow.models.stages import LayerSplit
 from colrow.pipeline.balance import planned_costs
 from colrow.pipeline.settings import ZERO_BUBBLE, check_schedule, schedule_named, split_for
+from colrow.sharding import Sharding
 from colrow.train.settings import TrainSettings
 from colrow.train.tokenize import BYTES
 
@@ -52,6 +53,7 @@ def build_model(settings: TrainSettings, mesh: Mesh) -> Decoder:
     dtype, random = DTYPES[settings.precision], settings.from_random
     split = pipeline_split(settings, pretrained_config(settings.model))
     overlap = schedule_named(settings.schedule) not in ZERO_BUBBLE or settings.pp == 1
+    sharding = Sharding(settings.sequence_parallel, overlap=overlap)
     if random:
         model = from_config(
             settings.model,
@@ -59,9 +61,8 @@ def build_model(settings: TrainSettings, mesh: Mesh) -> Decoder:
             seed=settings.seed,
             dtype=dtype,
             layer_split=split,
-            sequence_parallel=settings.sequence_parallel,
+            sharding=sharding,
             tensor_split=settings.tensor_split,
-            overlap=overlap,
         )
     else:
         model = from_pretrained(
@@ -70,8 +71,7 @@ def build_model(settings: TrainSettings, mesh: Mesh) -> Decoder:
             dtype=dtype,
             layer_split=split,
             tensor_split=settings.tensor_split,
-            sequence_parallel=settings.sequence_parallel,
-            overlap=overlap,
+            sharding=sharding,
         )
     if settings.dropout >= 0 or not random:
         set_dropout(model, max(0.0, settings.dropout))
@@ -111,9 +111,7 @@ def set_dropout(model: Decoder, p: float) -> None:
     for module in model.modules():
         if isinstance(module, ParallelDropout):
             module.p = p
-    model.config = replace(
-        model.config, embedding_dropout=p, attention_dropout=p, residual_dropout=p
-    )
+    model.config = with_dropout(model.config, p)
 
 
 def model_config(settings: TrainSettings) -> ModelConfig:
@@ -123,7 +121,7 @@ def model_config(settings: TrainSettings) -> ModelConfig:
         ValueError: sequences longer than the model has positions.
     """
     config = pretrained_config(settings.model)
-    if settings.sequence > config.max_positions and config.position == "learned":
+    if settings.sequence > config.max_positions and config.positions == "learned":
         raise ValueError(
             f"sequence={settings.sequence} is longer than the model's {config.max_positions} "
             "positions"
@@ -206,7 +204,7 @@ def check_settings(settings: TrainSettings) -> None:
         ValueError: a model that is not there or cannot be divided, a missing tokenizer or text.
     """
     config = model_config(settings)
-    Layout.create(config, settings.tp, settings.tensor_split)
+    config.divide(settings.tp, settings.tensor_split)
     pipeline_split(settings, config)
     tokenizer_name(settings)
     for text in filter(None, (settings.data, settings.eval_data)):

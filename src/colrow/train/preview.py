@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from colrow.comm.ledger import Call
-from colrow.models.config import Layout, ModelConfig, num_parameters, parameter_specs
+from colrow.layers.describe import Division
+from colrow.models.config import ModelConfig, num_parameters
 from colrow.models.stages import LayerSplit
 from colrow.partition import parse_shares
 from colrow.pipeline.communication import predict_pipeline_step
@@ -131,15 +132,15 @@ def preview(settings: TrainSettings) -> Preview:
     """
     check_settings(settings)
     config = model_config(settings)
-    layout = Layout.create(config, settings.tp, settings.tensor_split)
+    division = config.divide(settings.tp, settings.tensor_split)
     training, held_out = training_and_held_out(settings)
     split = pipeline_split(settings, config)
     shares = tuple(
-        _share(settings, config, layout, split, pp_rank, rank, activations)
+        _share(settings, config, division, split, pp_rank, rank, activations)
         for pp_rank, stage in enumerate(_activation_bytes(settings, config, split))
         for rank, activations in enumerate(stage)
     )
-    calls = _calls(settings, config, layout, split)
+    calls = _calls(settings, config, division, split)
     largest = max(share.parameter_bytes for share in shares)
     dp_bytes = 0
     if settings.dp > 1:
@@ -165,29 +166,32 @@ def preview(settings: TrainSettings) -> Preview:
 def _share(
     settings: TrainSettings,
     config: ModelConfig,
-    layout: Layout,
+    division: Division,
     split: LayerSplit,
     pp_rank: int,
     rank: int,
     activations: int | None,
 ) -> RankShare:
     elements = state = 0
-    specs = parameter_specs(config, layout)
-    for name, spec in split.held(specs, pp_rank, tied=config.tie_embeddings).items():
+    specs = config.parameters(division)
+    for name, parameter in split.held(specs, pp_rank, tied=config.tie_embeddings).items():
+        spec = parameter.shard
         shape = spec.local_shape(rank)
         rows = -(-shape[0] // settings.dp) if settings.fsdp else shape[0]
         held = math.prod((rows, *shape[1:]))
         elements += held
         state += _state_elements(settings.optimizer, name, held, spec.shape)
     size = elements * _STATE_BYTES[settings.precision]
+    first = config.blocks[0]
+    heads = first.attention.heads(division)
     return RankShare(
         pp_rank=pp_rank,
         tp_rank=rank,
         layers=tuple(split.layers_of_rank(pp_rank)),
-        query_heads=layout.heads.query.size(rank),
-        kv_heads=layout.heads.key_value.size(rank),
-        ffn_features=layout.ffn.size(rank),
-        vocab_rows=layout.vocab.size(rank),
+        query_heads=heads.query.size(rank),
+        kv_heads=heads.key_value.size(rank),
+        ffn_features=division.of(first.mlp.ffn_size).size(rank),
+        vocab_rows=division.of(config.vocab_size).size(rank),
         parameters=elements,
         parameter_bytes=size,
         gradient_bytes=size,
@@ -237,14 +241,14 @@ def _activation_bytes(
 
 
 def _calls(
-    settings: TrainSettings, config: ModelConfig, layout: Layout, split: LayerSplit
+    settings: TrainSettings, config: ModelConfig, division: Division, split: LayerSplit
 ) -> list[Call]:
     """Of a step, on the first rank."""
     width = _COMPUTE_DTYPE[settings.precision]
     stored = _COMPUTE_DTYPE["fp64" if settings.precision == "fp64" else "fp32"]
     calls = predict_pipeline_step(
         config,
-        layout,
+        division,
         split,
         schedule_named(settings.schedule) if settings.pp > 1 else "1f1b",
         tp_rank=0,

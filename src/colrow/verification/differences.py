@@ -154,7 +154,7 @@ def first_difference(
             under "head".
     """
     naming = hf_naming(config)
-    theirs = reference_names(reference.state_dict(), naming)
+    theirs = reference_names(reference, reference.state_dict(), naming)
     wrong = [
         name for name, ours in weights.items() if name in theirs and not _same(ours, theirs[name])
     ]
@@ -186,7 +186,8 @@ def _same(weight: Tensor, theirs: Tensor) -> bool:
 
 def _layers(config: ModelConfig, naming: Naming) -> dict[str, str]:
     """colrow's modules in the order of the forward pass, and the checkpoint's names for them."""
-    block = naming.modules["blocks.{i}.attention_norm"][0].rpartition(".")[0]
+    before, number, _ = naming.modules["blocks.{i}.attention.output"][0].partition("{i}")
+    block = before + number
     return {
         "embedding": naming.modules["embedding"][0],
         **{f"blocks.{i}": block.format(i=i) for i in range(config.num_layers)},

@@ -109,18 +109,23 @@ def prepare_reference(model: nn.Module) -> nn.Module:
 def reference_grads(model: nn.Module, naming: Naming) -> dict[str, Tensor]:
     """The model's gradients, under the names of its checkpoint files."""
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return reference_names(grads, naming)
+    return reference_names(model, grads, naming)
 
 
-def reference_names(tensors: Mapping[str, Tensor], naming: Naming) -> dict[str, Tensor]:
+def reference_names(
+    model: nn.Module, tensors: Mapping[str, Tensor], naming: Naming
+) -> dict[str, Tensor]:
     """The tensors of a transformers model under the names of its checkpoint files.
 
-    transformers renames some when it reads a file (GPT-NeoX's ``embed_out``).
+    transformers renames some when it reads a file (GPT-NeoX's ``embed_out``), and stacks experts.
     """
+    from transformers.core_model_loading import revert_weight_conversion
+
     head = naming.modules["head"][0]
+    as_saved: dict[str, Tensor] = revert_weight_conversion(model, dict(tensors))
     return {
         (f"{head}.weight" if name == "lm_head.weight" else name): tensor
-        for name, tensor in tensors.items()
+        for name, tensor in as_saved.items()
     }
 
 

@@ -15,6 +15,7 @@ from colrow.comm.ledger import record, summarize
 from colrow.models.communication import predict_step
 from colrow.models.config import ModelConfig
 from colrow.models.decoder import Decoder
+from colrow.sharding import Sharding
 
 
 @dataclass(frozen=True)
@@ -60,12 +61,11 @@ def record_step(model: Decoder, *, batch: int, sequence: int) -> Traffic:
         model.loss(ids, ids).backward()
     predicted = predict_step(
         model.config,
-        model.layout,
+        model.division,
         batch=batch,
         sequence=sequence,
         sequence_parallel=model.sequence_parallel,
-        keep_gathered_input=model.keep_gathered_input,
-        chunk_bytes=model.chunk_bytes,
+        keep_gathered_input=model.sharding.keep_gathered_input,
         dtype=str(parameter.dtype).removeprefix("torch."),
     )
     real = not parameter.is_meta
@@ -84,8 +84,8 @@ def dry_run(
     batch: int,
     sequence: int,
     sequence_parallel: bool = False,
+    sharding: Sharding | None = None,
     tensor_split: str | Sequence[float] | None = None,
-    keep_gathered_input: bool = True,
     dtype: torch.dtype = torch.float32,
     rank: int = 0,
 ) -> Traffic:
@@ -98,8 +98,8 @@ def dry_run(
             config,
             tp,
             sequence_parallel=sequence_parallel,
+            sharding=sharding,
             tensor_split=tensor_split,
-            keep_gathered_input=keep_gathered_input,
             device="meta",
             dtype=dtype,
         )

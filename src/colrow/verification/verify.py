@@ -157,7 +157,7 @@ def verify(
     say("running the split model forward and backward")
     with captured(model) as outputs:
         local_logits = model(ids)
-    logits = gather_from_tp(local_logits.detach(), tp, partition=model.layout.vocab, layer="verify")
+    logits = gather_from_tp(local_logits.detach(), tp, partition=model.vocab, layer="verify")
     loss = model.loss(ids, ids)
     loss.backward()
     split, weights = Result(logits, loss, full_grads(model)), full_state_dict(model)
@@ -221,7 +221,7 @@ def verify(
         difference = first_difference(
             model.config, outputs, expected, weights, reference, limits.logits
         ) or worst_gradients(worse)
-    heads = model.layout.heads
+    heads = model.config.blocks[0].attention.heads(model.division)
     return Report(
         passed=passed,
         tp=tp.size,

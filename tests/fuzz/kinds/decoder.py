@@ -53,7 +53,7 @@ def run(world: World, case: Case) -> list[str]:
     names = ("smoothing", "z_loss", "reduction")
     expected_loss = next_token_loss(expected, labels, **{name: case[name] for name in names})
     local = model(ids, attention_mask=mask)
-    logits = gather_from_tp(local, mesh.tp, partition=model.layout.vocab)
+    logits = gather_from_tp(local, mesh.tp, partition=model.vocab)
     valid = slice(None) if mask is None else mask.bool()
     wrong = compare.difference("logits", logits[valid], expected[valid], LIMIT)
     if case["length"] == 1:  # nothing to predict

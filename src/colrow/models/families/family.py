@@ -1,0 +1,107 @@
+"""What is known of a model family, as one value. Plain Python, no torch.
+
+A family is a composition of layers (the fields of :func:`colrow.models.compose.decoder`), the names
+of its weights in Hugging Face and GGUF files, and the keys of its configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from colrow.models.compose import decoder
+from colrow.models.config import ModelConfig
+from colrow.models.hf_rope import RopeKeys, rope_config, spelled_rope
+
+FusedLayout = Literal["side_by_side", "interleaved"]
+Windowed = Literal["never", "always", "by_layer"]
+
+
+@dataclass(frozen=True)
+class GGUFForm:
+    """How llama.cpp's files hold the models of a family.
+
+    Attributes:
+        architecture: its ``general.architecture``.
+        modules: colrow's module name to the file's, as in :class:`Family`.
+        fixed: fields that are the same for every file of the architecture.
+        keys: further fields and the keys, in the architecture's namespace, that say them.
+        optional_biases: field to the tensor whose presence says that there are such biases.
+        paired_heads: rows of Q and K are stored as interleaved rotary pairs.
+        centred_norms: norms' weights are stored with the 1 added that the model adds.
+    """
+
+    architecture: str
+    modules: Mapping[str, tuple[str, ...]]
+    fixed: Mapping[str, object]
+    keys: Mapping[str, str] = field(default_factory=dict)
+    optional_biases: Mapping[str, str] = field(default_factory=dict)
+    paired_heads: bool = False
+    centred_norms: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """Names of one family, and what its models have in common.
+
+    Attributes:
+        name: as in ``model_type`` of its Hugging Face configuration.
+        architecture: the class of transformers that runs it.
+        modules: colrow's module name to the checkpoint's, ``{i}`` being the layer number and
+            ``{e}`` that of an expert. Several names are fused side by side, in this order.
+        keys: field of :func:`decoder` to key of the configuration.
+        fixed: fields that are the same for every model of the family.
+        fused: how a single checkpoint matrix holds several of ours: one after the other
+            ("side_by_side") or head by head ("interleaved").
+        transposed: block matrices are stored ``[in, out]``.
+        aliases: other spellings of keys, which published configurations use, to the key.
+        windows: which layers the key ``sliding_window`` is about: none, all (or those that
+            ``layer_types`` names, where it is there), or those that ``layer_types`` or
+            ``max_window_layers`` name when ``use_sliding_window`` is set.
+        rope: how the configuration spells rotary positions.
+        defaults: what is assumed for keys that a configuration leaves out, and only then: a key
+            that is null stays unset.
+        reads: further keys that :meth:`complete` reads.
+        refused: key to the only value that is supported.
+        gguf: its form in GGUF files, or None.
+        habits: fields that its published models share, for shapes that are made from sizes alone.
+    """
+
+    name: str
+    architecture: str
+    modules: Mapping[str, tuple[str, ...]]
+    keys: Mapping[str, str]
+    fixed: Mapping[str, object]
+    fused: FusedLayout = "side_by_side"
+    transposed: bool = False
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    windows: Windowed = "never"
+    rope: RopeKeys = field(default_factory=RopeKeys)
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    reads: frozenset[str] = frozenset()
+    refused: Mapping[str, object] = field(default_factory=dict)
+    gguf: GGUFForm | None = None
+    habits: Mapping[str, object] = field(default_factory=dict)
+
+    def complete(self, fields: dict[str, Any], values: Mapping[str, Any]) -> None:
+        """Adds the fields that no single key says, to those that are there already."""
+        if fields["position"] == "rope":
+            fields["rope"] = rope_config(values, fields["head_dim"], self.rope, self.name)
+
+    def compose(self, fields: Mapping[str, Any]) -> ModelConfig:
+        """The model that these fields describe."""
+        return decoder(family=self.name, **fields)
+
+    def spell(self, values: dict[str, Any], fields: Mapping[str, Any]) -> None:
+        """The way back of :meth:`complete`: adds keys to a configuration that is written."""
+        if fields["rope"] is not None:
+            values["rope_parameters"] = spelled_rope(fields["rope"], fields["head_dim"])
+
+    def complete_gguf(self, fields: dict[str, Any], number: Any) -> None:
+        """Adds to the fields of a GGUF file those that llama.cpp knows without a key.
+
+        Args:
+            number: a function from a key of the architecture's namespace, and what to take where it
+                is missing, to its number.
+        """
