@@ -54,6 +54,7 @@ class Gemma3(Family):
     def _rope(self, kind: str, fields: Mapping[str, Any], values: Mapping[str, Any]) -> RopeConfig:
         """Of the layers of one kind; older files say the two beside each other."""
         tables = values.get("rope_parameters") or {}
+        given: dict[str, object]
         if isinstance(tables, Mapping) and kind in tables:
             given = {"rope_parameters": {"rope_theta": _THETA[kind], **(tables[kind] or {})}}
         elif kind == _LOCAL:
@@ -142,6 +143,7 @@ FAMILY = Gemma3(
         "gemma3",
         {**llama.GGUF_MODULES, **_GGUF_PLACES},
         {**llama.GGUF_FIXED, **_FORM, "activation": "gelu_tanh"},
+        reads=frozenset({"attention.sliding_window_pattern", "rope.freq_base_swa"}),
         centred_norms=True,
     ),
 )
