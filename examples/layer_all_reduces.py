@@ -22,12 +22,13 @@ import torch
 from rich import print
 from rich.table import Table
 
-from colrow import Decoder, ModelConfig, init_mesh, record
+from colrow import Decoder, init_mesh, record
 from colrow.launch import launch, launched_by
 from colrow.models.communication import predict_step
+from colrow.models.compose import decoder
 
 RANKS, BATCH, SEQUENCE, HIDDEN = 4, 1, 32, 4096
-CONFIG = ModelConfig(
+CONFIG = decoder(
     family="gpt2",
     vocab_size=64,
     hidden_size=HIDDEN,

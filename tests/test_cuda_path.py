@@ -19,7 +19,9 @@ from colrow.comm.group import ParallelGroup
 from colrow.comm.mesh import Mesh
 from colrow.generation.cache import KeyValueCache
 from colrow.generation.sampling import next_tokens
+from colrow.models import compose
 from colrow.models.build import from_config
+from colrow.models.compose import fields_of
 from colrow.models.config import ModelConfig
 from colrow.models.decoder import Decoder
 from colrow.pipeline.runner import PipelineRunner
@@ -32,21 +34,20 @@ NAMES = ("llama-3-8b", "gpt3-175b", "bloom-176b", "gpt-neox-20b", "qwen3-8b")
 
 
 def tiny(name: str, **changes: Any) -> ModelConfig:
-    config = find_model(name).config
-    return replace(
-        config,
-        vocab_size=64,
-        hidden_size=32,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2 if config.num_kv_heads < config.num_heads else 4,
-        head_dim=8,
-        ffn_size=48,
-        max_positions=32,
-        rope=None if config.rope is None else replace(config.rope, dims=8),
-        windows=(),
-        **changes,
-    )
+    fields = fields_of(find_model(name).config)
+    smaller = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2 if fields["num_kv_heads"] < fields["num_heads"] else 4,
+        "head_dim": 8,
+        "ffn_size": 48,
+        "max_positions": 32,
+        "rope": fields["rope"] and replace(fields["rope"], dims=8),
+        "windows": (),
+    }
+    return compose.decoder(**{**fields, **smaller, **changes})
 
 
 def decoder(config: ModelConfig) -> Decoder:

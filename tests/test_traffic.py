@@ -14,6 +14,7 @@ from colrow.models.communication import predict_step
 from colrow.models.config import ModelConfig
 from colrow.models.hf_config import config_from_file
 from colrow.planner.catalog import find_model
+from colrow.sharding import Sharding
 from colrow.verification.traffic import Traffic, dry_run, record_step
 from tests.models.tiny import CASES
 from tests.ranks import RankPool

@@ -4,146 +4,57 @@ The public API on one screen. Names are imported when they are first used, so th
 costs nothing and planning needs no torch.
 """
 
-from typing import TYPE_CHECKING
-
-from colrow._lazy import lazy_exports
-
-if TYPE_CHECKING:
-    from colrow.checkpoint.assemble import full_grads, full_state_dict
-    from colrow.checkpoint.pretrained import from_pretrained
-    from colrow.checkpoint.training import TrainingCheckpoints
-    from colrow.comm.collectives import (
-        copy_to_tp,
-        gather_from_sequence,
-        gather_from_tp,
-        reduce_from_tp,
-        reduce_scatter_to_sequence,
-        scatter_to_sequence,
-        scatter_to_tp,
-    )
-    from colrow.comm.group import ParallelGroup
-    from colrow.comm.ledger import Ledger, record
-    from colrow.comm.mesh import Mesh, init_mesh
-    from colrow.inplace.api import parallelize, plan_for
-    from colrow.inplace.load import load_weights
-    from colrow.inplace.save import save_pretrained
-    from colrow.layers.attention import ParallelAttention
-    from colrow.layers.block import ParallelBlock
-    from colrow.layers.column import (
-        ColumnParallelLinear,
-        FusedColumnParallelLinear,
-        GateUpParallelLinear,
-        QKVParallelLinear,
-    )
-    from colrow.layers.dropout import ParallelDropout
-    from colrow.layers.embedding import PositionEmbedding, VocabParallelEmbedding
-    from colrow.layers.loss import vocab_parallel_cross_entropy
-    from colrow.layers.mlp import ParallelMLP
-    from colrow.layers.norm import LayerNorm, RMSNorm
-    from colrow.layers.row import RowParallelLinear
-    from colrow.models.build import from_config
-    from colrow.models.config import ModelConfig
-    from colrow.models.decoder import Decoder
-    from colrow.optim.adafactor import Adafactor
-    from colrow.optim.check import check_optimizer
-    from colrow.optim.muon import Muon
-    from colrow.optim.scaler import GradScaler
-    from colrow.partition import HeadPartition, Partition, ShardSpec
-    from colrow.train.clip import clip_grad_norm_
-
 __version__ = "0.1.0"
 
-_EXPORTS = {
-    "colrow.checkpoint.assemble": ["full_grads", "full_state_dict"],
-    "colrow.checkpoint.pretrained": ["from_pretrained"],
-    "colrow.checkpoint.training": ["TrainingCheckpoints"],
-    "colrow.comm.collectives": [
-        "copy_to_tp",
-        "gather_from_sequence",
-        "gather_from_tp",
-        "reduce_from_tp",
-        "reduce_scatter_to_sequence",
-        "scatter_to_sequence",
-        "scatter_to_tp",
-    ],
-    "colrow.comm.ledger": ["Ledger", "record"],
-    "colrow.layers.attention": ["ParallelAttention"],
-    "colrow.layers.block": ["ParallelBlock"],
-    "colrow.layers.dropout": ["ParallelDropout"],
-    "colrow.layers.embedding": ["PositionEmbedding", "VocabParallelEmbedding"],
-    "colrow.layers.column": [
-        "ColumnParallelLinear",
-        "FusedColumnParallelLinear",
-        "GateUpParallelLinear",
-        "QKVParallelLinear",
-    ],
-    "colrow.layers.row": ["RowParallelLinear"],
-    "colrow.layers.loss": ["vocab_parallel_cross_entropy"],
-    "colrow.layers.mlp": ["ParallelMLP"],
-    "colrow.layers.norm": ["LayerNorm", "RMSNorm"],
-    "colrow.comm.group": ["ParallelGroup"],
-    "colrow.comm.mesh": ["Mesh", "init_mesh"],
-    "colrow.models.build": ["from_config"],
-    "colrow.models.config": ["ModelConfig"],
-    "colrow.models.decoder": ["Decoder"],
-    "colrow.inplace.api": ["parallelize", "plan_for"],
-    "colrow.inplace.load": ["load_weights"],
-    "colrow.inplace.save": ["save_pretrained"],
-    "colrow.optim.adafactor": ["Adafactor"],
-    "colrow.optim.check": ["check_optimizer"],
-    "colrow.optim.muon": ["Muon"],
-    "colrow.optim.scaler": ["GradScaler"],
-    "colrow.partition": ["HeadPartition", "Partition", "ShardSpec"],
-    "colrow.train.clip": ["clip_grad_norm_"],
-}
+TYPE_CHECKING = False  # typing's, which is not imported for it
+if TYPE_CHECKING:
+    from colrow.checkpoint.assemble import full_grads as full_grads
+    from colrow.checkpoint.assemble import full_state_dict as full_state_dict
+    from colrow.checkpoint.pretrained import from_pretrained as from_pretrained
+    from colrow.checkpoint.training import TrainingCheckpoints as TrainingCheckpoints
+    from colrow.comm.collectives import copy_to_tp as copy_to_tp
+    from colrow.comm.collectives import gather_from_sequence as gather_from_sequence
+    from colrow.comm.collectives import gather_from_tp as gather_from_tp
+    from colrow.comm.collectives import reduce_from_tp as reduce_from_tp
+    from colrow.comm.collectives import reduce_scatter_to_sequence as reduce_scatter_to_sequence
+    from colrow.comm.collectives import scatter_to_sequence as scatter_to_sequence
+    from colrow.comm.collectives import scatter_to_tp as scatter_to_tp
+    from colrow.comm.group import ParallelGroup as ParallelGroup
+    from colrow.comm.ledger import Ledger as Ledger
+    from colrow.comm.ledger import record as record
+    from colrow.comm.mesh import Mesh as Mesh
+    from colrow.comm.mesh import init_mesh as init_mesh
+    from colrow.inplace.api import parallelize as parallelize
+    from colrow.inplace.api import plan_for as plan_for
+    from colrow.inplace.load import load_weights as load_weights
+    from colrow.inplace.save import save_pretrained as save_pretrained
+    from colrow.layers.attention import ParallelAttention as ParallelAttention
+    from colrow.layers.block import ParallelBlock as ParallelBlock
+    from colrow.layers.column import ColumnParallelLinear as ColumnParallelLinear
+    from colrow.layers.column import FusedColumnParallelLinear as FusedColumnParallelLinear
+    from colrow.layers.column import GateUpParallelLinear as GateUpParallelLinear
+    from colrow.layers.column import QKVParallelLinear as QKVParallelLinear
+    from colrow.layers.dropout import ParallelDropout as ParallelDropout
+    from colrow.layers.embedding import PositionEmbedding as PositionEmbedding
+    from colrow.layers.embedding import VocabParallelEmbedding as VocabParallelEmbedding
+    from colrow.layers.loss import vocab_parallel_cross_entropy as vocab_parallel_cross_entropy
+    from colrow.layers.mlp import ParallelMLP as ParallelMLP
+    from colrow.layers.norm import LayerNorm as LayerNorm
+    from colrow.layers.norm import RMSNorm as RMSNorm
+    from colrow.layers.row import RowParallelLinear as RowParallelLinear
+    from colrow.models.build import from_config as from_config
+    from colrow.models.config import ModelConfig as ModelConfig
+    from colrow.models.decoder import Decoder as Decoder
+    from colrow.optim.adafactor import Adafactor as Adafactor
+    from colrow.optim.check import check_optimizer as check_optimizer
+    from colrow.optim.muon import Muon as Muon
+    from colrow.optim.scaler import GradScaler as GradScaler
+    from colrow.partition import HeadPartition as HeadPartition
+    from colrow.partition import Partition as Partition
+    from colrow.partition import ShardSpec as ShardSpec
+    from colrow.sharding import Sharding as Sharding
+    from colrow.train.clip import clip_grad_norm_ as clip_grad_norm_
+else:
+    from colrow._lazy import lazy_exports
 
-__all__ = [
-    "Adafactor",
-    "ColumnParallelLinear",
-    "Decoder",
-    "FusedColumnParallelLinear",
-    "GateUpParallelLinear",
-    "GradScaler",
-    "HeadPartition",
-    "LayerNorm",
-    "Ledger",
-    "Mesh",
-    "ModelConfig",
-    "Muon",
-    "ParallelAttention",
-    "ParallelBlock",
-    "ParallelDropout",
-    "ParallelGroup",
-    "ParallelMLP",
-    "Partition",
-    "PositionEmbedding",
-    "QKVParallelLinear",
-    "RMSNorm",
-    "RowParallelLinear",
-    "ShardSpec",
-    "TrainingCheckpoints",
-    "VocabParallelEmbedding",
-    "__version__",
-    "check_optimizer",
-    "clip_grad_norm_",
-    "copy_to_tp",
-    "from_config",
-    "from_pretrained",
-    "full_grads",
-    "full_state_dict",
-    "gather_from_sequence",
-    "gather_from_tp",
-    "init_mesh",
-    "load_weights",
-    "parallelize",
-    "plan_for",
-    "record",
-    "reduce_from_tp",
-    "reduce_scatter_to_sequence",
-    "save_pretrained",
-    "scatter_to_sequence",
-    "scatter_to_tp",
-    "vocab_parallel_cross_entropy",
-]
-
-__getattr__ = lazy_exports(__name__, _EXPORTS)
+    __getattr__, __dir__ = lazy_exports(__name__, __file__)

@@ -16,6 +16,7 @@ from colrow.checkpoint.export_gguf import write_gguf
 from colrow.checkpoint.pretrained import pretrained_config
 from colrow.cli import main
 from colrow.generation.tokenizer import end_tokens, load_tokenizer
+from colrow.models.compose import fields_of
 from colrow.train.model import copy_model_files
 from tests.checkpoint.test_loading import SIZES, write
 
@@ -184,7 +185,8 @@ def test_biases_that_a_llama_file_may_have(tmp_path: Path) -> None:
     model = write(tmp_path / "biased.gguf", "llama", biased, F32)
     ids = torch.arange(12)[None]
     loaded = colrow.from_pretrained(tmp_path / "biased.gguf")
-    assert loaded.config.qkv_bias and loaded.config.output_bias and loaded.config.mlp_bias
+    fields = fields_of(loaded.config)
+    assert fields["qkv_bias"] and fields["output_bias"] and fields["mlp_bias"]
     assert torch.equal(loaded(ids), model.eval()(ids))
 
 

@@ -20,6 +20,8 @@ from colrow.checkpoint.load import unpair
 from colrow.checkpoint.reader import open_reader
 from colrow.comm.group import ParallelGroup
 from colrow.comm.mesh import Mesh
+from colrow.models.compose import fields_of
+from colrow.models.config import common_attention
 from colrow.verification.reference import load_reference
 from colrow.verification.verify import Report, verify
 from tests.ranks import RankPool
@@ -61,23 +63,23 @@ def write(
     """
     torch.manual_seed(0)
     model = colrow.from_config({"model_type": family, **keys}, seed=1)
-    config = model.config
+    config, sizes = model.config, fields_of(model.config)
     writer = gguf.GGUFWriter(str(path), family)
     writer.add_block_count(config.num_layers)
     writer.add_context_length(config.max_positions)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.ffn_size)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_kv_heads)
+    writer.add_feed_forward_length(sizes["ffn_size"])
+    writer.add_head_count(sizes["num_heads"])
+    writer.add_head_count_kv(sizes["num_kv_heads"])
     writer.add_vocab_size(config.vocab_size)
-    if config.rope is not None:
-        writer.add_rope_freq_base(config.rope.theta)
-        writer.add_rope_dimension_count(config.head_dim)
-        writer.add_layer_norm_rms_eps(config.norm_eps)
-        writer.add_key_length(config.head_dim)
-        writer.add_value_length(config.head_dim)
+    if sizes["rope"] is not None:
+        writer.add_rope_freq_base(sizes["rope"].theta)
+        writer.add_rope_dimension_count(sizes["head_dim"])
+        writer.add_layer_norm_rms_eps(config.norm.eps)
+        writer.add_key_length(sizes["head_dim"])
+        writer.add_value_length(sizes["head_dim"])
     else:
-        writer.add_layer_norm_eps(config.norm_eps)
+        writer.add_layer_norm_eps(config.norm.eps)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([f"<{index}>" for index in range(config.vocab_size)])
     for key, value in (fields or {}).items():
@@ -111,11 +113,14 @@ def renamed(name: str, value: Tensor, config: colrow.ModelConfig) -> dict[str, T
         template = f"blocks.{{i}}.{rest}"
     block = BLOCK.format(i=number)
     if template.endswith("attention.qkv") and config.family != "gpt2":
-        heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
-        q, k, v = value.split([count * config.head_dim for count in heads])
+        attention = common_attention(config)
+        heads = [attention.num_heads, attention.num_kv_heads, attention.num_kv_heads]
+        q, k, v = value.split([count * attention.head_dim for count in heads])
         if config.family == "llama":  # rows of a head as interleaved rotary pairs
             q, k = (
-                t.view(-1, 2, config.head_dim // 2, *t.shape[1:]).transpose(1, 2).reshape(t.shape)
+                t.view(-1, 2, attention.head_dim // 2, *t.shape[1:])
+                .transpose(1, 2)
+                .reshape(t.shape)
                 for t in (q, k)
             )
         return {
@@ -123,7 +128,7 @@ def renamed(name: str, value: Tensor, config: colrow.ModelConfig) -> dict[str, T
         }
     if template.endswith("attention.qkv"):
         return {f"{block}attn_qkv.{kind}": value}
-    if template.endswith("mlp.up") and config.gated:
+    if template.endswith("mlp.up") and fields_of(config)["gated"]:
         gate, up = value.chunk(2)
         return {f"{block}ffn_gate.{kind}": gate, f"{block}ffn_up.{kind}": up}
     if template.endswith("mlp.up"):
@@ -165,10 +170,11 @@ def test_pairs_become_halves() -> None:
 def test_configuration_of_a_real_file(smollm2: Path) -> None:
     with open_reader(smollm2) as reader:
         config = config_from_gguf(reader)
-    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (9, 3, 64)
-    assert (config.hidden_size, config.ffn_size, config.vocab_size) == (576, 1536, 49152)
-    assert config.num_layers == 30 and config.tie_embeddings and config.rope is not None
-    assert config.rope.theta == 100000 and config.eos_token_ids == (2,)
+    attention, mlp = common_attention(config), config.blocks[0].mlp
+    assert (attention.num_heads, attention.num_kv_heads, attention.head_dim) == (9, 3, 64)
+    assert (config.hidden_size, mlp.ffn_size, config.vocab_size) == (576, 1536, 49152)
+    assert config.num_layers == 30 and config.tie_embeddings and attention.rope is not None
+    assert attention.rope.theta == 100000 and config.eos_token_ids == (2,)
 
 
 def test_weights_of_a_real_file_are_bit_for_bit_transformers(smollm2: Path) -> None:

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from colrow import (
-    ModelConfig,
     ParallelGroup,
     Partition,
     copy_to_tp,
@@ -17,6 +16,7 @@ from colrow.comm import primitives
 from colrow.comm.clock import Clock
 from colrow.comm.ledger import Call, Entry, Ledger, record, summarize
 from colrow.layers.options import RopeConfig
+from colrow.models.compose import decoder
 from tests.ranks import RankPool
 
 
@@ -66,7 +66,7 @@ def check_messages(tp: ParallelGroup) -> None:
 
 def assembled(tp: ParallelGroup) -> tuple[list[tuple[str, str, int]], int]:
     """What assembling a model on rank 0 sends, and the bytes of this rank's divided parameters."""
-    config = ModelConfig(
+    config = decoder(
         family="llama",
         vocab_size=31,
         hidden_size=16,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from colrow.checkpoint.naming import hf_naming
 from colrow.models.config import ModelConfig
 from colrow.models.hf_config import config_from_hf
+from colrow.sharding import Sharding
 from colrow.verification.reference import (
     precision,
     prepare_reference,
@@ -54,21 +55,19 @@ MODEL = {
     "weights": OneOf([0.2, 0.5]),
     "seed": OneOf([0, 1, 2]),
 }
+# Arguments of Sharding; the last one is refused.
+SHARDINGS: list[dict[str, bool]] = [
+    {},
+    {"sequence_parallel": True},
+    {"overlap": False},
+    {"sequence_parallel": True, "overlap": False},
+    {"sequence_parallel": True, "keep_gathered_input": False},
+    {"sequence_parallel": True, "keep_gathered_input": False, "overlap": False},
+]
 LAYOUT = {
     "split": OneOf([[], [2, 1, 1, 1], [1, 1, 3, 2], [2, 3, 2, 2], [0.4, 0.6, 0.3, 0.1]]),
-    "sequence_parallel": OneOf([False, True]),
-    "options": OneOf(
-        [
-            {},
-            {"overlap": False},
-            {"keep_gathered_input": False},
-            {"chunk_bytes": 64},
-            {"chunk_bytes": 1024},
-            {"chunk_bytes": 64, "keep_gathered_input": False},
-            {"check_inputs": False},
-            {"chunk_bytes": 64, "overlap": False},
-        ]
-    ),
+    "sharding": OneOf(SHARDINGS),
+    "check_inputs": OneOf([True, False]),
 }
 
 
@@ -171,7 +170,10 @@ def make(world: World, case: Case) -> Any:
 
 def options_of(case: Case, tp: int) -> dict[str, Any]:
     """Keyword arguments of a decoder, from the fields of :data:`LAYOUT`."""
-    options = {"sequence_parallel": case["sequence_parallel"], **case["options"]}
+    options: dict[str, Any] = {
+        "sharding": Sharding(**case["sharding"]),
+        "check_inputs": case["check_inputs"],
+    }
     if case["split"]:
         options["tensor_split"] = case["split"][:tp]
     return options

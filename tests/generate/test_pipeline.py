@@ -18,6 +18,7 @@ from colrow.generation.answer import Writer, padded
 from colrow.generation.cache import KeyValueCache
 from colrow.generation.engine import Generation, generate
 from colrow.generation.options import Sampling
+from colrow.models.config import common_attention
 from colrow.models.decoder import Decoder
 from tests.generate import models
 from tests.models import tiny
@@ -160,7 +161,7 @@ def traffic(world: ParallelGroup, pipe: Pipe, path: str) -> tuple[list[Call], di
         result = generate(model, ids, attention_mask=mask, max_new_tokens=NEW)
     heads = model.config.blocks[0].attention.heads(model.division).key_value.size(model.tp.rank)
     blocks = model.pipeline.split.sizes[model.pipeline.pp.rank]
-    per_position = 2 * blocks * heads * model.config.head_dim * 8
+    per_position = 2 * blocks * heads * common_attention(model.config).head_dim * 8
     assert result.cache_bytes == 3 * (9 + NEW) * per_position
     held = sum(parameter.numel() for parameter in model.parameters())
     assert model.weight_bytes_per_rank()[world.rank] == 8 * held

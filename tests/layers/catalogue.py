@@ -26,11 +26,11 @@ from colrow import (
 )
 from colrow.layers.options import RopeConfig
 from colrow.partition import ShardSpec
+from colrow.sharding import Sharding
 from tests.layers.dense import Weights, compare, divided, random
-from tests.layers.test_attention import HEAD_DIM, DenseAttention
+from tests.layers.test_attention import HEAD_DIM, DenseAttention, head_norm
 from tests.layers.test_block import LLAMA, NEOX, dense_block, make_block
 from tests.layers.test_mlp import dense_mlp
-from colrow.sharding import Sharding
 
 BATCH, SEQUENCE, IN, OUT, VOCABULARY, FFN = 2, 7, 12, 101, 97, 101
 ROPE = RopeConfig(theta=100.0, dims=HEAD_DIM)
@@ -250,7 +250,14 @@ CASES = [
     Case(
         "attention",
         lambda tp, dtype: ParallelAttention(
-            IN, _heads(9, 3, tp), HEAD_DIM, tp, rope=ROPE, qk_norm_eps=1e-5, dtype=dtype
+            IN,
+            _heads(9, 3, tp),
+            HEAD_DIM,
+            tp,
+            rope=ROPE,
+            query_norm=head_norm(1e-5),
+            key_norm=head_norm(1e-5),
+            dtype=dtype,
         ),
         DenseAttention(9, 3, rope=ROPE, norm_eps=1e-5),
         IN,

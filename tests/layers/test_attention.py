@@ -11,6 +11,7 @@ from torch import Tensor
 
 from colrow import HeadPartition, ParallelAttention, ParallelGroup, Partition, rng
 from colrow.layers.context import AttentionContext
+from colrow.layers.describe import NormSpec
 from colrow.layers.options import RopeConfig
 from colrow.layers.position import alibi_slopes, rope_frequencies
 from tests.layers.dense import Weights, compare, divided, place, raises, random, whole_weights
@@ -32,6 +33,9 @@ class DenseAttention:
     alibi: bool = False
     window: int | None = None
     norm_eps: float | None = None
+    all_heads: bool = False  # the norms go over the features of all heads
+    centred: bool = False
+    scale: float | None = None
     dropout: tuple[int, float] | None = None  # key and probability
     valid: Tensor | None = None
     positions: Tensor | None = None
@@ -40,13 +44,12 @@ class DenseAttention:
         batch, length, _ = x.shape
         sizes = [n * HEAD_DIM for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads)]
         fused = F.linear(x, weights["qkv.weight"], weights.get("qkv.bias"))
-        q, k, v = (
-            part.reshape(batch, length, -1, HEAD_DIM).transpose(1, 2)
-            for part in fused.split(sizes, -1)
-        )
-        if self.norm_eps is not None:
-            q = F.rms_norm(q, (HEAD_DIM,), weights["query_norm.weight"], self.norm_eps)
-            k = F.rms_norm(k, (HEAD_DIM,), weights["key_norm.weight"], self.norm_eps)
+        q, k, v = fused.split(sizes, -1)
+        if self.all_heads:
+            q, k = self._normed(weights, q, k)
+        q, k, v = (part.reshape(batch, length, -1, HEAD_DIM).transpose(1, 2) for part in (q, k, v))
+        if not self.all_heads:
+            q, k = self._normed(weights, q, k)
         positions = torch.arange(length).expand(batch, length)
         if self.valid is not None:
             positions = (self.valid.long().cumsum(-1) - 1).clamp(min=0)
@@ -67,7 +70,7 @@ class DenseAttention:
             slopes = torch.tensor(bloom_slopes(self.num_heads), dtype=x.dtype)
             mask = mask + slopes.view(1, -1, 1, 1) * positions.view(batch, 1, 1, length)
         if self.dropout is None:
-            mixed = F.scaled_dot_product_attention(q, k, v, mask)
+            mixed = F.scaled_dot_product_attention(q, k, v, mask, scale=self.scale)
         else:
             key, p = self.dropout
             scores = (q @ k.mT / math.sqrt(HEAD_DIM) + mask).softmax(-1)
@@ -75,6 +78,16 @@ class DenseAttention:
             mixed = (scores * keep / (1 - p)) @ v
         mixed = mixed.transpose(1, 2).reshape(batch, length, -1)
         return F.linear(mixed, weights["output.weight"], weights.get("output.bias"))
+
+    def _normed(self, weights: Weights, *parts: Tensor) -> tuple[Tensor, ...]:
+        """Queries and keys, each divided by the root of its mean square."""
+        if self.norm_eps is None:
+            return parts
+        scales = (self.centred + weights[f"{name}_norm.weight"] for name in ("query", "key"))
+        return tuple(
+            part / (part.square().mean(-1, keepdim=True) + self.norm_eps).sqrt() * scale
+            for part, scale in zip(parts, scales, strict=True)
+        )
 
 
 def rotate(x: Tensor, positions: Tensor, rope: RopeConfig) -> Tensor:
@@ -98,6 +111,11 @@ def bloom_slopes(num_heads: int) -> list[float]:
     return slopes
 
 
+def head_norm(eps: float | None) -> NormSpec | None:
+    """A norm of each head's features, or none."""
+    return None if eps is None else NormSpec(HEAD_DIM, eps=eps)
+
+
 def check_variants(tp: ParallelGroup) -> None:
     sequence = Partition.even(SEQUENCE, tp.size)
     positions: list[dict[str, RopeConfig | bool]] = [
@@ -116,7 +134,8 @@ def check_variants(tp: ParallelGroup) -> None:
                 qkv_bias=number % 2 == 0,
                 output_bias=number % 2 == 0,
                 window=window,
-                qk_norm_eps=eps,
+                query_norm=head_norm(eps),
+                key_norm=head_norm(eps),
                 sequence_parallel=bool(sp),
                 dtype=FP64,
                 **position,  # type: ignore[arg-type]
@@ -133,6 +152,41 @@ def check_variants(tp: ParallelGroup) -> None:
                 y_spec=(lambda y: divided(y, 1, sequence)) if sp else None,
                 run=lambda x, layer=layer: layer(x, sequence=sequence),
             )
+
+
+def check_norms_of_all_heads(tp: ParallelGroup) -> None:
+    """Also where heads are uneven and two ranks hold the same keys."""
+    sequence = Partition.even(SEQUENCE, tp.size)
+    for counts, (centred, wide), sp in itertools.product(
+        COUNTS, ((False, False), (False, True), (True, True)), (False, True)
+    ):
+        query, key = (NormSpec(n * HEAD_DIM, "rmsnorm", 1e-5, centred, wide) for n in counts)
+        layer = ParallelAttention(
+            HIDDEN,
+            HeadPartition.create(*counts, tp.size),
+            HEAD_DIM,
+            tp,
+            rope=ROPE,
+            query_norm=query,
+            key_norm=key,
+            scale=0.3,
+            sequence_parallel=sp,
+            dtype=FP64,
+        )
+        dense = DenseAttention(
+            *counts, rope=ROPE, norm_eps=1e-5, all_heads=True, centred=centred, scale=0.3
+        )
+        x = random(BATCH, SEQUENCE, HIDDEN).requires_grad_()
+        compare(
+            tp,
+            layer,
+            dense,
+            x,
+            f"{counts} {centred=} {wide=} {sp=}",
+            x_spec=divided(x, 1, sequence) if sp else None,
+            y_spec=(lambda y: divided(y, 1, sequence)) if sp else None,
+            run=lambda x, layer=layer: layer(x, sequence=sequence),
+        )
 
 
 def check_dropout(tp: ParallelGroup) -> None:
@@ -319,6 +373,11 @@ def test_against_dense(ranks: RankPool, n: int) -> None:
     ranks(n, check_padding)
     ranks(n, check_packed)
     ranks(n, check_conversion)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_norms_of_all_heads(ranks: RankPool, n: int) -> None:
+    ranks(n, check_norms_of_all_heads)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])

@@ -24,6 +24,7 @@ from colrow import (
     rng,
 )
 from colrow.layers.options import RopeConfig
+from colrow.sharding import Sharding
 from tests.layers.dense import (
     Weights,
     assert_close,
@@ -36,10 +37,9 @@ from tests.layers.dense import (
     random,
     whole_weights,
 )
-from tests.layers.test_attention import HEAD_DIM, DenseAttention
+from tests.layers.test_attention import HEAD_DIM, DenseAttention, head_norm
 from tests.layers.test_mlp import FFN, dense_mlp
 from tests.ranks import RankError, RankPool
-from colrow.sharding import Sharding
 
 BATCH, SEQUENCE, HIDDEN = 2, 7, 12
 ROPE = RopeConfig(theta=100.0, dims=HEAD_DIM)
@@ -62,7 +62,8 @@ def make_block(
             rope=ROPE,
             qkv_bias=not llama,
             output_bias=not llama,
-            qk_norm_eps=1e-5 if llama else None,
+            query_norm=head_norm(1e-5 if llama else None),
+            key_norm=head_norm(1e-5 if llama else None),
             dropout=dropout,
             layer="attention",
             **place,

@@ -17,6 +17,7 @@ from colrow import (
     QKVParallelLinear,
     RowParallelLinear,
 )
+from colrow.sharding import Sharding
 from tests.layers.dense import (
     Weights,
     assert_close,
@@ -28,7 +29,6 @@ from tests.layers.dense import (
     whole_weights,
 )
 from tests.ranks import RankPool
-from colrow.sharding import Sharding
 
 BATCH, SEQUENCE, IN, OUT = 2, 7, 12, 101
 FP64 = torch.float64

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from colrow import ParallelGroup, ParallelMLP, Partition
+from colrow.sharding import Sharding
 from tests.layers.dense import Weights, compare, divided, raises, random
 from tests.ranks import RankPool
-from colrow.sharding import Sharding
 
 BATCH, SEQUENCE, HIDDEN, FFN = 2, 7, 12, 101
 

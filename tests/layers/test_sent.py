@@ -23,10 +23,10 @@ from colrow import (
 )
 from colrow.comm import primitives
 from colrow.comm.ledger import record
+from colrow.sharding import Sharding
 from tests.layers.catalogue import BATCH, BY_SEQUENCE, CASES, FFN, IN, OUT, SEQUENCE, Case
 from tests.layers.dense import random
 from tests.ranks import RankPool
-from colrow.sharding import Sharding
 
 Sent = list[tuple[str, str, int]]
 ITEM = 8  # bytes of an fp64 number
@@ -267,7 +267,12 @@ def check_order(tp: ParallelGroup) -> None:
         ),
     ):
         layer = ColumnParallelLinear(
-            IN, FFN, tp, bias=True, sequence_parallel=sp, sharding=Sharding(keep_gathered_input=keep)
+            IN,
+            FFN,
+            tp,
+            bias=True,
+            sequence_parallel=sp,
+            sharding=Sharding(keep_gathered_input=keep),
         )
         x = torch.ones(1, 2 if sp else sequence.length, IN, requires_grad=True)
         y = layer(x)

@@ -173,7 +173,7 @@ def test_options_of_a_family_that_the_decoder_lacks() -> None:
 def test_more_ranks_than_the_model_has_parts(
     size: int, change: dict[str, object], message: str
 ) -> None:
-    
+
     with pytest.raises(ValueError, match=message):
         config_from_hf({**LLAMA, **change}).divide(size)
 

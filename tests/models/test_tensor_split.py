@@ -15,7 +15,7 @@ from colrow.cli import main
 from colrow.comm.collectives import gather_from_tp
 from colrow.comm.group import ParallelGroup
 from colrow.comm.mesh import Mesh
-from colrow.models.config import num_parameters
+from colrow.models.config import common_attention, num_parameters
 from colrow.models.decoder import Decoder
 from colrow.planner.catalog import find_model
 from colrow.train.model import build_model
@@ -99,15 +99,15 @@ def test_each_rank_holds_its_share_and_initial_weights_stay(
 def test_memory_of_a_large_model_is_in_the_ratio_within_a_head() -> None:
     config = find_model("llama-3-8b").config
     split = (0.5, 0.3, 0.2)
-    layout = config.divide(3, split)
-    assert sum(layout.heads.query.sizes) == 32
-    per_head = config.head_dim * config.hidden_size * 2 * config.num_layers
-    per_kv_head = config.head_dim * config.hidden_size * 2 * config.num_layers
+    division, attention = config.divide(3, split), common_attention(config)
+    assert sum(attention.heads(division).query.sizes) == 32
+    per_head = attention.head_dim * config.hidden_size * 2 * config.num_layers
+    per_kv_head = attention.head_dim * config.hidden_size * 2 * config.num_layers
     one_more = per_head + 2 * per_kv_head + 3 * config.hidden_size * config.num_layers
     one_more += 2 * config.hidden_size + (2 * config.num_layers + 1) * config.hidden_size
     for rank, share in enumerate(split):
         model = colrow.Decoder(
-            config, ParallelGroup(_NoGroup(), rank, 3), layout=layout, device="meta"
+            config, ParallelGroup(_NoGroup(), rank, 3), division=division, device="meta"
         )
         held = sum(parameter.numel() for parameter in model.parameters())
         assert abs(held - share * num_parameters(config)) <= one_more

@@ -14,6 +14,7 @@ from colrow.comm.mesh import Mesh
 from colrow.pipeline.runner import PipelineRunner
 from colrow.pipeline.schedules import Schedule
 from colrow.pipeline.settings import ZERO_BUBBLE, split_for
+from colrow.sharding import Sharding
 from colrow.train.batches import Order, Windows
 from colrow.train.model import set_dropout
 from colrow.train.optimizer import adamw
@@ -21,7 +22,6 @@ from colrow.train.parallel import parallelize
 from colrow.train.step import Stepper
 from colrow.train.tokens import TokenFile
 from tests.train.layouts import CLIP, CONFIG
-from colrow.sharding import Sharding
 
 LAYERS = 4
 SEQUENCE, GLOBAL_BATCH = 17, 8

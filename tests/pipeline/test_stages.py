@@ -186,5 +186,7 @@ def test_a_zero_bubble_schedule_needs_collectives_of_their_own() -> None:
     mesh = Mesh(tp, ParallelGroup.single("dp"), pair, None, torch.device("cpu"))
     model = colrow.from_config(TIED, mesh, device="meta")
     tp.size = 2
-    with pytest.raises(ValueError, match="needs a model made with sharding=Sharding\\(overlap=False\\)"):
+    with pytest.raises(
+        ValueError, match="needs a model made with sharding=Sharding\\(overlap=False\\)"
+    ):
         PipelineRunner(model, mesh, "zbv", microbatches=4, microbatch=1, sequence=8)

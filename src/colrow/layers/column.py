@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from typing import TypedDict, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from colrow.comm import collectives, primitives
 from colrow.comm.group import ParallelGroup
-from colrow.comm.steps import watch
 from colrow.layers.decoding import Kernel
+from colrow.layers.describe import ColumnSpec
+from colrow.layers.described import Described
 from colrow.layers.fused import column_linear
 from colrow.layers.linear import (
     Sharded,
@@ -24,8 +25,8 @@ from colrow.layers.linear import (
     describe,
     reset_linear_,
 )
-from colrow.layers.shared import SharedParameter, SharedRows, SharedWeights
-from colrow.partition import HeadPartition, Partition, ShardSpec
+from colrow.layers.shared import SharedWeights
+from colrow.partition import HeadPartition, Partition
 from colrow.sharding import SequenceDivision, Sharding
 
 
@@ -39,7 +40,7 @@ class ColumnOptions(TypedDict, total=False):
     dtype: torch.dtype | None
 
 
-class FusedColumnParallelLinear(Sharded, nn.Module):
+class FusedColumnParallelLinear(Sharded, Described):
     """Several column-parallel layers with one input: one matmul, one collective for all of them.
 
     ``y = x W^T + b`` where this rank holds its range of the output features of every block. In
@@ -93,36 +94,14 @@ class FusedColumnParallelLinear(Sharded, nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         for block in blocks:
             primitives.check_parts(block, tp)
-        self.in_features = in_features
-        self.out_features = sum(block.length for block in blocks)
-        self.tp, self.layer = tp, layer
-        watch(self, tp)
+        spec = ColumnSpec(in_features, tuple(blocks), bias)
+        super().__init__(spec, tp, layer=layer, device=device, dtype=dtype)
+        self.in_features, self.out_features = in_features, spec.out_features
         self.sharding = Sharding.of(sharding, sequence_parallel)
         self.kernel: Kernel | None = None
-        self.weight_spec = ShardSpec((self.out_features, in_features), 0, tuple(blocks))
-        self.bias_spec = ShardSpec((self.out_features,), 0, tuple(blocks))
-        self._shared_rows = SharedRows.of(self.weight_spec, tp.rank)
-        self.weight = nn.Parameter(
-            torch.empty(self.weight_spec.local_shape(tp.rank), device=device, dtype=dtype)
-        )
-        self.bias = (
-            nn.Parameter(
-                torch.empty(self.bias_spec.local_shape(tp.rank), device=device, dtype=dtype)
-            )
-            if bias
-            else None
-        )
-        reset_linear_(self.weight, self.weight_spec, self.bias, self.bias_spec, tp, layer)
-
-    def shared_parameters(self) -> list[SharedParameter]:
-        """Rows that several ranks hold: KV heads whose query heads are divided."""
-        if not self._shared_rows.total:
-            return []
-        names = ["weight"] if self.bias is None else ["weight", "bias"]
-        return [SharedParameter(self, name, self._shared_rows) for name in names]
+        reset_linear_(self)
 
     def forward(
         self,

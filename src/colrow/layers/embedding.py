@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from colrow import rng
 from colrow.comm import collectives, primitives
 from colrow.comm.agreement import common_seed
 from colrow.comm.group import ParallelGroup
-from colrow.comm.steps import watch
+from colrow.layers.describe import EmbeddingSpec, TableSpec
+from colrow.layers.described import Described
 from colrow.layers.linear import Sharded
-from colrow.layers.shared import SharedParameter, SharedRows, SharedWeights
-from colrow.partition import Partition, ShardSpec
+from colrow.layers.shared import SharedWeights
+from colrow.partition import Partition
 from colrow.sharding import SequenceDivision, Sharding
 
 
-class VocabParallelEmbedding(Sharded, nn.Module):
+class VocabParallelEmbedding(Sharded, Described):
     """Looks tokens up where they are held; the sum over ranks is the embedding.
 
     =================  ===============================  =========================================
@@ -63,7 +64,6 @@ class VocabParallelEmbedding(Sharded, nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         if padding_idx is not None and not 0 <= padding_idx < num_embeddings:
             raise ValueError(f"padding_idx={padding_idx} is outside 0 to {num_embeddings - 1}")
         partition = partition or Partition.even(num_embeddings, tp.size)
@@ -78,21 +78,15 @@ class VocabParallelEmbedding(Sharded, nn.Module):
                 f"num_embeddings={num_embeddings} leaves a rank without any: the sizes are "
                 f"{list(partition.sizes)}"
             )
+        spec = EmbeddingSpec(partition, embedding_dim)
+        super().__init__(spec, tp, layer=layer, device=device, dtype=dtype)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.partition, self.tp, self.layer = partition, tp, layer
-        watch(self, tp)
+        self.partition = partition
         self.sharding = Sharding.of(sharding, sequence_parallel)
         start, stop = partition.bounds[tp.rank]
         held = padding_idx is not None and start <= padding_idx < stop
         self._local_padding = padding_idx - start if padding_idx is not None and held else None
-        self.weight_spec = ShardSpec((num_embeddings, embedding_dim), 0, (partition,))
-        self.weight = nn.Parameter(
-            torch.empty(self.weight_spec.local_shape(tp.rank), device=device, dtype=dtype)
-        )
-        if not self.weight.is_meta:
-            seed = common_seed("initial weights", tp, layer=layer, device=self.weight.device)
-            key = rng.stream_key(seed, "embedding")
-            rng.fill_shard_(self.weight, self.weight_spec, tp.rank, lambda at: rng.normal(key, at))
+        _draw_(self, "embedding")
 
     def forward(self, token_ids: Tensor, *, sequence: SequenceDivision = None) -> Tensor:
         """The vectors of these tokens.
@@ -131,6 +125,15 @@ class VocabParallelEmbedding(Sharded, nn.Module):
         )
 
 
+def _draw_(layer: Described, stream: str) -> None:
+    """Standard normal vectors, the same at any tp size; the ranks compare seeds. Not on meta."""
+    if layer.weight.is_meta:
+        return
+    seed = common_seed("initial weights", layer.tp, layer=layer.layer, device=layer.weight.device)
+    key = rng.stream_key(seed, stream)
+    rng.fill_shard_(layer.weight, layer.weight_spec, layer.tp.rank, lambda at: rng.normal(key, at))
+
+
 def check_range(ids: Tensor, length: int, what: str, *, ignore: int | None = None) -> None:
     """Raises ValueError when an id is outside ``[0, length)`` and is not ``ignore``."""
     if ids.dtype not in (torch.int64, torch.int32):
@@ -146,7 +149,7 @@ def check_range(ids: Tensor, length: int, what: str, *, ignore: int | None = Non
         raise ValueError(f"{what} {int(ids[bad][0])} is outside the valid range 0 to {length - 1}")
 
 
-class PositionEmbedding(Sharded, nn.Module):
+class PositionEmbedding(Sharded, Described):
     """A learned vector for each position, held by every rank; nothing is sent in forward.
 
     ``[batch or 1, sequence]`` positions give ``[batch or 1, sequence (_local), dim]``. Under
@@ -172,24 +175,18 @@ class PositionEmbedding(Sharded, nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.max_positions, self.tp, self.layer = max_positions, tp, layer
-        watch(self, tp)
-        self.sharding = Sharding.of(sharding, sequence_parallel)
-        self.weight_spec = ShardSpec.replicated(max_positions, embedding_dim)
-        self.weight = nn.Parameter(
-            torch.empty(max_positions, embedding_dim, device=device, dtype=dtype)
+        sharding = Sharding.of(sharding, sequence_parallel)
+        super().__init__(
+            TableSpec(max_positions, embedding_dim),
+            tp,
+            layer=layer,
+            by_sequence=sharding.sequence_parallel,
+            device=device,
+            dtype=dtype,
         )
-        if not self.weight.is_meta:
-            seed = common_seed("initial weights", tp, layer=layer, device=self.weight.device)
-            key = rng.stream_key(seed, "positions")
-            rng.fill_shard_(self.weight, self.weight_spec, tp.rank, lambda at: rng.normal(key, at))
-
-    def shared_parameters(self) -> list[SharedParameter]:
-        """The table, when each rank reads its own positions."""
-        if not self.sequence_parallel:
-            return []
-        return [SharedParameter(self, "weight", SharedRows.whole(self.max_positions))]
+        self.max_positions = max_positions
+        self.sharding = sharding
+        _draw_(self, "positions")
 
     def forward(
         self,

@@ -8,17 +8,17 @@ from torch import Tensor, nn
 
 from colrow.comm import collectives, primitives
 from colrow.comm.group import ParallelGroup
-from colrow.comm.steps import watch
 from colrow.layers.activation import ACTIVATIONS
-from colrow.layers.describe import ExpertsSpec
+from colrow.layers.describe import ExpertsSpec, TableSpec
+from colrow.layers.described import Described
 from colrow.layers.linear import Sharded
 from colrow.layers.mlp import ParallelMLP
-from colrow.layers.shared import SharedParameter, SharedRows, SharedWeights
-from colrow.partition import Partition, ShardSpec
+from colrow.layers.shared import SharedWeights
+from colrow.partition import Partition
 from colrow.sharding import SequenceDivision, Sharding
 
 
-class Router(nn.Module):
+class Router(Described):
     """Gives each token to the experts whose scores are highest (Shazeer et al. 2017).
 
     Every rank holds all of it and chooses alike. Its gradient is a sum over ranks: each sees what
@@ -44,16 +44,10 @@ class Router(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.active, self.tp, self.layer = active, tp, layer
-        watch(self, tp)
-        self.weight_spec = ShardSpec.replicated(experts, hidden_size)
-        zeros = torch.zeros(experts, hidden_size, device=device, dtype=dtype)
-        self.weight = nn.Parameter(zeros)
-
-    def shared_parameters(self) -> list[SharedParameter]:
-        """The weight."""
-        return [SharedParameter(self, "weight", SharedRows.whole(self.weight_spec.shape[0]))]
+        spec = TableSpec(experts, hidden_size, "partial")
+        super().__init__(spec, tp, layer=layer, device=device, dtype=dtype)
+        self.active = active
+        nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor, *, shared: SharedWeights) -> tuple[Tensor, Tensor]:
         """For ``[tokens, hidden]`` the weights and numbers of the experts, ``[tokens, active]``.

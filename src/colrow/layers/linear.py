@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from colrow import rng
 from colrow.comm.agreement import common_seed
 from colrow.comm.group import ParallelGroup
+from colrow.layers.described import Described
 from colrow.partition import Partition, ShardSpec
 from colrow.sharding import WHOLE, SequenceDivision, Sharding
 
@@ -39,26 +40,19 @@ class Sharded:
         return unless_given() if sequence is None else sequence
 
 
-def reset_linear_(
-    weight: Tensor,
-    weight_spec: ShardSpec,
-    bias: Tensor | None,
-    bias_spec: ShardSpec,
-    tp: ParallelGroup,
-    layer: str,
-) -> None:
+def reset_linear_(layer: Described) -> None:
     """Uniform on +-1/sqrt(in_features), nn.Linear's default; the same values at any tp size.
 
     Compares the ranks' seeds (see :func:`colrow.comm.agreement.common_seed`); nothing on meta.
     """
-    if weight.is_meta:
+    tp, place = layer.tp, layer.weight.device
+    if place.type == "meta":
         return
-    seed = common_seed("initial weights", tp, layer=layer, device=weight.device)
-    bound = 1 / math.sqrt(weight_spec.shape[1])
-    for name, tensor, spec in (("weight", weight, weight_spec), ("bias", bias, bias_spec)):
-        if tensor is not None:
-            draw = partial(rng.uniform_between, rng.stream_key(seed, name), bound=bound)
-            rng.fill_shard_(tensor, spec, tp.rank, draw)
+    seed = common_seed("initial weights", tp, layer=layer.layer, device=place)
+    bound = 1 / math.sqrt(layer.weight_spec.shape[1])
+    for name, parameter in layer.named_parameters():
+        draw = partial(rng.uniform_between, rng.stream_key(seed, name), bound=bound)
+        rng.fill_shard_(parameter, getattr(layer, f"{name}_spec"), tp.rank, draw)
 
 
 def check_partition(partition: Partition, features: int, argument: str) -> None:

@@ -8,19 +8,20 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from colrow.comm import collectives
 from colrow.comm.autograd import apply
 from colrow.comm.group import ParallelGroup
-from colrow.comm.steps import watch
 from colrow.layers.describe import NormSpec, unknown
-from colrow.layers.shared import SharedParameter, SharedRows, SharedWeights
-from colrow.partition import Partition, ShardSpec
+from colrow.layers.described import Described
+from colrow.layers.options import Norm
+from colrow.layers.shared import SharedWeights
+from colrow.partition import Partition
 
 
-class _Norm(nn.Module):
+class _Norm(Described):
     """What the two norms share: a weight that every rank holds, maybe a bias.
 
     Args:
@@ -34,8 +35,6 @@ class _Norm(nn.Module):
         wide: the weight multiplies before the result is rounded to the input's dtype.
         layer: name for messages and the ledger.
     """
-
-    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -51,23 +50,18 @@ class _Norm(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        kind: Norm = "layernorm" if bias else "rmsnorm"  # which says whether there is a bias
+        super().__init__(
+            NormSpec(size, kind, centred=centred),
+            tp,
+            layer=layer,
+            by_sequence=applied_to == "shard",
+            device=device,
+            dtype=dtype,
+        )
         self.centred, self.wide = centred, wide
-        self.size, self.tp, self.eps, self.layer = size, tp, eps, layer
-        watch(self, tp)
+        self.size, self.eps = size, eps
         self.applied_to = applied_to
-        self.weight_spec = self.bias_spec = ShardSpec.replicated(size)
-        first = torch.full((size,), 0.0 if centred else 1.0, device=device, dtype=dtype)
-        self.weight = nn.Parameter(first)
-        self.bias = nn.Parameter(torch.zeros(size, device=device, dtype=dtype)) if bias else None
-
-    def shared_parameters(self) -> list[SharedParameter]:
-        """All parameters, when each rank normalises its own part."""
-        if self.applied_to == "all":
-            return []
-        rows = SharedRows.whole(self.size)
-        names = ["weight"] if self.bias is None else ["weight", "bias"]
-        return [SharedParameter(self, name, rows) for name in names]
 
     def extra_repr(self) -> str:
         """Size, and over what the gradient is summed."""
@@ -176,7 +170,7 @@ class LayerNorm(_Norm):
         return F.layer_norm(x, (self.size,), shared(self, "weight"), bias, self.eps)
 
 
-class DividedRMSNorm(nn.Module):
+class DividedRMSNorm(Described):
     """An RMS norm over features of which each rank has some: those of all heads together.
 
     The ranks add up the squares of what they have, see :func:`normed_together`. What several ranks
@@ -199,23 +193,13 @@ class DividedRMSNorm(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         if spec.partition is None or spec.kind != "rmsnorm":
             raise ValueError(f"{layer}: an RMS norm with a partition is needed, not {spec}")
-        self.spec, self.tp, self.layer = spec, tp, layer
-        watch(self, tp)
-        self.weight_spec = spec.parameters()["weight"].shard
-        (size,) = self.weight_spec.local_shape(tp.rank)
+        super().__init__(spec, tp, layer=layer, device=device, dtype=dtype)
+        self.spec = spec
         start, stop = spec.partition.bounds[tp.rank]
         before = max((end for _, end in spec.partition.bounds[: tp.rank]), default=start)
         self._first_counted = min(max(start, before), stop) - start
-        first = torch.full((size,), 0.0 if spec.centred else 1.0, device=device, dtype=dtype)
-        self.weight = nn.Parameter(first)
-
-    def shared_parameters(self) -> list[SharedParameter]:
-        """The weight, where several ranks have the same features."""
-        rows = SharedRows.of(self.weight_spec, self.tp.rank)
-        return [SharedParameter(self, "weight", rows)] if rows.total else []
 
     def squares(self, x: Tensor) -> Tensor:
         """``[..., size_local]`` to this rank's part of the sum of squares, ``[...]``, in fp32."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from colrow.comm import collectives, primitives
 from colrow.comm.group import ParallelGroup
-from colrow.comm.steps import watch
 from colrow.layers.decoding import Kernel
+from colrow.layers.describe import RowSpec
+from colrow.layers.described import Described
 from colrow.layers.fused import row_linear
 from colrow.layers.linear import (
     Sharded,
@@ -18,12 +19,12 @@ from colrow.layers.linear import (
     named,
     reset_linear_,
 )
-from colrow.layers.shared import SharedParameter, SharedRows, SharedWeights
-from colrow.partition import Partition, ShardSpec
+from colrow.layers.shared import SharedWeights
+from colrow.partition import Partition
 from colrow.sharding import SequenceDivision, Sharding
 
 
-class RowParallelLinear(Sharded, nn.Module):
+class RowParallelLinear(Sharded, Described):
     """A linear layer whose input features are divided: ``y = sum over ranks of x_r W_r^T, plus b``.
 
     ==================  ================================  =====================================
@@ -57,8 +58,7 @@ class RowParallelLinear(Sharded, nn.Module):
 
     Raises:
         ValueError: a partition of something else than ``in_features``, over another number of ranks
-            or with several holders of an index; ranks with different seeds; ``overlap=False``
-            together with ``chunk_bytes``.
+            or with several holders of an index; ranks with different seeds.
     """
 
     def __init__(
@@ -76,32 +76,24 @@ class RowParallelLinear(Sharded, nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         partition = partition or Partition.even(in_features, tp.size)
         check_partition(partition, in_features, "in_features")
         primitives.check_split(partition, tp)
+        sharding = Sharding.of(sharding, sequence_parallel)
+        super().__init__(
+            RowSpec(partition, out_features, bias),
+            tp,
+            layer=layer,
+            by_sequence=sharding.sequence_parallel,
+            device=device,
+            dtype=dtype,
+        )
         self.in_features, self.out_features = in_features, out_features
-        self.tp, self.layer = tp, layer
-        watch(self, tp)
         self.partition = partition
         self.input_is_parallel = input_is_parallel
-        self.sharding = Sharding.of(sharding, sequence_parallel)
+        self.sharding = sharding
         self.kernel: Kernel | None = None
-        self.weight_spec = ShardSpec((out_features, in_features), 1, (partition,))
-        self.bias_spec = ShardSpec.replicated(out_features)
-        self.weight = nn.Parameter(
-            torch.empty(self.weight_spec.local_shape(tp.rank), device=device, dtype=dtype)
-        )
-        self.bias = (
-            nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
-        )
-        reset_linear_(self.weight, self.weight_spec, self.bias, self.bias_spec, tp, layer)
-
-    def shared_parameters(self) -> list[SharedParameter]:
-        """The bias under sequence parallelism, where each rank adds it to its own positions."""
-        if self.bias is None or not self.sequence_parallel:
-            return []
-        return [SharedParameter(self, "bias", SharedRows.whole(self.out_features))]
+        reset_linear_(self)
 
     def forward(
         self,

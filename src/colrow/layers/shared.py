@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from colrow.comm import primitives
 from colrow.comm.autograd import apply
 from colrow.comm.group import ParallelGroup
+from colrow.layers.describe import ParameterSpec
 from colrow.partition import ShardSpec
 
 
@@ -47,6 +48,20 @@ class SharedRows:
     def is_whole(self, rows: int) -> bool:
         """Whether all of this rank's ``rows`` make up the buffer, in order."""
         return self == SharedRows.whole(rows)
+
+    @classmethod
+    def of_parameter(
+        cls, parameter: ParameterSpec, rank: int, *, by_sequence: bool = False
+    ) -> SharedRows:
+        """What the description of a parameter says.
+
+        Args:
+            by_sequence: each rank computes its own positions of the sequence.
+        """
+        if not parameter.summed_elements(sequence_parallel=by_sequence):
+            return cls(0, ())
+        shard = parameter.shard
+        return cls.whole(shard.shape[0]) if shard.dim is None else cls.of(shard, rank)
 
     @classmethod
     def of(cls, spec: ShardSpec, rank: int) -> SharedRows:

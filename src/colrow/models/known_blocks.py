@@ -92,9 +92,9 @@ def _mlp_fits(mlp: ParallelMLP) -> bool:
     return mlp.activation in ACTIVATIONS and type(mlp.gated) is bool
 
 
-_LINEAR = "weight bias weight_spec bias_spec tp layer in_features out_features sharding kernel "
-_COLUMN = _LINEAR + "_shared_rows"
-_NORM = "weight bias weight_spec bias_spec tp layer size eps applied_to centred wide"
+_DESCRIBED = "weight bias weight_spec bias_spec tp layer _shared_rows"
+_LINEAR = f"{_DESCRIBED} in_features out_features sharding kernel"
+_NORM = f"{_DESCRIBED} size eps applied_to centred wide"
 _NORMS = (RMSNorm, LayerNorm)
 
 _KINDS: dict[type[nn.Module], _Kind] = {
@@ -124,10 +124,10 @@ _KINDS: dict[type[nn.Module], _Kind] = {
         up=(GateUpParallelLinear, ColumnParallelLinear),
         down=RowParallelLinear,
     ),
-    QKVParallelLinear: _kind(QKVParallelLinear, _COLUMN, _linear_fits),
-    GateUpParallelLinear: _kind(GateUpParallelLinear, _COLUMN, _linear_fits),
+    QKVParallelLinear: _kind(QKVParallelLinear, _LINEAR, _linear_fits),
+    GateUpParallelLinear: _kind(GateUpParallelLinear, _LINEAR, _linear_fits),
     ColumnParallelLinear: _kind(
-        ColumnParallelLinear, f"{_COLUMN} partition gather_output", _column_fits
+        ColumnParallelLinear, f"{_LINEAR} partition gather_output", _column_fits
     ),
     RowParallelLinear: _kind(
         RowParallelLinear, f"{_LINEAR} partition input_is_parallel", _row_fits

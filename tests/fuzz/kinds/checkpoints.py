@@ -20,7 +20,7 @@ _SIDE = {
     "grid": OneOf([]),
     "fsdp": OneOf([False, True]),
     "split": LAYOUT["split"],
-    "sequence_parallel": OneOf([False, True]),
+    "sharding": OneOf([{}, {"sequence_parallel": True}]),
 }
 
 
@@ -86,7 +86,7 @@ class _Training:
             world.directory / "model",
             self.mesh,
             dtype=torch.float64,
-            **options_of({**side, "options": {}}, tp),
+            **options_of({**side, "check_inputs": True}, tp),
         ).train()
         self.module = parallelize(self.model, self.mesh, fsdp=side["fsdp"])
         makers: dict[str, Any] = {

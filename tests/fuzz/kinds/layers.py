@@ -25,9 +25,11 @@ from colrow import (
 )
 from colrow.layers.options import RopeConfig
 from colrow.partition import HeadPartition, Partition
+from colrow.sharding import Sharding
 from tests.fuzz.case import Case, Fields, Kind, OneOf, World
+from tests.fuzz.decoders import SHARDINGS
 from tests.layers.dense import Weights, assert_close, compare, divided, random
-from tests.layers.test_attention import HEAD_DIM, DenseAttention
+from tests.layers.test_attention import HEAD_DIM, DenseAttention, head_norm
 
 _HEADS = [[4, 2], [4, 4], [5, 1], [6, 3], [9, 3], [7, 7], [12, 4], [8, 2]]
 
@@ -43,11 +45,8 @@ def fields(ranks: int) -> Fields:
             "heads": OneOf(_HEADS),
             "split": OneOf([[], [2, 1, 1, 1], [1, 3, 1, 1], [1, 1, 1, 5]]),
             "bias": OneOf([True, False]),
-            "sequence_parallel": OneOf([False, True]),
+            "sharding": OneOf(SHARDINGS),
             "uneven_sequence": OneOf([False, True]),
-            "keep_gathered_input": OneOf([True, False]),
-            "overlap": OneOf([True, False]),
-            "chunk_bytes": OneOf([None, 64, 512]),
             "whole_input": OneOf([False, True]),
             "rope": OneOf([True, False]),
             "window": OneOf([None, 2, 3]),
@@ -86,11 +85,12 @@ def _x(case: Case, features: int) -> Tensor:
     return random(case["rows"], case["length"], features).requires_grad_()
 
 
-def _options(case: Case, *names: str) -> dict[str, Any]:
-    return {name: case[name] for name in names} | {"dtype": torch.float64}
+def _sharding(case: Case) -> Sharding:
+    return Sharding(**case["sharding"])
 
 
-_COLUMN = ("bias", "sequence_parallel", "keep_gathered_input", "overlap", "chunk_bytes")
+def _options(case: Case) -> dict[str, Any]:
+    return {"bias": case["bias"], "sharding": _sharding(case), "dtype": torch.float64}
 
 
 def _linear(weights: Weights, x: Tensor) -> Tensor:
@@ -136,9 +136,9 @@ def _check(
 def _column(case: Case, tp: ParallelGroup) -> None:
     partition = _partition(case, case["out"], tp)
     layer = ColumnParallelLinear(
-        case["features"], case["out"], tp, partition=partition, **_options(case, *_COLUMN)
+        case["features"], case["out"], tp, partition=partition, **_options(case)
     )
-    by = "x" if case["sequence_parallel"] else ""
+    by = "x" if _sharding(case).sequence_parallel else ""
     _check(case, tp, layer, _linear, case["features"], y=[partition], by_sequence=by)
 
 
@@ -149,7 +149,9 @@ def _gathered(case: Case, tp: ParallelGroup) -> None:
         tp,
         partition=_partition(case, case["out"], tp),
         gather_output=True,
-        **_options(case, "bias", "overlap"),
+        bias=case["bias"],
+        sharding=Sharding(overlap=_sharding(case).overlap),
+        dtype=torch.float64,
     )
     _check(case, tp, layer, _linear, case["features"])
 
@@ -162,26 +164,26 @@ def _row(case: Case, tp: ParallelGroup) -> None:
         tp,
         partition=partition,
         input_is_parallel=not case["whole_input"],
-        **_options(case, "bias", "sequence_parallel", "overlap", "chunk_bytes"),
+        **_options(case),
     )
-    by = "y" if case["sequence_parallel"] else ""
+    by = "y" if _sharding(case).sequence_parallel else ""
     x = None if case["whole_input"] else [partition]
     _check(case, tp, layer, _linear, case["out"], x=x, by_sequence=by)
 
 
 def _qkv(case: Case, tp: ParallelGroup) -> None:
     heads = _heads(case, tp)
-    layer = QKVParallelLinear(case["features"], heads, 4, tp, **_options(case, *_COLUMN))
+    layer = QKVParallelLinear(case["features"], heads, 4, tp, **_options(case))
     key_value = heads.key_value.scaled(4)
     y = [heads.query.scaled(4), key_value, key_value]
-    by = "x" if case["sequence_parallel"] else ""
+    by = "x" if _sharding(case).sequence_parallel else ""
     _check(case, tp, layer, _linear, case["features"], y=y, by_sequence=by)
 
 
 def _gate_up(case: Case, tp: ParallelGroup) -> None:
     partition = _partition(case, case["out"], tp)
-    layer = GateUpParallelLinear(case["features"], partition, tp, **_options(case, *_COLUMN))
-    by = "x" if case["sequence_parallel"] else ""
+    layer = GateUpParallelLinear(case["features"], partition, tp, **_options(case))
+    by = "x" if _sharding(case).sequence_parallel else ""
     _check(case, tp, layer, _linear, case["features"], y=[partition, partition], by_sequence=by)
 
 
@@ -194,9 +196,9 @@ def _mlp(case: Case, tp: ParallelGroup) -> None:
         activation=activation,
         gated=case["norms"],
         partition=_partition(case, case["out"], tp),
-        **_options(case, *_COLUMN),
+        **_options(case),
     )
-    by = "xy" if case["sequence_parallel"] else ""
+    by = "xy" if _sharding(case).sequence_parallel else ""
 
     def dense(w: Weights, x: Tensor) -> Tensor:
         hidden = F.linear(x, w["up.weight"], w.get("up.bias"))
@@ -224,12 +226,14 @@ def _attention(case: Case, tp: ParallelGroup) -> None:
         alibi=case["alibi"],
         qkv_bias=case["bias"],
         output_bias=case["bias"],
-        qk_norm_eps=norms,
+        query_norm=head_norm(norms),
+        key_norm=head_norm(norms),
         window=case["window"],
-        **_options(case, "sequence_parallel", "keep_gathered_input", "overlap", "chunk_bytes"),
+        sharding=_sharding(case),
+        dtype=torch.float64,
     )
     dense = DenseAttention(query, key_value, rope, case["alibi"], case["window"], norms)
-    by = "xy" if case["sequence_parallel"] else ""
+    by = "xy" if _sharding(case).sequence_parallel else ""
     _check(case, tp, layer, dense, case["features"], by_sequence=by)
 
 
@@ -239,10 +243,10 @@ def _heads(case: Case, tp: ParallelGroup) -> HeadPartition:
 
 
 def _norm(case: Case, tp: ParallelGroup) -> None:
-    applied = "shard" if case["sequence_parallel"] else "all"
+    applied = "shard" if _sharding(case).sequence_parallel else "all"
     features = case["features"]
     options: dict[str, Any] = {"eps": 1e-5, "applied_to": applied, "dtype": torch.float64}
-    by = "xy" if case["sequence_parallel"] else ""
+    by = "xy" if _sharding(case).sequence_parallel else ""
     if case["norms"]:
         layer: nn.Module = LayerNorm(features, tp, bias=case["bias"], **options)
 
@@ -265,13 +269,16 @@ def _embedding(case: Case, tp: ParallelGroup) -> None:
         tp,
         partition=_partition(case, case["out"], tp),
         padding_idx=padding,
-        **_options(case, "sequence_parallel"),
+        sharding=_sharding(case),
+        dtype=torch.float64,
     )
     _lookup(case, tp, layer, case["out"], padding)
 
 
 def _positions(case: Case, tp: ParallelGroup) -> None:
-    layer = PositionEmbedding(23, case["features"], tp, **_options(case, "sequence_parallel"))
+    layer = PositionEmbedding(
+        23, case["features"], tp, sharding=_sharding(case), dtype=torch.float64
+    )
     _lookup(case, tp, layer, 23, None)
 
 
@@ -281,7 +288,7 @@ def _lookup(
     source = torch.Generator().manual_seed(4)
     ids = torch.randint(0, rows, (case["rows"], case["length"]), generator=source)
     sequence = _sequence(case, tp)
-    parallel = case["sequence_parallel"]
+    parallel = _sharding(case).sequence_parallel
     compare(
         tp,
         layer,

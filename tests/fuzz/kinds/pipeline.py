@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 import colrow
@@ -61,7 +63,7 @@ def run(world: World, case: Case) -> list[str]:
     every = list(zip(ids.split(size), labels.split(size), strict=True))
     options = options_of(case, tp)
     if schedule in ("zero-bubble", "zbv"):
-        options["overlap"] = False
+        options["sharding"] = replace(options["sharding"], overlap=False)
     split = split_for(config_of(whole), pp, schedule, _layers(case, pp), stages)
     model = colrow.from_pretrained(
         world.directory / "model", mesh, dtype=torch.float64, layer_split=split, **options
