@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import colrow
-from colrow.checkpoint.reader import open_reader
+from colrow.checkpoint.opening import open_reader
 from colrow.comm.group import ParallelGroup
 from colrow.inplace.api import plan_for
 from colrow.inplace.file_names import file_names

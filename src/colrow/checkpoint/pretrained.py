@@ -12,7 +12,8 @@ from colrow.checkpoint.gguf_model import config_from_gguf, gguf_naming
 from colrow.checkpoint.load import check_tensors, load_
 from colrow.checkpoint.locate import resolve_model_path
 from colrow.checkpoint.naming import Naming, hf_naming
-from colrow.checkpoint.reader import TensorReader, open_reader
+from colrow.checkpoint.opening import open_reader
+from colrow.checkpoint.reader import TensorReader
 from colrow.checkpoint.tied import as_in_file
 from colrow.comm.group import ParallelGroup
 from colrow.comm.mesh import Mesh

@@ -16,13 +16,13 @@ import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from colrow.comm.engine import against_shared_memory
+from colrow.comm.mpi import BACKEND
 from colrow.comm.mpi.peers import Peers
 from colrow.launch.environment import inherited_environment
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-BACKEND = "colrow_mpi"
 # Messages go through MPI's shared memory, but it also opens a way over the network, for ranks of
 # other hosts, of which there are none: UCX (MPICH) and libfabric (MPICH, Intel MPI) would listen on
 # every interface. libfabric's own shared memory would outlive a rank that is killed.
