@@ -45,10 +45,10 @@ if TYPE_CHECKING:
     from colrow.models.config import ModelConfig
     from colrow.models.decoder import Decoder
     from colrow.optim.adafactor import Adafactor
-    from colrow.optim.check import check_optimizer
     from colrow.optim.muon import Muon
     from colrow.optim.scaler import GradScaler
     from colrow.partition import HeadPartition, Partition, ShardSpec
+    from colrow.shards.optimizers import check_optimizer
     from colrow.train.clip import clip_grad_norm_
 
 __version__ = "0.1.0"
@@ -90,7 +90,7 @@ _EXPORTS = {
     "colrow.inplace.load": ["load_weights"],
     "colrow.inplace.save": ["save_pretrained"],
     "colrow.optim.adafactor": ["Adafactor"],
-    "colrow.optim.check": ["check_optimizer"],
+    "colrow.shards.optimizers": ["check_optimizer"],
     "colrow.optim.muon": ["Muon"],
     "colrow.optim.scaler": ["GradScaler"],
     "colrow.partition": ["HeadPartition", "Partition", "ShardSpec"],

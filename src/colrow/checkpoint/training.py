@@ -18,15 +18,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from colrow.checkpoint.same import Held, owner_of, problem_of
-from colrow.checkpoint.training_placement import (
-    Placement,
-    buffer_placements,
-    local_tensor,
-    placements,
-    tensor_parallel_group,
-    unwrap,
-)
 from colrow.checkpoint.training_plan import Shard, ShardLoadPlanner, ShardSavePlanner
 from colrow.checkpoint.training_storage import (
     PART,
@@ -39,8 +30,17 @@ from colrow.checkpoint.training_storage import (
 from colrow.comm.mesh import Mesh
 from colrow.leftovers import lock, unlock
 from colrow.models.config import Layout, ModelConfig, parameter_specs
-from colrow.optim.check import check_optimizer, whole_states
 from colrow.partition import ShardSpec
+from colrow.shards.optimizers import check_optimizer, whole_states
+from colrow.shards.placement import (
+    Placement,
+    buffer_placements,
+    local_tensor,
+    placements,
+    tensor_parallel_group,
+    unwrap,
+)
+from colrow.shards.same import Held, owner_of, problem_of
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 

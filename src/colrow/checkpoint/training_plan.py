@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from colrow.checkpoint.training_placement import Box
+from colrow.shards.placement import Box
 
 
 @dataclass(frozen=True)

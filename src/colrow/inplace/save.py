@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from colrow.checkpoint.assemble import full_state_dict
 from colrow.comm import primitives
-from colrow.inplace.assemble import assemble
 from colrow.inplace.record import inside_wrappers, record_for, record_of
 
 
@@ -53,7 +53,7 @@ def save_pretrained(model: nn.Module, directory: str | Path, **options: Any) -> 
                 )
         writer.save_pretrained(directory, **options)
         return
-    whole = assemble(model, record, lambda parameter: parameter.detach())
+    whole = full_state_dict(model)
     error: Exception | None = None
     if record.tp.rank == 0:
         try:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from colrow.comm import collectives, primitives
 from colrow.comm.group import ParallelGroup
-from colrow.comm.steps import watch
 from colrow.layers.chunks import check_chunk_bytes
 from colrow.layers.decoding import Kernel
 from colrow.layers.fused import check_overlap, column_linear
@@ -27,6 +26,7 @@ from colrow.layers.linear import (
 )
 from colrow.layers.shared import SharedParameter, SharedRows, SharedWeights
 from colrow.partition import HeadPartition, Partition, ShardSpec
+from colrow.shards.steps import watch
 
 
 class ColumnOptions(TypedDict, total=False):

@@ -10,10 +10,10 @@ from colrow import rng
 from colrow.comm import collectives, primitives
 from colrow.comm.agreement import common_seed
 from colrow.comm.group import ParallelGroup
-from colrow.comm.steps import watch
 from colrow.layers.linear import divides_sequence
 from colrow.layers.shared import SharedParameter, SharedRows, SharedWeights
 from colrow.partition import Partition, ShardSpec
+from colrow.shards.steps import watch
 
 
 class VocabParallelEmbedding(nn.Module):

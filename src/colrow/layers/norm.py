@@ -12,9 +12,9 @@ from torch.autograd.function import once_differentiable
 
 from colrow.comm.autograd import apply
 from colrow.comm.group import ParallelGroup
-from colrow.comm.steps import watch
 from colrow.layers.shared import SharedParameter, SharedRows, SharedWeights
 from colrow.partition import ShardSpec
+from colrow.shards.steps import watch
 
 
 class _Norm(nn.Module):

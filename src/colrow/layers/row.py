@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from colrow.comm import collectives, primitives
 from colrow.comm.group import ParallelGroup
-from colrow.comm.steps import watch
 from colrow.layers.chunks import check_chunk_bytes
 from colrow.layers.decoding import Kernel
 from colrow.layers.fused import row_linear
@@ -21,6 +20,7 @@ from colrow.layers.linear import (
 )
 from colrow.layers.shared import SharedParameter, SharedRows, SharedWeights
 from colrow.partition import Partition, ShardSpec
+from colrow.shards.steps import watch
 
 
 class RowParallelLinear(nn.Module):
