@@ -21,6 +21,7 @@ from colrow.layers.options import RopeConfig
 from colrow.layers.position import alibi_slopes, apply_rope, rope_frequencies
 from colrow.layers.row import RowParallelLinear
 from colrow.layers.shared import SharedLayers, SharedWeights
+from colrow.layers.training import recomputed
 from colrow.partition import HeadPartition, Partition
 
 
@@ -174,6 +175,7 @@ class ParallelAttention(nn.Module):
         sequence: Partition | None = None,
         shared: SharedWeights | None = None,
         dropout_key: int | Tensor | None = None,
+        recompute: bool = False,
     ) -> Tensor:
         """See the table of the class.
 
@@ -183,6 +185,8 @@ class ParallelAttention(nn.Module):
             sequence, shared: as in the linear layers.
             dropout_key: which dropout mask, see :class:`ParallelDropout`. By default the ranks draw
                 it from torch's CPU generator and compare it (an all-reduce of 16 bytes).
+            recompute: keep queries, keys and values for backward, and nothing of what is computed
+                between them and the output projection.
 
         Raises:
             ValueError: ALiBi with explicit positions and a cache; ranks that drew different keys.
@@ -213,10 +217,9 @@ class ParallelAttention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(self.layer_index, k, v)
-        if drops:
-            mixed = self._attend_with_dropout(q, k, v, context, dropout_key)
-        else:
-            mixed = self._attend(q, k, v, context)
+        attend = self._attend_with_dropout if drops else self._attend
+        arguments = (q, k, v, context, *([dropout_key] if drops else []))
+        mixed = recomputed(attend, *arguments) if recompute else attend(*arguments)
         mixed = mixed.transpose(1, 2).reshape(batch, queries, -1)  # [batch, queries, q_local * dim]
         result: Tensor = self.output(mixed, sequence=sequence, shared=shared)
         return result

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,6 @@ from colrow.layers.norm import RMSNorm, rms_scale
 from colrow.layers.row import RowParallelLinear
 from colrow.models.known_blocks import Unchanged, known
 from colrow.models.pipeline import Blocks
-
-if TYPE_CHECKING:
-    from colrow.models.staged_layers import StagedLayers
 
 _TORCH = Kernel()
 _DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
@@ -71,14 +68,9 @@ class OneToken:
         return type(None), ()
 
     @staticmethod
-    def fits(model: StagedLayers) -> bool:
-        """Whether the model is of the kind that is written out here: RoPE over all keys."""
-        return (
-            next(model.parameters()).is_cpu
-            and not model.sequence_parallel
-            and len(model.stages) == 1
-            and all(known(block) for block in model.blocks)
-        )
+    def fits(blocks: Blocks) -> bool:
+        """Whether the blocks are of the kind that is written out here: RoPE over all keys."""
+        return all(known(block) for block in blocks)
 
     def serves(self, input_ids: Tensor, x: Tensor, attention_mask: Tensor | None) -> bool:
         """Whether this pass is one token of one sequence, without padding or gradient.

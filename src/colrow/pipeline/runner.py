@@ -12,6 +12,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from colrow.comm import primitives
 from colrow.comm.mesh import Mesh
 from colrow.comm.primitives import Pending
+from colrow.layers.block import prepare_blocks
+from colrow.layers.training import Recompute
 from colrow.models.decoder import Decoder
 from colrow.models.stages import Stage
 from colrow.models.tied import sum_tied_gradients_
@@ -20,7 +22,6 @@ from colrow.pipeline.gradients import sum_replicas_
 from colrow.pipeline.schedules import Schedule
 from colrow.pipeline.settings import ZERO_BUBBLE, check_schedule
 from colrow.pipeline.stage import CountedStage, Messages, StageModule
-from colrow.train.parallel import Recompute, prepare_blocks
 
 
 class PipelineRunner:
@@ -37,7 +38,7 @@ class PipelineRunner:
         fsdp: divide parameters, gradients and optimiser state over dp (FSDP2); otherwise every dp
             rank has them, and sums its gradients over dp when the step has gone back.
         compute_dtype, recompute, label_smoothing, z_loss: as for
-            :func:`colrow.train.parallel.parallelize`.
+            :func:`colrow.layers.block.prepare_blocks`.
 
     Raises:
         ValueError: combinations that cannot run, see
@@ -83,7 +84,7 @@ class PipelineRunner:
             )
         model.sums_shared_later = self._later
         prepare_blocks(
-            model, sharded=self.sharded, compute_dtype=compute_dtype, recompute=recompute
+            model.blocks, sharded=self.sharded, compute_dtype=compute_dtype, recompute=recompute
         )
         if self._later:
             for block in model.blocks:
