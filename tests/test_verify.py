@@ -22,10 +22,10 @@ from colrow.comm.group import ParallelGroup
 from colrow.comm.mesh import Mesh
 from colrow.models.decoder import Decoder
 from colrow.models.hf_config import config_from_hf
+from colrow.verification.comparison import relative_error
 from colrow.verification.differences import (
-    Result,
+    BatchResult,
     first_difference,
-    relative_error,
     why_not_finite,
     worst_gradients,
 )
@@ -141,8 +141,8 @@ def test_an_overflow_of_the_unsplit_model_accepts_nothing() -> None:
 def test_numbers_that_are_not_finite_are_blamed_on_somebody() -> None:
     weights = {"w": torch.ones(2)}
 
-    def result(value: float) -> Result:
-        return Result(torch.ones(2), torch.tensor(value), {"w": torch.tensor([1.0, value])})
+    def result(value: float) -> BatchResult:
+        return BatchResult(torch.ones(2), torch.tensor(value), {"w": torch.tensor([1.0, value])})
 
     good, bad, half = result(1.0), result(math.nan), torch.float16
     assert why_not_finite(good, good, good, weights, half) is None
