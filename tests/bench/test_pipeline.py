@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 import colrow
-from colrow.bench.pipeline import measure_pipeline
 from colrow.bench.pipeline_result import PipelineMeasurement, PipelineSettings
+from colrow.bench.pipeline_run import measure_pipeline
 from colrow.cli import main
 from colrow.comm.group import ParallelGroup
 from colrow.models.config import Layout
-from colrow.pipeline.communication import predict_pipeline_step
+from colrow.pipeline.messages import predict_pipeline_step
 from colrow.planner.catalog import decoder
 from tests.ranks import RankPool
 

@@ -19,8 +19,8 @@ from colrow.inplace.file_names import file_names
 from colrow.inplace.sources import Cut, Joined, Source, Stacked, Stored, Swapped
 from colrow.verification.comparison import gradient_errors, relative_error
 from colrow.zoo.architectures import architectures, build
-from colrow.zoo.inputs import batch
-from colrow.zoo.measure import full_precision
+from colrow.zoo.example_batch import batch
+from colrow.zoo.model_run import full_precision
 from tests.inplace.test_parallelize import OwnModel, mesh_of
 from tests.ranks import RankPool
 

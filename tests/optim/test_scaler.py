@@ -13,7 +13,7 @@ import colrow
 from colrow.checkpoint.training import TrainingCheckpoints
 from colrow.comm.group import ParallelGroup
 from colrow.optim.scaler import GradScaler
-from colrow.shards.placement import local_tensor
+from colrow.shards.boxes import local_tensor
 from tests.pipeline import layouts as pipes
 from tests.ranks import RankPool
 from tests.train.layouts import Layout, make_mesh, make_stepper

@@ -7,8 +7,8 @@ from typing import Any
 
 from colrow.models.config import ModelConfig
 from colrow.models.stages import LayerSplit
+from colrow.pipeline.limits import check_schedule, split_for
 from colrow.pipeline.schedules import Schedule, expected_bubble_fraction
-from colrow.pipeline.settings import check_schedule, split_for
 from colrow.pipeline.timeline import Timeline
 from colrow.planner.stage_costs import planned_costs
 

@@ -14,8 +14,8 @@ from colrow.comm import primitives
 from colrow.comm.group import ParallelGroup
 from colrow.models.config import parameter_specs
 from colrow.models.decoder import Decoder
+from colrow.shards.boxes import Placement, divisions, tensor_parallel_group
 from colrow.shards.model_shards import shards_for
-from colrow.shards.placement import Placement, divisions, tensor_parallel_group
 from colrow.shards.same import Held, check_same, owner_of
 
 

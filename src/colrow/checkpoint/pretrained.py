@@ -14,7 +14,7 @@ from colrow.checkpoint.locate import resolve_model_path
 from colrow.checkpoint.naming import Naming, hf_naming
 from colrow.checkpoint.opening import open_reader
 from colrow.checkpoint.reader import TensorReader
-from colrow.checkpoint.tied import as_in_file
+from colrow.checkpoint.tied_head import as_in_file
 from colrow.comm.group import ParallelGroup
 from colrow.comm.mesh import Mesh
 from colrow.models.build import DecoderOptions, resolve_mesh, resolve_pipeline

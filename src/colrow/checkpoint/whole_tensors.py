@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from colrow.checkpoint.naming import hf_naming, pieces
 from colrow.models.decoder import Decoder
 from colrow.partition import Partition
-from colrow.shards.placement import Placement
+from colrow.shards.boxes import Placement
 
 Slices = tuple[slice, ...]
 

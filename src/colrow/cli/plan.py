@@ -213,7 +213,7 @@ def run(args: argparse.Namespace) -> int:
 
     from colrow.planner import catalog
     from colrow.planner.command import plan
-    from colrow.planner.report import show_models
+    from colrow.planner.tables import show_models
 
     console = Console(highlight=False, file=io.StringIO() if args.json == "-" else None)
     if args.list_models:

@@ -13,15 +13,15 @@ from colrow.comm import primitives
 from colrow.comm.agreement import common_seed
 from colrow.comm.group import ParallelGroup
 from colrow.layers.column import QKVParallelLinear
-from colrow.layers.context import AttentionContext, KeyValueCache
+from colrow.layers.context import AttentionCache, AttentionContext
 from colrow.layers.dropout import ParallelDropout
 from colrow.layers.grouped_query import attend, group_sizes, padded_groups
+from colrow.layers.memory_saving import recomputed
 from colrow.layers.norm import RMSNorm
 from colrow.layers.options import RopeConfig
 from colrow.layers.position import alibi_slopes, apply_rope, rope_frequencies
 from colrow.layers.row import RowParallelLinear
 from colrow.layers.shared import SharedLayers, SharedWeights
-from colrow.layers.training import recomputed
 from colrow.partition import HeadPartition, Partition
 
 
@@ -171,7 +171,7 @@ class ParallelAttention(nn.Module):
         x: Tensor,
         *,
         context: AttentionContext | None = None,
-        cache: KeyValueCache | None = None,
+        cache: AttentionCache | None = None,
         sequence: Partition | None = None,
         shared: SharedWeights | None = None,
         dropout_key: int | Tensor | None = None,

@@ -13,13 +13,13 @@ from colrow.comm import primitives
 from colrow.comm.agreement import common_seed
 from colrow.comm.group import ParallelGroup
 from colrow.layers.attention import ParallelAttention
-from colrow.layers.context import AttentionContext, KeyValueCache
+from colrow.layers.context import AttentionCache, AttentionContext
 from colrow.layers.dropout import ParallelDropout
 from colrow.layers.linear import divides_sequence
+from colrow.layers.memory_saving import Recompute, cast_parameters, recomputed
 from colrow.layers.mlp import ParallelMLP
 from colrow.layers.norm import LayerNorm, RMSNorm
 from colrow.layers.shared import SharedLayers, SharedWeights
-from colrow.layers.training import Recompute, cast_parameters, recomputed
 from colrow.partition import Partition
 
 
@@ -27,7 +27,7 @@ class BlockOptions(TypedDict, total=False):
     """What a pass through a block is given besides its input; all as in attention."""
 
     context: AttentionContext | None
-    cache: KeyValueCache | None
+    cache: AttentionCache | None
     sequence: Partition | None
     shared: SharedWeights | None
     dropout_key: int | Tensor | None
@@ -110,7 +110,7 @@ class ParallelBlock(nn.Module):
         x: Tensor,
         *,
         context: AttentionContext | None = None,
-        cache: KeyValueCache | None = None,
+        cache: AttentionCache | None = None,
         sequence: Partition | None = None,
         shared: SharedWeights | None = None,
         dropout_key: int | Tensor | None = None,

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from colrow.comm.autograd import apply
+from colrow.comm.bucket import all_reduce_together
 from colrow.comm.group import ParallelGroup
-from colrow.comm.together import all_reduce_together
 from colrow.partition import ShardSpec
 
 

@@ -20,7 +20,7 @@ from colrow.layers.activation import ACTIVATIONS
 from colrow.layers.attention import ParallelAttention
 from colrow.layers.block import ParallelBlock
 from colrow.layers.column import FusedColumnParallelLinear
-from colrow.layers.context import AttentionContext, KeyValueCache
+from colrow.layers.context import AttentionCache, AttentionContext
 from colrow.layers.decoding import Kernel
 from colrow.layers.grouped_query import group_sizes
 from colrow.layers.norm import RMSNorm, rms_scale
@@ -30,7 +30,7 @@ from colrow.models.pipeline import Blocks
 
 _TORCH = Kernel()
 _DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
-_Block = Callable[[KeyValueCache], None]
+_Block = Callable[[AttentionCache], None]
 
 
 class OneToken:
@@ -93,7 +93,7 @@ class OneToken:
             self._examine()
         return self._fits and not self._drops and self._unchanged.runs_as_written(x.dtype)
 
-    def __call__(self, x: Tensor, context: AttentionContext, cache: KeyValueCache) -> Tensor:
+    def __call__(self, x: Tensor, context: AttentionContext, cache: AttentionCache) -> Tensor:
         """``[1, 1, hidden]`` to the same behind the last block; as the blocks, it extends cache."""
         rows, blocks = self._for_this_thread(x.dtype)
         stream = rows("stream", x.numel())
@@ -146,7 +146,7 @@ def _flat(block: ParallelBlock, rows: _Rows) -> _Block:
     attend = _attention(block.attention, fused, rows)
     output, down = _row(block.attention.output, rows), _row(mlp.down, rows)
 
-    def forward(cache: KeyValueCache) -> None:
+    def forward(cache: AttentionCache) -> None:
         qkv(attention_norm())
         mixed = attend(cache)
         if parallel_residual:
@@ -163,7 +163,7 @@ def _flat(block: ParallelBlock, rows: _Rows) -> _Block:
 
 def _attention(
     attention: ParallelAttention, fused: Tensor, rows: _Rows
-) -> Callable[[KeyValueCache], Tensor]:
+) -> Callable[[AttentionCache], Tensor]:
     """From the row of queries, keys and values to the heads' outputs, ``[q_heads x head_dim]``.
 
     The queries of a KV head become the query axis of the kernel. Where this rank's first or last
@@ -192,7 +192,7 @@ def _attention(
     halves = list(zip((second, first), sin.chunk(2), swapped.chunk(2, dim=1), strict=True))
     rest = (target[:, rope.dims :], source[:, rope.dims :]) if rope.dims < dim else None
 
-    def forward(cache: KeyValueCache) -> Tensor:
+    def forward(cache: AttentionCache) -> Tensor:
         torch.mul(rotating, cos, out=rotated)
         for other, signed, product in halves:
             torch.mul(other, signed, out=product)

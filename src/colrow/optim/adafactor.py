@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from colrow.checkpoint.whole_tensors import TensorPart, WholeTensor
 from colrow.comm import primitives
 from colrow.optim.whole import Member, WholeTensorOptimizer
-from colrow.shards.placement import (
+from colrow.shards.boxes import (
     data_parallel_group,
     local_tensor,
     tensor_parallel_group,

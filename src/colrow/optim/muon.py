@@ -15,7 +15,7 @@ from colrow.comm import primitives
 from colrow.comm.group import ParallelGroup
 from colrow.optim.whole import Member, WholeTensorOptimizer
 from colrow.partition import Partition
-from colrow.shards.placement import (
+from colrow.shards.boxes import (
     Placement,
     data_parallel_group,
     local_tensor,

@@ -14,15 +14,15 @@ from colrow.checkpoint.whole_tensors import WholeTensor, decoders_tensors
 from colrow.comm.agreement import require_same
 from colrow.comm.group import ParallelGroup
 from colrow.partition import ShardSpec
-from colrow.shards.model_shards import shards_of
-from colrow.shards.optimizers import RightOnShards
-from colrow.shards.placement import (
+from colrow.shards.boxes import (
     Placement,
     local_tensor,
     placements,
     tensor_parallel_group,
     unwrap,
 )
+from colrow.shards.model_shards import shards_of
+from colrow.shards.optimizers import RightOnShards
 
 
 @dataclass(frozen=True)

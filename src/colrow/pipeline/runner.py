@@ -13,15 +13,15 @@ from colrow.comm import primitives
 from colrow.comm.mesh import Mesh
 from colrow.comm.primitives import Pending
 from colrow.layers.block import prepare_blocks
-from colrow.layers.training import Recompute
+from colrow.layers.memory_saving import Recompute
 from colrow.models.decoder import Decoder
 from colrow.models.stages import Stage
 from colrow.models.tied import sum_tied_gradients_
-from colrow.pipeline.build import build_schedule
-from colrow.pipeline.gradients import sum_replicas_
+from colrow.pipeline.limits import ZERO_BUBBLE, check_schedule
+from colrow.pipeline.replicas import sum_replicas_
 from colrow.pipeline.schedules import Schedule
-from colrow.pipeline.settings import ZERO_BUBBLE, check_schedule
 from colrow.pipeline.stage import CountedStage, Messages, StageModule
+from colrow.pipeline.torch_schedules import build_schedule
 
 
 class PipelineRunner:
@@ -42,7 +42,7 @@ class PipelineRunner:
 
     Raises:
         ValueError: combinations that cannot run, see
-            :func:`colrow.pipeline.settings.check_schedule`.
+            :func:`colrow.pipeline.limits.check_schedule`.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class PipelineRunner:
                 with gradients of a step before.
 
         Communicates: as the layers do, hidden states and their gradients between stages, and then
-        the gradients of tied embeddings and replicas (see :mod:`colrow.pipeline.gradients`).
+        the gradients of tied embeddings and replicas (see :mod:`colrow.pipeline.replicas`).
         """
         self._check(batches)
         # FSDP2 takes the mean over dp.

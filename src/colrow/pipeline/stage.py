@@ -12,7 +12,7 @@ from torch.distributed.pipelining import PipelineStage
 from colrow.comm.clock import Clock
 from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import Phase
-from colrow.layers.training import cast_parameters
+from colrow.layers.memory_saving import cast_parameters
 from colrow.models.decoder import Decoder
 from colrow.models.stages import Stage
 from colrow.partition import Partition

@@ -10,7 +10,7 @@ import weakref
 import torch
 from torch import nn
 
-from colrow.shards.placement import placements, tensor_parallel_group, unwrap
+from colrow.shards.boxes import placements, tensor_parallel_group, unwrap
 
 # Each element of a parameter moves by its own gradients alone, so that a shard moves as it would in
 # the whole tensor; each was compared with the whole model in fp64.

@@ -12,7 +12,7 @@ from colrow.comm import primitives
 from colrow.comm.agreement import assert_on_device
 from colrow.comm.group import ParallelGroup
 from colrow.models.decoder import Decoder
-from colrow.shards.placement import (
+from colrow.shards.boxes import (
     data_parallel_group,
     local_tensor,
     placements,

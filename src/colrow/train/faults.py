@@ -20,7 +20,7 @@ from torch import nn
 from colrow.comm.mesh import Mesh
 from colrow.launch.environment import inherited_environment
 from colrow.leftovers import lock, unlock
-from colrow.shards.placement import local_tensor
+from colrow.shards.boxes import local_tensor
 from colrow.train.settings import TrainSettings
 
 T = TypeVar("T")

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from colrow.comm.mesh import Mesh
 from colrow.layers.block import prepare_blocks
-from colrow.layers.training import Recompute, cast_parameters
+from colrow.layers.memory_saving import Recompute, cast_parameters
 from colrow.models.decoder import Decoder
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from colrow.comm.mesh import Mesh, init_mesh
 from colrow.verification.comparison import gradient_errors, relative_error, worst_of
 from colrow.zoo.architectures import Architecture, build
-from colrow.zoo.measure import ModelRun, first_difference, output_error, run
+from colrow.zoo.model_run import ModelRun, first_difference, output_error, run
 from colrow.zoo.share import counted_parameters, share_split
 from colrow.zoo.systems import SYSTEMS, load
 

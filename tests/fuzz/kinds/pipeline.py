@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 import colrow
+from colrow.pipeline.limits import split_for
 from colrow.pipeline.runner import PipelineRunner
 from colrow.pipeline.schedules import SCHEDULES
-from colrow.pipeline.settings import split_for
 from tests.fuzz import compare
 from tests.fuzz.case import Case, Fields, Kind, OneOf, World, grids
 from tests.fuzz.decoders import (

@@ -51,7 +51,7 @@ def register() -> None:
 def _create(options: Any, _: object) -> dist.ProcessGroup:
     ranks = list(options.global_ranks_in_group) or list(range(options.group_size))
     communicator = _communicator(options.store, options.group_rank, options.group_size, ranks)
-    from colrow.comm.mpi.group import MpiGroup  # starts MPI where it is imported first
+    from colrow.comm.mpi.process_group import MpiGroup  # starts MPI where it is imported first
 
     return MpiGroup(options.group_rank, communicator, options.timeout, ranks, _peers())
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from colrow.verification.comparison import first_over, relative_error
 from colrow.verification.reference import FullPrecision, quiet_transformers
 from colrow.zoo.architectures import Architecture
-from colrow.zoo.inputs import batch, prompt
+from colrow.zoo.example_batch import batch, prompt
 
 NEW_TOKENS = 6
 _OUTPUTS = ("logits", "logits_per_image", "logits_per_text", "image_embeds", "text_embeds")

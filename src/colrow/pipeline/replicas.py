@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from colrow.comm.bucket import all_reduce_together
 from colrow.comm.group import ParallelGroup
-from colrow.comm.together import all_reduce_together
 from colrow.models.decoder import Decoder
-from colrow.pipeline.communication import BUCKET_BYTES, buckets
+from colrow.pipeline.messages import BUCKET_BYTES, buckets
 
 
 @torch.no_grad()
