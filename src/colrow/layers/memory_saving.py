@@ -1,4 +1,4 @@
-"""How layers run in training: in another number format, and keeping less for backward."""
+"""Training in less memory: a narrower number format, and recomputation."""
 
 from __future__ import annotations
 

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch import Tensor
 
 from colrow.comm import primitives
 from colrow.comm.mesh import Mesh
@@ -22,6 +21,7 @@ from colrow.pipeline.replicas import sum_replicas_
 from colrow.pipeline.schedules import Schedule
 from colrow.pipeline.stage import CountedStage, Messages, StageModule
 from colrow.pipeline.torch_schedules import build_schedule
+from colrow.shards.over_dp import shard_over_dp
 
 
 class PipelineRunner:
@@ -103,7 +103,7 @@ class PipelineRunner:
             for stage in model.stages
         ]
         if self.sharded:
-            self._fully_shard(compute_dtype)
+            shard_over_dp([*model.blocks, *self.modules], mesh, compute_dtype)
         messages = Messages(mesh.pp)
         self.stages = [self._stage(module, messages, microbatch) for module in self.modules]
         self._shapes = [(microbatch, sequence)] * microbatches
@@ -237,14 +237,3 @@ class PipelineRunner:
             input_args=ids if stage.is_first else hidden,
             output_args=loss if stage.is_last else hidden,
         )
-
-    def _fully_shard(self, compute_dtype: torch.dtype | None) -> None:
-        assert self.mesh.device_mesh is not None
-        dp = self.mesh.device_mesh["dp"]
-        wide = next(self.model.parameters()).dtype
-        policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=wide)
-        blocks: list[nn.Module] = list(self.model.blocks)
-        for block in blocks:
-            fully_shard(block, mesh=dp, mp_policy=policy)
-        for module in self.modules:
-            fully_shard(module, mesh=dp, mp_policy=policy)

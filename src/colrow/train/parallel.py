@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from colrow.comm.mesh import Mesh
 from colrow.layers.block import prepare_blocks
 from colrow.layers.memory_saving import Recompute, cast_parameters
 from colrow.models.decoder import Decoder
+from colrow.shards.over_dp import shard_over_dp
 
 
 class SummedLoss(nn.Module):
@@ -88,7 +88,8 @@ def parallelize(
         z_loss=z_loss,
     )
     if sharded:
-        return _fully_shard(loss, mesh, compute_dtype)
+        shard_over_dp([*model.blocks, loss], mesh, compute_dtype)
+        return loss
     if mesh.dp.size == 1:
         return loss
     # Buffers are functions of the configuration; torch 2.13 has another name for not sending them.
@@ -98,14 +99,3 @@ def parallelize(
     return DistributedDataParallel(
         loss, process_group=mesh.dp.group, gradient_as_bucket_view=True, **options
     )
-
-
-def _fully_shard(loss: SummedLoss, mesh: Mesh, compute_dtype: torch.dtype | None) -> nn.Module:
-    assert mesh.device_mesh is not None
-    dp = mesh.device_mesh["dp"]
-    wide = next(loss.parameters()).dtype
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=wide)
-    for block in loss.model.blocks:
-        fully_shard(block, mesh=dp, mp_policy=policy)
-    fully_shard(loss, mesh=dp, mp_policy=policy)
-    return loss

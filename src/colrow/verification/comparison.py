@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # A gradient whose norm is this share of the largest one's consists of rounding errors.
 _NO_GRADIENT = 1e-12
@@ -87,3 +89,25 @@ def first_over(pairs: Iterable[tuple[str, Tensor, Tensor]], limit: float) -> str
         if relative_error(value, reference) > limit:
             return name
     return None
+
+
+@contextmanager
+def first_outputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
+    """Collects what each module gives when it is first called: a tensor, or a tuple's first one."""
+    outputs: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Any:
+        def keep(_: nn.Module, args: object, output: object) -> None:
+            if isinstance(output, tuple | list) and output:
+                output = output[0]
+            if isinstance(output, Tensor) and output.is_floating_point():
+                outputs.setdefault(name, output.detach().clone())
+
+        return keep
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()

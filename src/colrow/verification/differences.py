@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from colrow.comm.collectives import gather_from_sequence
 from colrow.models.config import ModelConfig
 from colrow.models.decoder import Decoder
 from colrow.partition import Partition
-from colrow.verification.comparison import first_over
+from colrow.verification.comparison import first_outputs, first_over
 from colrow.verification.reference import reference_names
 
 
@@ -103,25 +103,12 @@ def captured(model: Decoder) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-@contextmanager
-def captured_reference(reference: nn.Module, config: ModelConfig) -> Iterator[dict[str, Tensor]]:
+def captured_reference(
+    reference: nn.Module, config: ModelConfig
+) -> AbstractContextManager[dict[str, Tensor]]:
     """The same outputs of the first forward pass of a transformers model."""
-    outputs: dict[str, Tensor] = {}
-
-    def hook(name: str, theirs: str) -> torch.utils.hooks.RemovableHandle:
-        def keep(_: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            whole = output if isinstance(output, Tensor) else output[0]
-            outputs.setdefault(name, whole.detach().cpu())
-
-        return reference.get_submodule(theirs).register_forward_hook(keep)
-
-    layers = _layers(config, hf_naming(config))
-    handles = [hook(name, theirs) for name, theirs in layers.items()]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
+    layers = _layers(config, hf_naming(config)).items()
+    return first_outputs({name: reference.get_submodule(theirs) for name, theirs in layers})
 
 
 def first_difference(

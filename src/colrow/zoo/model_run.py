@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from colrow.verification.comparison import first_over, relative_error
+from colrow.verification.comparison import first_outputs, first_over, relative_error
 from colrow.verification.reference import FullPrecision, quiet_transformers
 from colrow.zoo.architectures import Architecture
 from colrow.zoo.example_batch import batch, prompt
@@ -49,7 +49,8 @@ def run(architecture: Architecture, model: nn.Module, *, generates: bool = True)
     exact = next(model.parameters()).dtype == torch.float64
     with quiet_transformers(), full_precision() if exact else nullcontext():
         model.eval()
-        with torch.no_grad(), _captured(model) as modules:
+        named = {name: module for name, module in model.named_modules() if name}
+        with torch.no_grad(), first_outputs(named) as modules:
             result = model(**without_labels)
         outputs = {
             name: getattr(result, name).detach().clone()
@@ -85,29 +86,6 @@ def full_precision() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(before)
-
-
-@contextmanager
-def _captured(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    outputs: dict[str, Tensor] = {}
-
-    def hook(name: str) -> Any:
-        def keep(_: nn.Module, args: object, output: object) -> None:
-            if isinstance(output, tuple | list) and output:
-                output = output[0]
-            if isinstance(output, Tensor) and output.is_floating_point():
-                outputs.setdefault(name, output.detach().clone())
-
-        return keep
-
-    handles = [
-        module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name
-    ]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def output_error(ours: ModelRun, whole: ModelRun) -> float:
