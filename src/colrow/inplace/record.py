@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from colrow.shards.model_shards import ModelShards, shards_for, shards_of
+from colrow.shards.model_shards import ModelShards, shards_of
 
 REACH_IT = (
     "give colrow.parallelize example_inputs that reach it, or a plan that leaves these layers whole"
@@ -34,15 +34,6 @@ class Record(ModelShards):
 def record_of(model: nn.Module) -> Record | None:
     """The record of a parallelised model; None for any other."""
     found = shards_of(model)
-    return found if isinstance(found, Record) else None
-
-
-def record_for(model: nn.Module) -> Record | None:
-    """The record of a parallelised model, or for a part of one: with the names that it has there.
-
-    Only the model that was split, and those around it, know parameters that were replaced since.
-    """
-    found = shards_for(model)
     return found if isinstance(found, Record) else None
 
 
