@@ -256,6 +256,13 @@ def test_relative_error() -> None:
     assert relative_error(one, torch.zeros(4)) == 2
     assert relative_error(one, torch.ones(3)) == float("inf")
     assert relative_error(one * float("nan"), one) == float("inf")
+    masked = torch.tensor([1.0, -float("inf")])
+    assert relative_error(masked, masked) == float("inf")
+    assert relative_error(masked, masked, masked=True) == 0
+    assert relative_error(masked * 2, masked, masked=True) == 1
+    for other in (-1, float("nan")):
+        assert relative_error(masked * other, masked, masked=True) == float("inf")
+    assert relative_error(one * 0.25, torch.zeros(4), smallest=2) == 0.25
 
 
 def test_a_killed_rank_ends_the_command(smollm2: Path) -> None:
