@@ -22,10 +22,10 @@ from colrow.comm.group import ParallelGroup
 from colrow.comm.mesh import Mesh
 from colrow.models.decoder import Decoder
 from colrow.models.hf_config import config_from_hf
+from colrow.verification.comparison import relative_error
 from colrow.verification.differences import (
-    Result,
+    BatchResult,
     first_difference,
-    relative_error,
     why_not_finite,
     worst_gradients,
 )
@@ -141,8 +141,8 @@ def test_an_overflow_of_the_unsplit_model_accepts_nothing() -> None:
 def test_numbers_that_are_not_finite_are_blamed_on_somebody() -> None:
     weights = {"w": torch.ones(2)}
 
-    def result(value: float) -> Result:
-        return Result(torch.ones(2), torch.tensor(value), {"w": torch.tensor([1.0, value])})
+    def result(value: float) -> BatchResult:
+        return BatchResult(torch.ones(2), torch.tensor(value), {"w": torch.tensor([1.0, value])})
 
     good, bad, half = result(1.0), result(math.nan), torch.float16
     assert why_not_finite(good, good, good, weights, half) is None
@@ -256,6 +256,13 @@ def test_relative_error() -> None:
     assert relative_error(one, torch.zeros(4)) == 2
     assert relative_error(one, torch.ones(3)) == float("inf")
     assert relative_error(one * float("nan"), one) == float("inf")
+    masked = torch.tensor([1.0, -float("inf")])
+    assert relative_error(masked, masked) == float("inf")
+    assert relative_error(masked, masked, masked=True) == 0
+    assert relative_error(masked * 2, masked, masked=True) == 1
+    for other in (-1, float("nan")):
+        assert relative_error(masked * other, masked, masked=True) == float("inf")
+    assert relative_error(one * 0.25, torch.zeros(4), smallest=2) == 0.25
 
 
 def test_a_killed_rank_ends_the_command(smollm2: Path) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from colrow.checkpoint.naming import Naming, Piece, pieces
 from colrow.checkpoint.reader import Ranges, TensorReader, row_chunks
-from colrow.checkpoint.tied import missing_prefix
+from colrow.checkpoint.tied_head import missing_prefix
 from colrow.layers.describe import Division
 from colrow.models.config import ModelConfig
 from colrow.models.decoder import Decoder

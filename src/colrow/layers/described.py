@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from colrow.comm.group import ParallelGroup
-from colrow.comm.steps import watch
+from colrow.shards.steps import watch
 from colrow.layers.describe import Part
 from colrow.layers.shared import SharedParameter, SharedRows
 from colrow.partition import ShardSpec

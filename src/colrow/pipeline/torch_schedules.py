@@ -32,7 +32,7 @@ def build_schedule(
     microbatches: int,
     loss: Callable[[Tensor, Tensor], Tensor],
 ) -> Any:
-    """The schedule of these stages, for :func:`colrow.pipeline.settings.check_schedule`'s rules.
+    """The schedule of these stages, for :func:`colrow.pipeline.limits.check_schedule`'s rules.
 
     Args:
         loss: of the last stage's output and the labels of a microbatch.

@@ -10,9 +10,7 @@ import weakref
 import torch
 from torch import nn
 
-from colrow.checkpoint.training_placement import placements, tensor_parallel_group, unwrap
-from colrow.optim.adafactor import Adafactor
-from colrow.optim.muon import Muon
+from colrow.shards.boxes import placements, tensor_parallel_group, unwrap
 
 # Each element of a parameter moves by its own gradients alone, so that a shard moves as it would in
 # the whole tensor; each was compared with the whole model in fp64.
@@ -29,7 +27,6 @@ ELEMENTWISE: tuple[type[torch.optim.Optimizer], ...] = (
     torch.optim.Adagrad,
     torch.optim.ASGD,
 )
-_OWN = (Muon, Adafactor)
 _INSTEAD = "an elementwise one such as torch.optim.AdamW, or colrow.Muon or colrow.Adafactor"
 # By what their classes are called, in any library: what they do with a whole tensor, and what to
 # take in their place.
@@ -60,6 +57,16 @@ _PREFIXES = "(distributed|dist|fused|foreach|paged|scaled|single|multi|torch|cpu
 _checked: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
+class RightOnShards:
+    """An optimiser that looks at whole tensors by itself, however they are divided.
+
+    Attributes:
+        whole_state: names of the states that every rank holds whole.
+    """
+
+    whole_state: frozenset[str] = frozenset()
+
+
 def check_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """Refuses an optimiser that would compute something else on shards than on whole tensors.
 
@@ -85,7 +92,7 @@ def refuse_on_shards(optimizer: torch.optim.Optimizer) -> None:
     """As :func:`check_optimizer`, for an optimiser that is known to hold a shard."""
     inner = _unwrapped(optimizer)
     kind = type(inner)
-    if isinstance(inner, _OWN) or _is_elementwise(kind):
+    if isinstance(inner, RightOnShards) or _is_elementwise(kind):
         return
     names = [base.__name__ for base in kind.__mro__]
     for pattern, does, instead in _WHOLE:
@@ -107,7 +114,7 @@ def refuse_on_shards(optimizer: torch.optim.Optimizer) -> None:
 
 def whole_states(optimizer: torch.optim.Optimizer) -> frozenset[str]:
     """Names of the states that every rank holds whole."""
-    return optimizer.whole_state if isinstance(optimizer, Adafactor) else frozenset()
+    return optimizer.whole_state if isinstance(optimizer, RightOnShards) else frozenset()
 
 
 def _has_shards(optimizer: torch.optim.Optimizer, model: nn.Module) -> bool:

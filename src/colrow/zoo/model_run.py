@@ -10,20 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from colrow.verification.differences import relative_error
+from colrow.verification.comparison import first_outputs, first_over, relative_error
 from colrow.verification.reference import FullPrecision, quiet_transformers
 from colrow.zoo.architectures import Architecture
-from colrow.zoo.inputs import batch, prompt
+from colrow.zoo.example_batch import batch, prompt
 
 NEW_TOKENS = 6
 _OUTPUTS = ("logits", "logits_per_image", "logits_per_text", "image_embeds", "text_embeds")
-# A gradient is compared relative to its own norm, or to this share of the largest one where it is
-# below that: an attention's key bias has a gradient of exactly 0, and of rounding errors in fact.
-_SMALLEST_GRADIENT = 1e-4
 
 
 @dataclass(frozen=True)
-class Result:
+class ModelRun:
     """What a model gave.
 
     Attributes:
@@ -42,7 +39,7 @@ class Result:
     modules: dict[str, Tensor]
 
 
-def run(architecture: Architecture, model: nn.Module, *, generates: bool = True) -> Result:
+def run(architecture: Architecture, model: nn.Module, *, generates: bool = True) -> ModelRun:
     """Outputs, loss and tokens of the model; its parameters have their gradients afterwards.
 
     Every computation of an fp64 model is in fp64, also where transformers asks for fp32.
@@ -52,7 +49,8 @@ def run(architecture: Architecture, model: nn.Module, *, generates: bool = True)
     exact = next(model.parameters()).dtype == torch.float64
     with quiet_transformers(), full_precision() if exact else nullcontext():
         model.eval()
-        with torch.no_grad(), _captured(model) as modules:
+        named = {name: module for name, module in model.named_modules() if name}
+        with torch.no_grad(), first_outputs(named) as modules:
             result = model(**without_labels)
         outputs = {
             name: getattr(result, name).detach().clone()
@@ -64,7 +62,7 @@ def run(architecture: Architecture, model: nn.Module, *, generates: bool = True)
         loss.backward()
         model.eval()
         tokens = generate(architecture, model) if generates else None
-    return Result(outputs, loss.detach(), {}, tokens, modules)
+    return ModelRun(outputs, loss.detach(), {}, tokens, modules)
 
 
 def generate(architecture: Architecture, model: Any) -> list[int] | None:
@@ -90,30 +88,7 @@ def full_precision() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-@contextmanager
-def _captured(model: nn.Module) -> Iterator[dict[str, Tensor]]:
-    outputs: dict[str, Tensor] = {}
-
-    def hook(name: str) -> Any:
-        def keep(_: nn.Module, args: object, output: object) -> None:
-            if isinstance(output, tuple | list) and output:
-                output = output[0]
-            if isinstance(output, Tensor) and output.is_floating_point():
-                outputs.setdefault(name, output.detach().clone())
-
-        return keep
-
-    handles = [
-        module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name
-    ]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def output_error(ours: Result, whole: Result) -> float:
+def output_error(ours: ModelRun, whole: ModelRun) -> float:
     """The largest relative error of an output; infinity where one is missing."""
     return max(
         (
@@ -124,34 +99,11 @@ def output_error(ours: Result, whole: Result) -> float:
     )
 
 
-def gradient_errors(ours: dict[str, Tensor], whole: dict[str, Tensor]) -> dict[str, float]:
-    """The relative error of every gradient of the whole model; infinity where there is none.
-
-    A gradient that the whole model does not have, and that is not 0, counts as wrong too.
-    """
-    largest = max((float(grad.norm()) for grad in whole.values()), default=0.0)
-    errors = {
-        name: float(grad.norm()) and float("inf")
-        for name, grad in ours.items()
-        if name not in whole
-    }
-    for name, grad in whole.items():
-        if name not in ours or ours[name].shape != grad.shape:
-            missing = float(grad.norm()) > 1e-12 * largest
-            errors[name] = float("inf") if missing else 0.0
-            continue
-        scale = max(float(grad.norm()), _SMALLEST_GRADIENT * largest) or 1.0
-        error = float((ours[name] - grad).norm()) / scale
-        errors[name] = error if error == error else float("inf")
-    return errors
-
-
-def first_difference(ours: Result, whole: Result, limit: float) -> str | None:
+def first_difference(ours: ModelRun, whole: ModelRun, limit: float) -> str | None:
     """The first module with an output of the same shape in both that is off by more."""
-    for name, value in whole.modules.items():
-        mine = ours.modules.get(name)
-        if mine is None or mine.shape != value.shape:
-            continue
-        if relative_error(mine, value) > limit:
-            return name
-    return None
+    pairs = (
+        (name, ours.modules[name], value)
+        for name, value in whole.modules.items()
+        if name in ours.modules and ours.modules[name].shape == value.shape
+    )
+    return first_over(pairs, limit)

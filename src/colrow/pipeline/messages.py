@@ -11,8 +11,8 @@ from colrow.models.communication import ITEMSIZE, predict_stage, shared_elements
 from colrow.models.config import ModelConfig
 from colrow.models.stages import LayerSplit
 from colrow.partition import Partition
+from colrow.pipeline.limits import ZERO_BUBBLE
 from colrow.pipeline.schedules import Schedule
-from colrow.pipeline.settings import ZERO_BUBBLE
 
 BUCKET_BYTES = 25 << 20
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from colrow.comm import primitives
+from colrow.comm.bucket import all_reduce_together
 from colrow.comm.group import ParallelGroup
 from colrow.models.decoder import Decoder
-from colrow.pipeline.communication import BUCKET_BYTES, buckets
+from colrow.pipeline.messages import BUCKET_BYTES, buckets
 
 
 @torch.no_grad()
@@ -32,8 +32,6 @@ def sum_replicas_(model: Decoder, dp: ParallelGroup) -> None:
     grads: list[Tensor] = [p.grad for p in trained if p.grad is not None]
     sizes = [grad.numel() * grad.element_size() for grad in grads]
     for members in buckets(sizes, BUCKET_BYTES):
-        flat = torch.cat([grads[i].flatten() for i in members])
-        total = primitives.all_reduce(flat, dp, layer="gradients", phase="backward", in_place=True)
-        parts = total.split([grads[i].numel() for i in members])
-        for i, part in zip(members, parts, strict=True):
-            grads[i].copy_(part.view_as(grads[i]))
+        sums = all_reduce_together([grads[i] for i in members], dp, layer="gradients")
+        for i, total in zip(members, sums, strict=True):
+            grads[i].copy_(total)

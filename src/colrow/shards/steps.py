@@ -26,6 +26,8 @@ from colrow import rng
 from colrow.comm.compat import uncompiled
 from colrow.comm.group import ParallelGroup
 from colrow.partition import ShardSpec
+from colrow.shards.model_shards import shards_of
+from colrow.shards.optimizers import refuse_on_shards
 
 _FEW = 4  # parameters whose gradients are compared: what parts ranks shows in each
 _FRAMES = 16  # between a scaler's step and this hook
@@ -39,7 +41,7 @@ PARTED = (
 
 
 @dataclass(eq=False)
-class Steps:
+class OptimizerSteps:
     """Of the optimisers of a group's parameters, on this rank.
 
     Attributes:
@@ -93,7 +95,7 @@ class _Holding:
 
 
 _modules: dict[int, tuple[weakref.ref[nn.Module], ParallelGroup]] = {}  # by id; any can be watched
-_steps: weakref.WeakKeyDictionary[ParallelGroup, Steps] = weakref.WeakKeyDictionary()
+_steps: weakref.WeakKeyDictionary[ParallelGroup, OptimizerSteps] = weakref.WeakKeyDictionary()
 _holdings: weakref.WeakKeyDictionary[torch.optim.Optimizer, _Holding] = weakref.WeakKeyDictionary()
 _watched = 0  # modules ever
 
@@ -119,9 +121,9 @@ def _look_at_optimizers() -> None:
     register_optimizer_step_pre_hook(_before_step)
 
 
-def steps_of(tp: ParallelGroup) -> Steps:
+def steps_of(tp: ParallelGroup) -> OptimizerSteps:
     """Those of the optimisers of this group's parameters."""
-    return _steps.setdefault(tp, Steps())
+    return _steps.setdefault(tp, OptimizerSteps())
 
 
 @uncompiled
@@ -145,8 +147,6 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> No
 
 
 def _found(optimizer: torch.optim.Optimizer, count: int) -> _Holding:
-    from colrow.optim.check import refuse_on_shards
-
     ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
     holding = _Holding(count, _watched)
     for reference, tp in list(_modules.values()):
@@ -165,12 +165,10 @@ def _found(optimizer: torch.optim.Optimizer, count: int) -> _Holding:
 
 def _known(module: nn.Module) -> Iterator[tuple[Tensor, bool]]:
     """A watched module's parameters and whether each is divided; one that it cannot say is not."""
-    from colrow.inplace.record import record_of
-
-    record = record_of(module)
-    if record is not None:
+    shards = shards_of(module)
+    if shards is not None:
         for name, parameter in module.named_parameters():
-            yield parameter, name in record.specs
+            yield parameter, name in shards.specs
         return
     for name, parameter in module.named_parameters(recurse=False):
         spec = getattr(module, f"{name}_spec", None)

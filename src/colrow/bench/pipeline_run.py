@@ -10,10 +10,10 @@ from colrow.bench.pipeline_result import PipelineMeasurement, PipelineSettings
 from colrow.comm.ledger import record
 from colrow.comm.mesh import Mesh, init_mesh
 from colrow.models.build import from_config
-from colrow.pipeline.memory import KeptActivations
-from colrow.pipeline.record import record_step
+from colrow.pipeline.kept_activations import KeptActivations
+from colrow.pipeline.limits import ZERO_BUBBLE
+from colrow.pipeline.recording import record_step
 from colrow.pipeline.runner import PipelineRunner
-from colrow.pipeline.settings import ZERO_BUBBLE
 from colrow.sharding import Sharding
 
 Batch = tuple[torch.Tensor, torch.Tensor, int]

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from colrow.comm.group import ParallelGroup
-from colrow.inplace.record import record_for, record_of
 from colrow.partition import Range, ShardSpec
+from colrow.shards.model_shards import shards_for, shards_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Placement:
         rows: the half-open range of rows of the tp shard that this dp rank holds under FSDP2;
             None when it holds all of them.
         declared: something says that it is divided so; otherwise it counts as held by every rank,
-            which is to be checked, see :mod:`colrow.checkpoint.same`.
+            which is to be checked, see :mod:`colrow.shards.same`.
     """
 
     spec: ShardSpec
@@ -124,29 +124,41 @@ def placements(module: nn.Module) -> dict[str, Placement]:
             FSDP2 did not make, or was split in place and has gone.
     """
     tp_rank = tensor_parallel_group(module).rank
-    found: dict[str, Placement] = {}
+    known, parameters = divisions(module), dict(module.named_parameters())
+    return {
+        name: replace(_placement(name, parameters[name], spec, tp_rank), declared=declared)
+        for name, (spec, declared) in known.items()
+    }
+
+
+def divisions(module: nn.Module) -> dict[str, tuple[ShardSpec, bool]]:
+    """How every parameter is divided over tp, and whether something says so.
+
+    Raises:
+        ValueError: when a parameter was split in place and has gone.
+    """
     wanted = dict(module.named_parameters())
-    known = {name for name, _ in module.named_parameters(remove_duplicate=False)}  # tied ones too
+    there = {name for name, _ in module.named_parameters(remove_duplicate=False)}  # tied ones too
     in_place: dict[str, ShardSpec] = {}
     whole: set[str] = set()
-    records = [(prefix, record_of(child)) for prefix, child in module.named_modules()]
-    for prefix, record in [("", record_for(module)), *records]:
-        for name, divided in record.specs.items() if record is not None else ():
+    inside = [(prefix, shards_of(child)) for prefix, child in module.named_modules()]
+    for prefix, shards in [("", shards_for(module)), *inside]:
+        for name, divided in shards.specs.items() if shards is not None else ():
             full = f"{prefix}.{name}" if prefix else name
-            if full not in known:
+            if full not in there:
                 raise ValueError(
                     f"{full} was split by colrow.parallelize and is not there any more: modules "
                     "that wrap others, such as LoRA adapters, are to be added before the split"
                 )
             in_place[full] = divided
-        for name in record.whole if record is not None else ():
+        for name in shards.whole if shards is not None else ():
             whole.add(f"{prefix}.{name}" if prefix else name)
     by_tensor = _declared(module)
+    found = {}
     for full, parameter in wanted.items():
         spec = in_place.get(full) or by_tensor.get(id(parameter))
         declared = spec is not None or full in whole
-        spec = spec or ShardSpec.replicated(*parameter.shape)
-        found[full] = replace(_placement(full, parameter, spec, tp_rank), declared=declared)
+        found[full] = spec or ShardSpec.replicated(*parameter.shape), declared
     return found
 
 
@@ -192,8 +204,8 @@ def tensor_parallel_group(module: nn.Module) -> ParallelGroup:
         ValueError: when its layers have different groups.
     """
     handles = [getattr(child, "tp", None) for child in module.modules()]
-    records = [record_for(module), *map(record_of, module.modules())]
-    handles += [record.tp for record in records if record is not None]
+    split = [shards_for(module), *map(shards_of, module.modules())]
+    handles += [shards.tp for shards in split if shards is not None]
     groups = [handle for handle in handles if isinstance(handle, ParallelGroup)]
     if any(group.group is not groups[0].group for group in groups):
         raise ValueError("the layers of this module have different tensor-parallel groups")

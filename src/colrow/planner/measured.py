@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from colrow.planner.hardware import Hardware
 from colrow.planner.layout import Layout
@@ -11,22 +11,22 @@ from colrow.planner.machine_file import machine_from_mapping
 from colrow.planner.model import ModelShape
 from colrow.planner.time import block_time
 
-if TYPE_CHECKING:
-    from colrow.bench.here import Here
 
-
-def measured_hardware(model: ModelShape, found: Here, block: Layout) -> Hardware:
+def measured_hardware(
+    model: ModelShape, machine: Mapping[str, object], block: Layout, block_seconds: float
+) -> Hardware:
     """The machine as measured, with the factor by which its blocks differ from their prediction.
 
     Args:
         model: of which a block was measured.
-        found: the measurement.
+        machine: the keys of a machine file.
         block: the measured block's layout.
+        block_seconds: that its forward and backward took.
 
     Raises:
         ValueError: when the measured times contradict each other.
     """
-    hardware = machine_from_mapping(found.machine, default_name="this machine")
+    hardware = machine_from_mapping(machine, default_name="this machine")
     predicted = block_time(model, block, hardware)
-    factor = found.block_seconds / (predicted.forward + predicted.backward)
+    factor = block_seconds / (predicted.forward + predicted.backward)
     return replace(hardware, block_factor=factor)

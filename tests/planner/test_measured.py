@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from colrow.bench.here import Here
 from colrow.cli import main
 from colrow.planner import Layout, predict
 from colrow.planner.catalog import decoder
-from colrow.planner.here import measured_hardware
+from colrow.planner.measured import measured_hardware
 from colrow.planner.time import block_time
 
 MACHINE: dict[str, object] = {
@@ -30,11 +29,11 @@ BLOCK = Layout(tp=2, global_batch=1, sequence=128, precision="fp32", master_weig
 
 
 def test_blocks_take_what_they_were_measured_to_take() -> None:
-    plain = measured_hardware(MODEL, Here(MACHINE, 1.0), BLOCK)
+    plain = measured_hardware(MODEL, MACHINE, BLOCK, 1.0)
     block = block_time(MODEL, BLOCK, plain)
     predicted = block.forward + block.backward
-    twice = measured_hardware(MODEL, Here(MACHINE, 2 * predicted), BLOCK)
-    once = measured_hardware(MODEL, Here(MACHINE, predicted), BLOCK)
+    twice = measured_hardware(MODEL, MACHINE, BLOCK, 2 * predicted)
+    once = measured_hardware(MODEL, MACHINE, BLOCK, predicted)
     assert twice.block_factor == pytest.approx(2) and once.block_factor == pytest.approx(1)
     slow, fast = (predict(MODEL, BLOCK, hardware) for hardware in (twice, once))
     for part in ("matmul", "attention", "elementwise", "tp_exposed"):
@@ -44,7 +43,7 @@ def test_blocks_take_what_they_were_measured_to_take() -> None:
 
 def test_the_interval_shrinks() -> None:
     single = Layout(sequence=128, precision="fp32")
-    measured = measured_hardware(MODEL, Here(MACHINE, 0.01), BLOCK)
+    measured = measured_hardware(MODEL, MACHINE, BLOCK, 0.01)
     unmeasured = replace(measured, block_factor=None)
     narrow, wide = (
         predict(MODEL, single, hardware).interval for hardware in (measured, unmeasured)
