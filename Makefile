@@ -31,8 +31,8 @@ test-slow: $(INSTALLED) $(MODEL) ## run the tests that take minutes (a real mode
 	$(BIN)/python -m pytest -m slow --timeout=1800 $(PYTEST_ARGS)
 
 # Where enough GPUs are there each rank gets one and NCCL carries; else they share, over Gloo.
-GPU_TESTS := tests/layers tests/comm tests/models tests/generate tests/test_verify.py \
-	tests/train/test_step.py tests/integration/test_with_torch.py
+GPU_TESTS := tests/layers tests/comm tests/models tests/generation tests/cli/test_generate.py \
+	tests/verification/test_verify.py tests/train/test_step.py tests/integration/test_with_torch.py
 test-gpu: $(INSTALLED) $(MODEL) ## run the tests of layers, models, generation and training on GPUs
 	$(BIN)/python -m pytest -m "not slow" --device cuda $(GPU_TESTS) $(PYTEST_ARGS)
 
