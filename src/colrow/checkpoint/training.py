@@ -22,7 +22,6 @@ from colrow.checkpoint.same import Held, owner_of, problem_of
 from colrow.checkpoint.training_placement import (
     Placement,
     buffer_placements,
-    local_tensor,
     placements,
     tensor_parallel_group,
     unwrap,
@@ -36,6 +35,7 @@ from colrow.checkpoint.training_storage import (
     read_index,
     remove_unfinished,
 )
+from colrow.comm.compat import local_tensor
 from colrow.comm.mesh import Mesh
 from colrow.leftovers import lock, unlock
 from colrow.models.config import Layout, ModelConfig, parameter_specs

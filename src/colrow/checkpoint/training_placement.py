@@ -209,11 +209,6 @@ def data_parallel_group(module: nn.Module) -> ParallelGroup:
     return ParallelGroup.single("dp")
 
 
-def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's part: of what FSDP2 divides the local rows, of any other tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _placement(name: str, parameter: Tensor, spec: ShardSpec, tp_rank: int) -> Placement:
     shape = spec.local_shape(tp_rank)
     if tuple(parameter.shape) != shape:

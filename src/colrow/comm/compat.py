@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -19,6 +20,19 @@ def uncompiled(function: Called) -> Called:
     """
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     return function
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """What this rank holds of a DTensor; any other tensor as it is.
+
+    There is none before somebody imports torch.distributed.tensor, which takes half as long as
+    torch itself, so it is not imported here.
+    """
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None or not isinstance(tensor, module.DTensor):
+        return tensor
+    local: Tensor = tensor.to_local()
+    return local
 
 
 # 2.12 renamed the single-tensor collectives; the old names warn from then on.

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from colrow.checkpoint.training_placement import (
     data_parallel_group,
-    local_tensor,
     tensor_parallel_group,
 )
 from colrow.comm import primitives
+from colrow.comm.compat import local_tensor
 from colrow.optim.whole import Member, Part, WholeTensor, WholeTensorOptimizer
 
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from colrow.checkpoint.training_placement import (
     Placement,
     data_parallel_group,
-    local_tensor,
     tensor_parallel_group,
 )
 from colrow.comm import primitives
+from colrow.comm.compat import local_tensor
 from colrow.comm.group import ParallelGroup
 from colrow.optim.whole import (
     Member,

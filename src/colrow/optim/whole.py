@@ -19,12 +19,12 @@ from colrow import rng
 from colrow.checkpoint.naming import hf_naming, pieces
 from colrow.checkpoint.training_placement import (
     Placement,
-    local_tensor,
     placements,
     tensor_parallel_group,
     unwrap,
 )
 from colrow.comm.agreement import require_same
+from colrow.comm.compat import local_tensor
 from colrow.comm.group import ParallelGroup
 from colrow.inplace.record import record_of
 from colrow.models.decoder import Decoder

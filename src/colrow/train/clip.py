@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from colrow.checkpoint.same import Held, owner_of, problem_of
 from colrow.checkpoint.training_placement import (
     data_parallel_group,
-    local_tensor,
     placements,
     tensor_parallel_group,
     unwrap,
 )
 from colrow.comm import primitives
 from colrow.comm.agreement import assert_on_device
+from colrow.comm.compat import local_tensor
 from colrow.comm.group import ParallelGroup
 from colrow.models.decoder import Decoder
 
