@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import colrow
 from colrow.checkpoint.training import TrainingCheckpoints
+from colrow.comm.compat import local_tensor
 from colrow.comm.group import ParallelGroup
 from colrow.optim.scaler import GradScaler
-from colrow.shards.boxes import local_tensor
 from tests.pipeline import layouts as pipes
 from tests.ranks import RankPool
 from tests.train.layouts import Layout, make_mesh, make_stepper

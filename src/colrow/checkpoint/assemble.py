@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from colrow.checkpoint.naming import hf_naming, pieces
 from colrow.checkpoint.whole_tensors import WholeTensor, decoders_tensors
 from colrow.comm import primitives
+from colrow.comm.compat import local_tensor
 from colrow.comm.group import ParallelGroup
 from colrow.models.decoder import Decoder
 from colrow.shards.boxes import Placement, divisions, tensor_parallel_group
@@ -141,4 +142,4 @@ def _join_stages(mine: dict[str, Tensor], model: Decoder) -> dict[str, Tensor]:
 def _like(model: Decoder) -> Tensor:
     """A tensor of the parameters' dtype, where they are."""
     first = next(model.parameters()).detach()
-    return first.to_local() if isinstance(first, DTensor) else first
+    return local_tensor(first)

@@ -27,6 +27,7 @@ from colrow.checkpoint.training_storage import (
     read_index,
     remove_unfinished,
 )
+from colrow.comm.compat import local_tensor
 from colrow.comm.mesh import Mesh
 from colrow.layers.describe import Division
 from colrow.leftovers import lock, unlock
@@ -35,7 +36,6 @@ from colrow.partition import ShardSpec
 from colrow.shards.boxes import (
     Placement,
     buffer_placements,
-    local_tensor,
     placements,
     tensor_parallel_group,
     unwrap,

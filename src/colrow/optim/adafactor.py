@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from colrow.checkpoint.whole_tensors import TensorPart, WholeTensor
 from colrow.comm import primitives
+from colrow.comm.compat import local_tensor
 from colrow.optim.whole import Member, WholeTensorOptimizer
 from colrow.shards.boxes import (
     data_parallel_group,
-    local_tensor,
     tensor_parallel_group,
 )
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from colrow.checkpoint.whole_tensors import TensorPart, WholeTensor
 from colrow.comm import primitives
+from colrow.comm.compat import local_tensor
 from colrow.comm.group import ParallelGroup
 from colrow.optim.whole import Member, WholeTensorOptimizer
 from colrow.partition import Partition
 from colrow.shards.boxes import (
     Placement,
     data_parallel_group,
-    local_tensor,
     tensor_parallel_group,
 )
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from colrow import rng
 from colrow.checkpoint.whole_tensors import WholeTensor, decoders_tensors
 from colrow.comm.agreement import require_same
+from colrow.comm.compat import local_tensor
 from colrow.comm.group import ParallelGroup
 from colrow.partition import ShardSpec
 from colrow.shards.boxes import (
     Placement,
-    local_tensor,
     placements,
     tensor_parallel_group,
     unwrap,

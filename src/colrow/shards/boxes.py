@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
 
+from colrow.comm.compat import as_dtensor, local_tensor
 from colrow.comm.group import ParallelGroup
 from colrow.partition import Range, ShardSpec
 from colrow.shards.model_shards import shards_for, shards_of
@@ -215,15 +215,10 @@ def tensor_parallel_group(module: nn.Module) -> ParallelGroup:
 def data_parallel_group(module: nn.Module) -> ParallelGroup:
     """The group over which FSDP2 divides the parameters of ``module``; one rank without FSDP2."""
     for parameter in module.parameters():
-        if isinstance(parameter, DTensor):
-            mesh = parameter.device_mesh
+        if (divided := as_dtensor(parameter)) is not None:
+            mesh = divided.device_mesh
             return ParallelGroup(mesh.get_group(), mesh.get_local_rank(), mesh.size(), "dp")
     return ParallelGroup.single("dp")
-
-
-def local_tensor(tensor: Tensor) -> Tensor:
-    """This rank's part: of what FSDP2 divides the local rows, of any other tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _placement(name: str, parameter: Tensor, spec: ShardSpec, tp_rank: int) -> Placement:
@@ -232,19 +227,21 @@ def _placement(name: str, parameter: Tensor, spec: ShardSpec, tp_rank: int) -> P
         raise ValueError(
             f"{name} has shape {tuple(parameter.shape)}, but tp rank {tp_rank} should hold {shape}"
         )
-    if not isinstance(parameter, DTensor):
+    divided = as_dtensor(parameter)
+    if divided is None:
         return Placement(spec, tp_rank)
-    if parameter.device_mesh.ndim != 1 or parameter.placements != (Shard(0),):
+    mesh, (placed, *more) = divided.device_mesh, divided.placements
+    if mesh.ndim != 1 or more or not placed.is_shard(0):
         raise ValueError(
-            f"{name} is placed as {parameter.placements}: only rows divided over one mesh "
+            f"{name} is placed as {divided.placements}: only rows divided over one mesh "
             "dimension are supported, as fully_shard(module, mesh=mesh.device_mesh['dp']) makes"
         )
-    size, rank = parameter.device_mesh.size(), parameter.device_mesh.get_local_rank()
+    size, rank = mesh.size(), mesh.get_local_rank()
     chunk = -(-shape[0] // size)  # FSDP2 divides rows as torch.chunk does
     rows = (min(rank * chunk, shape[0]), min((rank + 1) * chunk, shape[0]))
-    if parameter.to_local().shape[0] != rows[1] - rows[0]:
+    if local_tensor(parameter).shape[0] != rows[1] - rows[0]:
         raise ValueError(
-            f"dp rank {rank} holds {parameter.to_local().shape[0]} rows of {name}, not those of "
+            f"dp rank {rank} holds {local_tensor(parameter).shape[0]} rows of {name}, not those of "
             f"{rows}: FSDP2 divided it in an unknown way (torch {torch.__version__})"
         )
     return Placement(spec, tp_rank, rows)

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from colrow import rng
 from colrow.comm import primitives
+from colrow.comm.compat import local_tensor
 from colrow.comm.group import ParallelGroup
 
 # How far apart relative to its norm: rounding, of which steps of an optimiser make more.
@@ -95,7 +95,7 @@ def _sketch(tensor: Tensor | None, device: torch.device) -> Tensor:
     if tensor is None:
         total[-1] = -1
         return total
-    tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    tensor = local_tensor(tensor)
     flat = tensor.detach().reshape(-1).to(device)
     for start in range(0, flat.numel(), _CHUNK):
         part = flat[start : start + _CHUNK].to(torch.float64)

@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from colrow import rng
-from colrow.comm.compat import uncompiled
+from colrow.comm.compat import local_tensor, uncompiled
 from colrow.comm.group import ParallelGroup
 from colrow.partition import ShardSpec
 from colrow.shards.model_shards import shards_of
@@ -65,7 +64,7 @@ class OptimizerSteps:
         for parameter in replicated:
             grad = parameter.grad
             if grad is not None and not grad.is_sparse:
-                local = grad.to_local() if isinstance(grad, DTensor) else grad
+                local = local_tensor(grad)
                 if local.is_cuda and torch.cuda.is_current_stream_capturing():
                     continue  # its value would be that of the graph's last replay, if any
                 norm = torch.linalg.vector_norm(local.detach()).double()

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from colrow.comm import primitives
 from colrow.comm.agreement import assert_on_device
+from colrow.comm.compat import local_tensor
 from colrow.comm.group import ParallelGroup
 from colrow.models.decoder import Decoder
 from colrow.shards.boxes import (
     data_parallel_group,
-    local_tensor,
     placements,
     tensor_parallel_group,
     unwrap,

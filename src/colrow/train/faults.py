@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from colrow.comm.compat import local_tensor
 from colrow.comm.mesh import Mesh
 from colrow.launch.environment import inherited_environment
 from colrow.leftovers import lock, unlock
-from colrow.shards.boxes import local_tensor
 from colrow.train.settings import TrainSettings
 
 T = TypeVar("T")

@@ -20,7 +20,7 @@ from colrow.generation.engine import Generation, generate
 from colrow.generation.options import Sampling
 from colrow.models.config import common_attention
 from colrow.models.decoder import Decoder
-from tests.generate import models
+from tests.generation import models
 from tests.models import tiny
 from tests.ranks import RankError, RankPool
 

@@ -12,7 +12,7 @@ from colrow.generation.tokenizer import (
     end_tokens,
     load_tokenizer,
 )
-from tests.generate import models
+from tests.generation import models
 
 TEXTS = [
     "plain words, and  two spaces\n\n",

@@ -13,7 +13,7 @@ from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import record
 from colrow.generation.engine import Generation, generate
 from colrow.generation.options import Sampling
-from tests.generate import models
+from tests.generation import models
 from tests.models import tiny
 from tests.ranks import RankError, RankPool
 

@@ -1,8 +1,9 @@
+"""Ranks that :func:`colrow.launch.launch` starts: results, failures, signals, what they inherit."""
+
 from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,18 +13,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from colrow.launch import (
-    RankEnvironment,
-    RankFailure,
-    launch,
-    rank_environment,
-)
+from colrow.launch import RankFailure, launch, rank_environment
 from colrow.launch.environment import allocator_variables
-from colrow.launch.rendezvous import rendezvous_arguments
 from tests.ranks import child_ranks, run_world
 from tests.sockets import beyond_loopback, open_sockets
 
-VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+ROOT = Path(__file__).parents[2]
 
 
 def meet() -> int:
@@ -188,7 +183,7 @@ def announce_and_sleep() -> None:
 def test_an_interrupt_stops_the_ranks() -> None:
     code = (
         "from colrow.launch import launch\n"
-        "from tests.test_launch import announce_and_sleep\n"
+        "from tests.launch.test_ranks import announce_and_sleep\n"
         "try:\n    launch(announce_and_sleep, ranks=2)\n"
         "except KeyboardInterrupt:\n    print('interrupted')\n"
     )
@@ -197,7 +192,7 @@ def test_an_interrupt_stops_the_ranks() -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
         start_new_session=True,
         # A shell's background job ignores SIGINT, and so would all that it starts.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
@@ -211,7 +206,7 @@ def test_an_interrupt_stops_the_ranks() -> None:
 def test_ranks_whose_launcher_died_while_they_started_do_not_run() -> None:
     code = (
         "from colrow.launch import launch\n"
-        "from tests.test_launch import announce_and_sleep\n"
+        "from tests.launch.test_ranks import announce_and_sleep\n"
         "launch(announce_and_sleep, ranks=2)\n"
     )
     process = subprocess.Popen(
@@ -219,7 +214,7 @@ def test_ranks_whose_launcher_died_while_they_started_do_not_run() -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        cwd=Path(__file__).parents[1],
+        cwd=ROOT,
     )
     while len(child_ranks(process.pid)) < 2:
         time.sleep(0.02)
@@ -230,140 +225,3 @@ def test_ranks_whose_launcher_died_while_they_started_do_not_run() -> None:
 
 def test_fresh_ranks_for_tests() -> None:
     assert run_world(1, meet) == [0]
-
-
-SRUN = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_STEP_ID": "0"}
-
-
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({}, None),
-        ({"RANK": "1"}, None),
-        (
-            {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
-            RankEnvironment("torchrun", 3, 4, 1, 2),
-        ),
-        (
-            {
-                "OMPI_COMM_WORLD_RANK": "3",
-                "OMPI_COMM_WORLD_SIZE": "4",
-                "OMPI_COMM_WORLD_LOCAL_RANK": "1",
-                "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
-            },
-            RankEnvironment("mpiexec", 3, 4, 1, 2),
-        ),
-        (
-            {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "1"},
-            RankEnvironment("mpiexec", 1, 2, 0, 1),
-        ),
-        (
-            SRUN | {"SLURM_STEP_NUM_TASKS": "7", "SLURM_STEP_TASKS_PER_NODE": "4,3"},
-            RankEnvironment("srun", 5, 7, 1, 3),
-        ),
-        (
-            SRUN
-            | {"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)"}
-            | {"PMI_RANK": "5", "PMI_SIZE": "8"},
-            RankEnvironment("srun", 5, 8, 1, 4),
-        ),
-        # The shell of an salloc: the job's tasks, but no step, or the interactive one.
-        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, None),
-        (SRUN | {"SLURM_STEP_ID": "4294967290", "SLURM_NTASKS": "8"}, None),
-        # srun --pty bash
-        (SRUN | {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}, None),
-    ],
-)
-def test_launchers_are_recognised(
-    variables: dict[str, str],
-    expected: RankEnvironment | None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "PMI_"))]:
-        monkeypatch.delenv(name)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert rank_environment() == expected
-
-
-@pytest.mark.parametrize(
-    ("variables", "message"),
-    [
-        ({"RANK": "one", "WORLD_SIZE": "2"}, "RANK is 'one', not a whole number"),
-        ({"RANK": "2", "WORLD_SIZE": "2"}, "says rank 2 of 2.*if they are left over, unset them"),
-        ({"RANK": "0", "WORLD_SIZE": "0"}, "says rank 0 of 0"),
-        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "set LOCAL_RANK and LOCAL_WORLD_SIZE"),
-    ],
-)
-def test_a_broken_environment_is_refused(
-    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=message):
-        rank_environment()
-
-
-MPIEXEC = ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")
-MPIEXEC_LOCAL = ("OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE")
-BY_HAND = ("RANK", "WORLD_SIZE")
-TORCHRUN_LOCAL = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
-
-
-def start_two(
-    names: tuple[str, str], local: tuple[str, str], local_size: int = 2, **more: str
-) -> list[subprocess.Popen[str]]:
-    code = (
-        "import os\nfrom tests.sockets import *\nfrom tests.test_launch import meet\n"
-        "import torch.distributed as dist\nrank = meet()\nsockets = open_sockets(os.getpid())\n"
-        "assert sockets and not beyond_loopback(sockets), sockets\ndist.barrier()\nprint(rank)\n"
-    )
-    environment = {name: os.environ[name] for name in os.environ if name not in VARIABLES}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        environment |= {"MASTER_PORT": str(probe.getsockname()[1]), **more}
-    started = []
-    for rank in range(2):
-        environment |= dict(zip(names, (str(rank), "2"), strict=True))
-        environment |= dict(zip(local, (str(rank % local_size), str(local_size)), strict=True))
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-c", code],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                cwd=Path(__file__).parents[1],
-            )
-        )
-    return started
-
-
-@pytest.mark.parametrize(
-    ("names", "local", "address"),
-    [
-        (MPIEXEC, MPIEXEC_LOCAL, {}),
-        (MPIEXEC, MPIEXEC_LOCAL, {"MASTER_ADDR": "localhost"}),
-        (BY_HAND, TORCHRUN_LOCAL, {"MASTER_ADDR": "127.0.0.1"}),
-    ],
-)
-def test_ranks_of_other_launchers_meet_on_loopback(
-    names: tuple[str, str], local: tuple[str, str], address: dict[str, str]
-) -> None:
-    outputs = [run.communicate(timeout=60) for run in start_two(names, local, **address)]
-    assert outputs == [("0\n", ""), ("1\n", "")]
-
-
-def test_a_port_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in zip(VARIABLES, ("0", "2", "0", "2", "localhost", "foo"), strict=True):
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="MASTER_PORT is 'foo', not a whole number"):
-        rendezvous_arguments()
-    monkeypatch.setenv("MASTER_PORT", "70000")
-    with pytest.raises(ValueError, match="MASTER_PORT is 70000: use 1 to 65535"):
-        rendezvous_arguments()
-
-
-def test_ranks_on_several_hosts_need_an_address() -> None:
-    for process in start_two(MPIEXEC, MPIEXEC_LOCAL, local_size=1):
-        assert "set MASTER_ADDR to the address" in process.communicate(timeout=60)[1]

@@ -18,7 +18,7 @@ import torch
 from colrow.cli import main
 from colrow.generation.tokenizer import encode_prompt, load_tokenizer
 from colrow.verification.reference import load_reference
-from tests.generate import models
+from tests.generation import models
 from tests.ranks import child_ranks
 
 

@@ -21,7 +21,7 @@ from colrow.layers.column import QKVParallelLinear
 from colrow.layers.norm import RMSNorm
 from colrow.models.decoder import Decoder
 from colrow.verification.reference import precision
-from tests.generate import models
+from tests.generation import models
 from tests.models import tiny
 from tests.ranks import RankPool
 

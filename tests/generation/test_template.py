@@ -13,7 +13,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from colrow.cli import main
 from colrow.generation.template import TemplateRenderer
 from colrow.generation.tokenizer import load_tokenizer, render_chat
-from tests.generate import models
+from tests.generation import models
 
 MESSAGES: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief. <b> & 'quoted' \"text\" é \u2028 {{ 1 }}"},
