@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from colrow.comm.ledger import Ledger, record
     from colrow.comm.mesh import Mesh, init_mesh
     from colrow.inplace.api import parallelize, plan_for
-    from colrow.inplace.load import load_weights
-    from colrow.inplace.save import save_pretrained
+    from colrow.inplace.weights.load import load_weights
+    from colrow.inplace.weights.save import save_pretrained
     from colrow.layers.attention import ParallelAttention
     from colrow.layers.block import ParallelBlock
     from colrow.layers.column import (
@@ -87,8 +87,8 @@ _EXPORTS = {
     "colrow.models.config": ["ModelConfig"],
     "colrow.models.decoder": ["Decoder"],
     "colrow.inplace.api": ["parallelize", "plan_for"],
-    "colrow.inplace.load": ["load_weights"],
-    "colrow.inplace.save": ["save_pretrained"],
+    "colrow.inplace.weights.load": ["load_weights"],
+    "colrow.inplace.weights.save": ["save_pretrained"],
     "colrow.optim.adafactor": ["Adafactor"],
     "colrow.optim.check": ["check_optimizer"],
     "colrow.optim.muon": ["Muon"],

@@ -12,8 +12,8 @@ from colrow.checkpoint.naming import hf_naming, pieces
 from colrow.checkpoint.same import Held, check_same
 from colrow.comm import primitives
 from colrow.comm.group import ParallelGroup
-from colrow.inplace.assemble import assemble
-from colrow.inplace.record import record_for
+from colrow.inplace.apply.record import record_for
+from colrow.inplace.weights.save import assemble
 from colrow.models.config import parameter_specs
 from colrow.models.decoder import Decoder
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from colrow.comm.group import ParallelGroup
-from colrow.inplace.record import record_for, record_of
+from colrow.inplace.apply.record import record_for, record_of
 from colrow.partition import Range, ShardSpec
 
 

@@ -165,7 +165,7 @@ def _found(optimizer: torch.optim.Optimizer, count: int) -> _Holding:
 
 def _known(module: nn.Module) -> Iterator[tuple[Tensor, bool]]:
     """A watched module's parameters and whether each is divided; one that it cannot say is not."""
-    from colrow.inplace.record import record_of
+    from colrow.inplace.apply.record import record_of
 
     record = record_of(module)
     if record is not None:

@@ -26,7 +26,7 @@ from colrow.checkpoint.training_placement import (
 )
 from colrow.comm.agreement import require_same
 from colrow.comm.group import ParallelGroup
-from colrow.inplace.record import record_of
+from colrow.inplace.apply.record import record_of
 from colrow.models.decoder import Decoder
 from colrow.partition import Partition, ShardSpec
 
