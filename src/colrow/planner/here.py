@@ -19,7 +19,7 @@ def measured_hardware(model: ModelShape, found: Here, block: Layout) -> Hardware
     """The machine as measured, with the factor by which its blocks differ from their prediction.
 
     Args:
-        model: of which a block was measured.
+        model: of which the first block was measured.
         found: the measurement.
         block: the measured block's layout.
 
@@ -27,6 +27,6 @@ def measured_hardware(model: ModelShape, found: Here, block: Layout) -> Hardware
         ValueError: when the measured times contradict each other.
     """
     hardware = machine_from_mapping(found.machine, default_name="this machine")
-    predicted = block_time(model, block, hardware)
+    predicted = block_time(model, model.config.blocks[0], block, hardware)
     factor = found.block_seconds / (predicted.forward + predicted.backward)
     return replace(hardware, block_factor=factor)
