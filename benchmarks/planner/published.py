@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from colrow.planner.catalog import decoder, find_model
+from colrow.planner.catalog import find_model, shape_of_sizes
 from colrow.planner.data import read_table as table
 from colrow.planner.hardware import Hardware, find_hardware
 from colrow.planner.layout import Layout
@@ -281,7 +281,7 @@ def gpt(
     hidden: int, layers: int, heads: int, vocab: int, positions: int, dropout: float = 0.1
 ) -> ModelShape:
     """A GPT of this shape."""
-    return decoder(
+    return shape_of_sizes(
         f"gpt-{hidden}x{layers}",
         "gpt2",
         hidden=hidden,

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from benchmarks.planner.published import Case, flops_with_recompute, gpt, read_table
-from colrow.planner.catalog import decoder, find_model
+from colrow.planner.catalog import find_model, shape_of_sizes
 from colrow.planner.hardware import find_hardware
 from colrow.planner.layout import Layout
 from colrow.planner.model import ModelShape
@@ -223,7 +223,7 @@ def _playbook() -> Iterator[Case]:
             fastest[name] = row
     for row in fastest.values():
         sequence = int(row["seq_len"])
-        model = decoder(
+        model = shape_of_sizes(
             "3b",
             "llama",
             hidden=int(row["hidden"]),

@@ -20,10 +20,10 @@ import colrow
 from colrow.bench.link_result import LinkSettings, measure, merged_machine
 from colrow.launch import launch
 from colrow.planner import Layout, load_machine, predict
-from colrow.planner.catalog import decoder
+from colrow.planner.catalog import shape_of_sizes
 
 RANKS = 2
-SHAPE = decoder(
+SHAPE = shape_of_sizes(
     "small llama", "llama", hidden=512, layers=4, heads=8, kv_heads=4, ffn=1408, vocab=4096
 )
 LAYOUT = Layout(tp=RANKS, microbatch=4, global_batch=4, sequence=256, precision="fp32")

@@ -22,10 +22,10 @@ from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import record
 from colrow.comm.mesh import Mesh
 from colrow.comm.primitives import all_reduce_async
-from colrow.planner.catalog import decoder
+from colrow.planner.catalog import shape_of_sizes
 from tests.ranks import RankPool
 
-CONFIG = decoder(
+CONFIG = shape_of_sizes(
     "small", "llama", hidden=32, layers=2, heads=4, kv_heads=2, ffn=48, vocab=64
 ).config
 SETTINGS = BenchSettings(CONFIG, "block", batch=2, sequence=8, runs=2, warmup=1)

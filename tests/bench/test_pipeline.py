@@ -14,10 +14,10 @@ from colrow.bench.pipeline_run import measure_pipeline
 from colrow.cli import main
 from colrow.comm.group import ParallelGroup
 from colrow.pipeline.messages import predict_pipeline_step
-from colrow.planner.catalog import decoder
+from colrow.planner.catalog import shape_of_sizes
 from tests.ranks import RankPool
 
-CONFIG = decoder(
+CONFIG = shape_of_sizes(
     "small", "llama", hidden=32, layers=4, heads=4, kv_heads=2, ffn=48, vocab=64
 ).config
 

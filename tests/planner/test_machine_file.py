@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from colrow.planner import Layout, load_machine, predict
-from colrow.planner.catalog import decoder
+from colrow.planner.catalog import shape_of_sizes
 from colrow.planner.machine_file import machine_from_mapping
 
 TOML = """
@@ -54,7 +54,7 @@ def test_toml_and_json_describe_the_same(tmp_path: Path) -> None:
     file = tmp_path / "machine.json"
     file.write_text(json.dumps(data))
     assert load_machine(file) == machine
-    shape = decoder("s", "llama", hidden=64, layers=2, heads=4, ffn=128, vocab=100)
+    shape = shape_of_sizes("s", "llama", hidden=64, layers=2, heads=4, ffn=128, vocab=100)
     layout = Layout(tp=2, sequence=64, precision="fp32")
     assert predict(shape, layout, machine).time.tp_exposed > 5 * 1e-4
 

@@ -10,7 +10,7 @@ import pytest
 
 from colrow.cli import main
 from colrow.planner import Layout, predict
-from colrow.planner.catalog import decoder
+from colrow.planner.catalog import shape_of_sizes
 from colrow.planner.measured import measured_hardware
 from colrow.planner.time import block_time
 
@@ -24,7 +24,7 @@ MACHINE: dict[str, object] = {
     },
     "link": {"gigabytes_per_second": 4, "latency_microseconds": 10},
 }
-MODEL = decoder("small", "llama", hidden=64, layers=4, heads=4, vocab=256, positions=128)
+MODEL = shape_of_sizes("small", "llama", hidden=64, layers=4, heads=4, vocab=256, positions=128)
 BLOCK = Layout(tp=2, global_batch=1, sequence=128, precision="fp32", master_weights=False)
 
 

@@ -8,7 +8,7 @@ import pytest
 from colrow.comm.ledger import summarize
 from colrow.planner import Layout, ModelShape, find_hardware, find_model, predict
 from colrow.planner.activations import block_bytes
-from colrow.planner.catalog import decoder
+from colrow.planner.catalog import shape_of_sizes
 from colrow.planner.collective_time import tp_calls
 from colrow.planner.machine_file import machine_from_mapping
 from colrow.planner.memory import RankMemory, training_memory
@@ -26,14 +26,14 @@ CPU = machine_from_mapping(
     },
     default_name="cpu",
 )
-LLAMA = decoder(
+LLAMA = shape_of_sizes(
     "l", "llama", hidden=128, heads=8, kv_heads=2, ffn=352, layers=8, vocab=512, positions=128
 )
-GPT = decoder("g", "gpt2", hidden=128, heads=8, layers=8, vocab=512, dropout=0.0)
-QWEN = decoder("q", "qwen3", hidden=128, heads=8, kv_heads=4, ffn=352, layers=2, vocab=512)
-NEOX = decoder("n", "gpt_neox", hidden=128, heads=8, layers=2, vocab=512)
-BLOOM = decoder("b", "bloom", hidden=128, heads=8, layers=4, vocab=512)
-DROPPING = decoder("d", "gpt2", hidden=128, heads=8, layers=8, vocab=512, dropout=0.1)
+GPT = shape_of_sizes("g", "gpt2", hidden=128, heads=8, layers=8, vocab=512, dropout=0.0)
+QWEN = shape_of_sizes("q", "qwen3", hidden=128, heads=8, kv_heads=4, ffn=352, layers=2, vocab=512)
+NEOX = shape_of_sizes("n", "gpt_neox", hidden=128, heads=8, layers=2, vocab=512)
+BLOOM = shape_of_sizes("b", "bloom", hidden=128, heads=8, layers=4, vocab=512)
+DROPPING = shape_of_sizes("d", "gpt2", hidden=128, heads=8, layers=8, vocab=512, dropout=0.1)
 
 
 def runs(tp: Any, cases: list[tuple[ModelShape, Layout]]) -> list[dict[str, Any]]:

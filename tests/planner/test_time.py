@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from colrow.planner import Layout, find_hardware, find_model, predict
-from colrow.planner.catalog import decoder
+from colrow.planner.catalog import shape_of_sizes
 from colrow.planner.collective_time import collectives, tp_calls
 from colrow.planner.links import Link, fit_latency_bandwidth, measured_link
 from colrow.planner.model import ModelShape
@@ -60,14 +60,14 @@ def test_rows_that_tensor_cores_cannot_load_are_multiplied_without_them() -> Non
 
 
 def _gpt(hidden: int) -> ModelShape:
-    return decoder(
+    return shape_of_sizes(
         "gpt", "gpt2", hidden=hidden, layers=1, heads=96, vocab=1024, positions=2048, dropout=0.1
     )
 
 
 def test_a_device_waits_for_the_host_that_launches() -> None:
     """A layer of hidden 1024 takes what launching it takes, however much it is divided."""
-    model = decoder(
+    model = shape_of_sizes(
         "gpt", "gpt2", hidden=1024, layers=12, heads=16, vocab=51200, positions=1024, dropout=0.1
     )
     base = Layout(

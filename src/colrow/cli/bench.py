@@ -202,10 +202,10 @@ def _configuration(args: argparse.Namespace) -> ModelConfig:
     missing = [f"--{name}" for name in ("hidden", "layers", "heads", "vocab") if not sizes[name]]
     if missing:
         raise ValueError(f"name a model, or describe one; missing {', '.join(missing)}")
-    from colrow.planner.catalog import decoder
+    from colrow.planner.catalog import shape_of_sizes
 
     values = {name.replace("-", "_"): value for name, value in sizes.items()}
-    return decoder("model", "llama", positions=max(2048, args.sequence), **values).config
+    return shape_of_sizes("model", "llama", positions=max(2048, args.sequence), **values).config
 
 
 def _measure(settings: BenchSettings, size: int) -> list[Measurement] | None:

@@ -11,7 +11,7 @@ from colrow.planner.inference import ServingPrediction, predict_serving
 from colrow.planner.layout import Layout
 from colrow.planner.links import Link
 from colrow.planner.machine_file import load_machine
-from colrow.planner.model import LatentAttention, ModelShape
+from colrow.planner.model import ModelShape
 from colrow.planner.predict import Prediction, predict
 from colrow.planner.recommend import Recommendation, recommend
 from colrow.planner.serving import Serving
@@ -19,7 +19,6 @@ from colrow.planner.serving import Serving
 __all__ = [
     "Device",
     "Hardware",
-    "LatentAttention",
     "Layout",
     "Link",
     "ModelShape",

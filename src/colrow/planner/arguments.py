@@ -6,7 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from colrow.planner.catalog import decoder, find_model
+from colrow.planner.catalog import find_model, shape_of_sizes
 from colrow.planner.config_json import model_from_config_json
 from colrow.planner.hardware import Hardware, find_hardware
 from colrow.planner.layout import Layout
@@ -66,7 +66,7 @@ def model_of(args: Namespace) -> ModelShape:
         if (value := getattr(args, name)) is not None
     }
     positions = max(args.sequence or 0, DEFAULT_SEQUENCE)
-    return decoder("model", args.family, positions=positions, **sizes, **optional)
+    return shape_of_sizes("model", args.family, positions=positions, **sizes, **optional)
 
 
 def hardware_of(args: Namespace, measured: Hardware | None) -> Hardware:

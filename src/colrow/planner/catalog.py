@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import difflib
+from dataclasses import replace
 from functools import cache
+from typing import Any
 
+from colrow.layers.describe import ExpertsSpec, LatentAttentionSpec, MLPSpec
 from colrow.layers.options import RopeConfig
-from colrow.models.config import ModelConfig
+from colrow.models.families import family_named
 from colrow.planner.data import read_table
-from colrow.planner.model import LatentAttention, ModelShape
+from colrow.planner.model import ModelShape
 
-# What a family's models have in common, beyond their sizes.
-_GPT = {"norm": "layernorm", "gated": False, "qkv_bias": True, "output_bias": True}
-_FAMILIES: dict[str, dict[str, object]] = {
-    "gpt2": {**_GPT, "mlp_bias": True, "activation": "gelu_tanh", "position": "learned"},
-    "gpt_neox": {**_GPT, "mlp_bias": True, "activation": "gelu", "parallel_residual": True},
-    "bloom": {
-        **_GPT,
-        "mlp_bias": True,
-        "activation": "gelu_bloom",
-        "position": "alibi",
-        "embedding_norm": True,
-    },
-    "llama": {},
-    "mistral": {},
-    "qwen2": {"qkv_bias": True},
-    "qwen3": {"qk_norm": True},
-}
-_ROTARY_SHARE = {"gpt_neox": 0.25}
-_DROPOUT = {"gpt2": 0.1}
 ALIASES = {
     "gpt3": "gpt3-175b",
     "gpt-3": "gpt3-175b",
@@ -42,7 +26,7 @@ ALIASES = {
 }
 
 
-def decoder(
+def shape_of_sizes(
     name: str,
     family: str,
     *,
@@ -62,65 +46,68 @@ def decoder(
     shared_ffn: int = 0,
     dense_layers: int = 0,
     dense_ffn: int = 0,
-    latent: LatentAttention | None = None,
+    latent: tuple[int, ...] = (),
 ) -> ModelShape:
     """A model of one of the families from its sizes; what is left out is the family's habit.
+
+    Args:
+        experts, active_experts: MLPs of a layer, of width ``ffn``, and through how many of them a
+            token passes; 1 is a dense model.
+        shared_ffn: width of an MLP beside the experts through which every token passes; 0: none.
+        dense_layers, dense_ffn: how many of the first layers have one MLP in place of experts, and
+            its width.
+        latent: ranks of queries and of keys and values, numbers without and with rotation and of a
+            value per head, where attention is :class:`LatentAttentionSpec`.
 
     Raises:
         ValueError: for an unknown family or sizes that do not fit each other.
     """
-    if family not in _FAMILIES:
-        raise ValueError(f"unknown model family {family!r}: one of {', '.join(_FAMILIES)}")
+    known = family_named(family)
     if head_dim is None and (heads < 1 or hidden % heads):
         raise ValueError(
             f"hidden_size={hidden} is not a multiple of num_heads={heads}; give the head "
             "dimension too, or other sizes"
         )
+    fields: dict[str, Any] = {**known.fixed, **known.habits}
+    share, habit = fields.pop("rotary_share", 1.0), fields.pop("dropout", 0.0)
+    probability = habit if dropout is None else dropout
     dims = head_dim or hidden // heads
-    style = _FAMILIES[family]
-    gated = bool(style.get("gated", True))
-    rotary = int(dims * _ROTARY_SHARE.get(family, 1.0))
-    probability = _DROPOUT.get(family, 0.0) if dropout is None else dropout
-    config = ModelConfig(
-        family=family,
-        vocab_size=vocab,
-        hidden_size=hidden,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=kv_heads or heads,
-        head_dim=dims,
-        ffn_size=ffn or (round(8 / 3 * hidden) if gated else 4 * hidden),
-        max_positions=positions,
-        rope=None if "position" in style else RopeConfig(theta=10000.0, dims=rotary),
-        tie_embeddings=(not gated and family != "gpt_neox") if tied is None else tied,
-        embedding_dropout=probability,
-        attention_dropout=probability,
-        residual_dropout=probability,
-        **style,  # type: ignore[arg-type]
-    )
-    return ModelShape(
-        name,
-        config,
-        experts,
-        active_experts,
-        source,
-        shared_ffn=shared_ffn,
-        dense_layers=dense_layers,
-        dense_ffn=dense_ffn,
-        latent=latent,
-    )
-
-
-def _latent(text: str) -> LatentAttention | None:
-    """Latent attention from "query rank/kv rank/nope/rope/value"; None from an empty text."""
-    return LatentAttention(*(int(part) for part in text.split("/"))) if text else None
+    if fields["position"] == "rope":
+        fields["rope"] = RopeConfig(theta=10000.0, dims=int(dims * share))
+    if tied is not None:
+        fields["tie_embeddings"] = tied
+    fields |= {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "num_layers": layers,
+        "num_heads": heads,
+        "num_kv_heads": kv_heads or heads,
+        "head_dim": dims,
+        "ffn_size": ffn or (round(8 / 3 * hidden) if fields.get("gated", True) else 4 * hidden),
+        "max_positions": positions,
+        "embedding_dropout": probability,
+        "attention_dropout": probability,
+        "residual_dropout": probability,
+    }
+    config = known.compose(fields)
+    block = config.blocks[0]
+    if latent:
+        block = replace(block, attention=LatentAttentionSpec(hidden, heads, *latent))
+    dense = usual = block
+    if experts > 1 and isinstance(block.mlp, MLPSpec):
+        shared = replace(block.mlp, ffn_size=shared_ffn) if shared_ffn else None
+        mixture = ExpertsSpec(block.mlp, experts, active_experts, shared)
+        usual = replace(block, mlp=mixture)
+        dense = replace(block, mlp=replace(block.mlp, ffn_size=dense_ffn or block.mlp.ffn_size))
+    blocks = (dense,) * dense_layers + (usual,) * (layers - dense_layers)
+    return ModelShape(name, replace(config, blocks=blocks), source)
 
 
 @cache
 def catalog() -> dict[str, ModelShape]:
     """Every built-in model by name."""
     return {
-        row["name"]: decoder(
+        row["name"]: shape_of_sizes(
             row["name"],
             row["family"],
             hidden=int(row["hidden"]),
@@ -138,7 +125,7 @@ def catalog() -> dict[str, ModelShape]:
             shared_ffn=int(row["shared_ffn"]),
             dense_layers=int(row["dense_layers"]),
             dense_ffn=int(row["dense_ffn"]),
-            latent=_latent(row["latent"]),
+            latent=tuple(int(n) for n in row["latent"].split("/") if n),
         )
         for row in read_table("models")
     }

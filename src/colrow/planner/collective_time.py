@@ -6,15 +6,19 @@ that ``colrow comms`` compares with the recorded ledger.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TypedDict
 
 from colrow.comm.ledger import Call
-from colrow.models.communication import predict_step
+from colrow.layers.describe import BlockSpec, ExpertsSpec
+from colrow.models.communication import predict_stage, predict_step
+from colrow.models.stages import Stage
 from colrow.planner.compute import Pass
 from colrow.planner.hardware import Hardware
 from colrow.planner.layout import DTYPE, Layout
-from colrow.planner.model import ModelShape
+from colrow.planner.model import ModelShape, key_value_numbers
 from colrow.planner.placement import (
     all_to_all_seconds,
     collective_seconds,
@@ -28,7 +32,6 @@ PROCESSOR_SHARE = 0.15
 # Transformer Engine's overlapped reduce-scatter runs in this many chunks, of which the last has
 # nothing left to hide behind (TransformerEngine d0067d0d, pipelined GEMM + reduce-scatter).
 SCATTER_CHUNKS = 4
-COLUMN_LAYERS = ("attention.qkv", "mlp.up", "head")
 
 
 def tp_calls(model: ModelShape, layout: Layout) -> list[Call]:
@@ -36,32 +39,53 @@ def tp_calls(model: ModelShape, layout: Layout) -> list[Call]:
 
     Without pipelines and recomputation this is exactly what a run records.
     """
-    return predict_step(
-        model.config,
-        model.division(layout.tp, layout.tp_weights),
-        batch=layout.microbatch,
-        sequence=layout.local_sequence,
-        sequence_parallel=layout.sequence_parallel,
-        keep_gathered_input=layout.program.keep_gathered_input,
-        dtype=DTYPE[layout.precision],
-    )
+    division = model.division(layout.tp, layout.tp_weights)
+    return predict_step(model.config, division, **_step(layout))
+
+
+class _Step(TypedDict):
+    batch: int
+    sequence: int
+    sequence_parallel: bool
+    keep_gathered_input: bool
+    dtype: str
+
+
+def _step(layout: Layout) -> _Step:
+    return {
+        "batch": layout.microbatch,
+        "sequence": layout.local_sequence,
+        "sequence_parallel": layout.sequence_parallel,
+        "keep_gathered_input": layout.program.keep_gathered_input,
+        "dtype": DTYPE[layout.precision],
+    }
 
 
 @dataclass(frozen=True)
 class Collectives:
-    """A microbatch's tensor-parallel calls by place."""
+    """A microbatch's tensor-parallel calls by place.
+
+    Attributes:
+        block, embedding, head: the calls of one block and of the ends.
+        columns: names of layers whose gradient is summed while their weights' is computed.
+    """
 
     block: tuple[Call, ...]
     embedding: tuple[Call, ...]
     head: tuple[Call, ...]
-    once: tuple[Call, ...]
+    columns: frozenset[str]
 
 
 @lru_cache(maxsize=4096)
-def collectives(model: ModelShape, layout: Layout) -> Collectives:
-    """The calls of one block and of the rest; all blocks are alike, so one is predicted."""
-    config = replace(model.config, num_layers=1, windows=())
-    calls = tp_calls(replace(model, config=config), layout)
+def collectives(model: ModelShape, block: BlockSpec, layout: Layout) -> Collectives:
+    """The calls of one block of this kind and of the ends."""
+    calls = predict_stage(
+        replace(model.config, blocks=(block,)),
+        layout.division,
+        Stage(0, 1, 0, 1),
+        shared="later",
+        **_step(layout),
+    )
     if layout.recompute == "full":
         # Backward runs the block's forward again, and with it the forward's calls.
         calls += [
@@ -69,15 +93,16 @@ def collectives(model: ModelShape, layout: Layout) -> Collectives:
             for call in calls
             if call.phase == "forward" and call.layer.startswith("blocks.")
         ]
-    place: dict[str, list[Call]] = {"blocks": [], "embedding": [], "head": [], "loss": []}
-    once: list[Call] = []
+    places: dict[str, list[Call]] = {"blocks": [], "embedding": [], "head": [], "loss": []}
     for call in calls:
-        place.get(call.layer.split(".")[0], once).append(call)
+        if (name := call.layer.split(".")[0]) in places:
+            places[name].append(call)
+    columns = {f"blocks.0.{sent.layer}" for sent in block.exchanges() if sent.kind == "column"}
     return Collectives(
-        tuple(place["blocks"]),
-        tuple(place["embedding"]),
-        tuple(place["head"] + place["loss"]),
-        tuple(once),
+        tuple(places["blocks"]),
+        tuple(places["embedding"]),
+        tuple(places["head"] + places["loss"]),
+        frozenset({*columns, "head"}),
     )
 
 
@@ -101,11 +126,19 @@ def exposed_seconds(traffic: float, room: float) -> float:
 
 
 def tp_seconds(
-    calls: tuple[Call, ...], phase: str, layout: Layout, hardware: Hardware, beside: Pass
+    calls: tuple[Call, ...],
+    columns: Set[str],
+    phase: str,
+    layout: Layout,
+    hardware: Hardware,
+    beside: Pass,
 ) -> CommunicationSeconds:
     """Time of these calls in one phase, given the computation that can run beside them.
 
     What runs beside matmuls counts as :func:`exposed_seconds` says.
+
+    Args:
+        columns: see :class:`Collectives`.
     """
     where, overlap = place("tp", layout, hardware), layout.program.tp_overlap
     total = hidden = exposed = 0.0
@@ -114,12 +147,11 @@ def tp_seconds(
             continue
         seconds = collective_seconds(call.op, call.bytes, where, hardware)
         total += seconds
-        column = call.layer.removeprefix("blocks.0.") in COLUMN_LAYERS
         if overlap == "full" and call.dtype != "int64":
             chunks = SCATTER_CHUNKS if call.op == "reduce_scatter" else layout.tp
             exposed += seconds / chunks
             hidden += seconds * (1 - 1 / chunks)
-        elif overlap != "none" and phase == "backward" and column:
+        elif overlap != "none" and phase == "backward" and call.layer in columns:
             hidden += seconds
         else:
             exposed += seconds
@@ -132,7 +164,7 @@ def tp_seconds(
 
 
 def cp_seconds(
-    model: ModelShape, layout: Layout, hardware: Hardware, phase: str, attention: float
+    block: BlockSpec, layout: Layout, hardware: Hardware, phase: str, attention: float
 ) -> CommunicationSeconds:
     """Keys and values that pass round the context-parallel ranks of one block.
 
@@ -141,8 +173,9 @@ def cp_seconds(
     """
     if layout.cp == 1:
         return NO_COMMUNICATION
-    division = model.division(layout.tp, layout.tp_weights)
-    numbers = max(model.key_value_numbers(division, rank) for rank in range(layout.tp))
+    numbers = max(
+        key_value_numbers(block.attention, layout.division, rank) for rank in range(layout.tp)
+    )
     whole = layout.microbatch * layout.sequence * numbers * layout.itemsize
     seconds = collective_seconds("all_gather", whole, place("cp", layout, hardware), hardware)
     if phase == "backward":
@@ -151,16 +184,16 @@ def cp_seconds(
 
 
 def ep_seconds(
-    model: ModelShape, layout: Layout, hardware: Hardware, phase: str
+    block: BlockSpec, layout: Layout, hardware: Hardware, phase: str
 ) -> CommunicationSeconds:
     """Tokens that travel to their experts and back in one block, once each way and phase.
 
     With full recomputation backward repeats forward's. Nothing runs beside it.
     """
-    if layout.ep == 1 or model.experts == 1:
+    if layout.ep == 1 or not isinstance(block.mlp, ExpertsSpec):
         return NO_COMMUNICATION
     rows = layout.tokens / (layout.tp if layout.sequence_parallel else 1)
-    size = rows * model.active_experts * model.config.hidden_size * layout.itemsize
+    size = rows * block.mlp.active * block.hidden_size * layout.itemsize
     where = place("ep", layout, hardware)
     times = 4 if phase == "backward" and layout.recompute == "full" else 2
     seconds = times * all_to_all_seconds(size, where, hardware)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from colrow.layers.describe import Division
+from colrow.layers.describe import AttentionSpec, BlockSpec, ExpertsSpec, Linear
 from colrow.planner.hardware import Device
 from colrow.planner.layout import Layout
-from colrow.planner.linears import Linear, fullest_rank, linears
-from colrow.planner.model import ModelShape
+from colrow.planner.model import ModelShape, fullest_rank, held, key_value_numbers
 from colrow.planner.roofline import ROW_BYTES, matmul_seconds, stream_seconds
 
 # Read and written per logit by the loss and its backward, beyond the matmul: to fp32 (2 read, 4
@@ -66,24 +65,22 @@ class Pass:
 
 
 @lru_cache(maxsize=4096)
-def block_pass(model: ModelShape, layout: Layout, device: Device) -> Pass:
+def block_pass(block: BlockSpec, layout: Layout, device: Device) -> Pass:
     """One block, one microbatch, on the fullest rank.
 
     ``layout``'s pp, dp and batch do not enter; callers that search pass a reduced layout.
     """
-    division = model.division(layout.tp, layout.tp_weights)
-    rank = fullest_rank(division)
-    tokens = layout.tokens
+    rank = fullest_rank(block, layout.division)
     forward = backward = Seconds()
-    for linear in linears(model, division, rank):
-        f, dgrad, wgrad = _layer_seconds(model, layout, device, linear, tokens)
+    for linear in block.linears(layout.division, rank):
+        f, dgrad, wgrad = _layer_seconds(layout, device, linear)
         forward += Seconds(matmul=f)
         backward += Seconds(matmul=dgrad + wgrad, weight_gradients=wgrad)
-    copied = _copied_bytes(model, layout, division, rank, tokens)
+    copied = _copied_bytes(block, layout, rank)
     forward += Seconds(elementwise=stream_seconds(device, copied[0]))
     backward += Seconds(elementwise=stream_seconds(device, copied[1]))
-    attention = _attention(model, layout, device, division.heads.query.size(rank))
-    elementwise = _elementwise(model, layout, device, division, rank, tokens)
+    attention = _attention(block, layout, device, rank)
+    elementwise = _elementwise(block, layout, device, rank)
     forward += attention.forward + elementwise.forward
     backward += attention.backward + elementwise.backward
     if layout.recompute == "full":
@@ -93,44 +90,37 @@ def block_pass(model: ModelShape, layout: Layout, device: Device) -> Pass:
     return Pass(forward, backward)
 
 
-def _layer_seconds(
-    model: ModelShape, layout: Layout, device: Device, linear: Linear, tokens: int
-) -> tuple[float, float, float]:
+def _layer_seconds(layout: Layout, device: Device, linear: Linear) -> tuple[float, float, float]:
     """A linear layer's matmuls, as :func:`_linear_seconds`, with its adapter where it has one.
 
     A frozen weight has no gradient. Its adapter is two thin layers, one after the other.
     """
-    f, dgrad, wgrad = _linear_seconds(model, layout, device, linear, tokens)
+    f, dgrad, wgrad = _linear_seconds(layout, device, linear)
     if not layout.lora_rank:
         return f, dgrad, wgrad
     wgrad, thin = 0.0, layout.lora_rank
     for inputs, outputs in ((linear.inputs, thin * linear.parts), (thin, linear.outputs)):
         layer = replace(linear, inputs=inputs, outputs=outputs)
-        more = _linear_seconds(model, layout, device, layer, tokens)
+        more = _linear_seconds(layout, device, layer)
         f, dgrad, wgrad = f + more[0], dgrad + more[1], wgrad + more[2]
     return f, dgrad, wgrad
 
 
-def _copied_bytes(
-    model: ModelShape, layout: Layout, division: Division, rank: int, tokens: int
-) -> tuple[float, float]:
+def _copied_bytes(block: BlockSpec, layout: Layout, rank: int) -> tuple[float, float]:
     """Bytes moved to change the format of what is multiplied, forward and backward."""
     forward = backward = 0.0
     if layout.lora_rank and layout.frozen_bytes != layout.itemsize:
         # Quantised weights are read, and written wide, before the matmuls of either pass.
-        part = model.shards(layout.tp, layout.tp_weights)[rank]
-        weights = part.block + part.experts // layout.ep
+        weights = held(block, layout.division, rank).divided(layout.ep)
         forward = backward = weights * (layout.frozen_bytes + layout.itemsize)
     if layout.precision == "fp8":
-        for linear in linears(model, division, rank):
-            more = _narrowing_bytes(model, layout, linear, tokens)
+        for linear in block.linears(layout.division, rank):
+            more = _narrowing_bytes(layout, linear)
             forward, backward = forward + more[0], backward + more[1]
     return forward, backward
 
 
-def _narrowing_bytes(
-    model: ModelShape, layout: Layout, linear: Linear, tokens: int
-) -> tuple[float, float]:
+def _narrowing_bytes(layout: Layout, linear: Linear) -> tuple[float, float]:
     """Bytes moved to turn a linear layer's 16-bit matrices into 8-bit ones, forward and backward.
 
     Each is read for its largest number and read again, written once as it is and once transposed
@@ -138,18 +128,16 @@ def _narrowing_bytes(
     (Micikevicius et al. 2022, arXiv 2209.05433; dynamic scaling of Transformer Engine and torchao).
     """
     each = 2 * layout.itemsize + 2
-    used = model.active_experts if linear.experts > 1 else 1
+    tokens, used = layout.tokens, linear.active
     weights = linear.inputs * linear.outputs * (linear.experts / layout.ep if used > 1 else 1)
     forward = each * (tokens * used * linear.inputs + weights)
     return forward, float(each * tokens * used * linear.outputs)
 
 
-def _linear_seconds(
-    model: ModelShape, layout: Layout, device: Device, linear: Linear, tokens: int
-) -> tuple[float, float, float]:
+def _linear_seconds(layout: Layout, device: Device, linear: Linear) -> tuple[float, float, float]:
     """Forward, gradient of the input, gradient of the weight."""
-    experts = linear.experts > 1
-    rows = tokens * layout.ep * model.active_experts / linear.experts if experts else tokens
+    experts, tokens = linear.experts > 1, layout.tokens
+    rows = tokens * layout.ep * linear.active / linear.experts if experts else tokens
 
     def seconds(m: float, n: float, k: float) -> float:
         took = matmul_seconds(
@@ -170,16 +158,15 @@ def _linear_seconds(
     )
 
 
-def _attention(model: ModelShape, layout: Layout, device: Device, heads: int) -> Pass:
+def _attention(block: BlockSpec, layout: Layout, device: Device, rank: int) -> Pass:
     """Scores, softmax and weighted sum of all local heads."""
-    config, size = model.config, layout.itemsize
-    window = config.window(0) or layout.sequence
-    keys = min(window, layout.sequence)
-    count = layout.microbatch * heads
+    attention, size = block.attention, layout.itemsize
+    keys = min(attention.window or layout.sequence, layout.sequence)
+    count = layout.microbatch * attention.heads(layout.division).query.size(rank)
     precision = "bf16" if layout.precision == "fp8" else layout.precision
-    if layout.is_flash(model, device.flash_attention):
+    if layout.is_flash(attention, device.flash_attention):
         # Causal: half the scores (Dao 2023, section 4.1); backward has five matmuls for two.
-        sizes = model.key_size + model.value_size
+        sizes = attention.key_size + attention.value_size
         flops = 2.0 * count * layout.local_sequence * keys * sizes * 0.5
         rate = device.flops(precision) * device.sustained_fraction
         if device.matmul_curve:
@@ -198,14 +185,14 @@ def _attention(model: ModelShape, layout: Layout, device: Device, heads: int) ->
             precision=precision,
             itemsize=size,
             count=count,
-            aligned=model.key_size * size % ROW_BYTES == 0,
+            aligned=attention.key_size * size % ROW_BYTES == 0,
         )
 
-    products = product(keys, model.key_size) + product(model.value_size, keys)
+    products = product(keys, attention.key_size) + product(attention.value_size, keys)
     scores = count * layout.local_sequence * keys
     # Softmax reads and writes; dropout reads, writes and stores a byte of mask. Backward of
     # dropout reads the gradient and the mask and writes; of softmax reads two tensors, writes one.
-    dropout = config.attention_dropout > 0
+    dropout = attention.dropout > 0
     softmax_forward = 2 * size + (2 * size + 1 if dropout else 0)
     softmax_backward = 3 * size + (2 * size + 1 if dropout else 0)
     if not layout.program.fused_elementwise:  # scale and mask as passes of their own
@@ -217,61 +204,63 @@ def _attention(model: ModelShape, layout: Layout, device: Device, heads: int) ->
     )
 
 
-def _elementwise(
-    model: ModelShape, layout: Layout, device: Device, division: Division, rank: int, tokens: int
-) -> Pass:
+def _elementwise(block: BlockSpec, layout: Layout, device: Device, rank: int) -> Pass:
     """Everything that is limited by memory: bytes read and written, kernel by kernel."""
-    config, size, fused = model.config, layout.itemsize, layout.program.fused_elementwise
+    size, fused, tokens = layout.itemsize, layout.program.fused_elementwise, layout.tokens
+    attention, division = block.attention, layout.division
     rows = -(-tokens // layout.tp) if layout.sequence_parallel else tokens
-    residual = rows * config.hidden_size * size
-    dropout = config.residual_dropout > 0
-    mask = 1 / size if dropout else 0.0
-    # Two norms: read, write; backward reads input and gradient, writes. Two residual additions:
-    # read two, write one, with bias and dropout in the same kernel or one pass each. Backward adds
-    # the two branches' gradients, and multiplies by the mask.
-    forward: float = residual * 2 * (2 + 3)
-    backward: float = residual * 2 * (3 + 3)
-    if config.norm == "rmsnorm" and not fused:
+    residual = rows * block.hidden_size * size
+    mask = 1 / size if block.dropout > 0 else 0.0
+    # A norm: read, write; backward reads input and gradient, writes. Two residual additions: read
+    # two, write one, with bias and dropout in the same kernel or one pass each. Backward adds the
+    # two branches' gradients, and multiplies by the mask.
+    norms = len(block.norms)
+    forward: float = residual * (2 * norms + 2 * 3)
+    backward: float = residual * (3 * norms + 2 * 3)
+    if not fused:
         # Written out: square, mean, scale, weight; for narrow formats in fp32, with conversions.
+        written = sum(norm.kind == "rmsnorm" for norm in block.norms.values())
         wide = size < 4
-        forward += residual * 2 * ((16 if wide else 7) - 2)
-        backward += residual * 2 * ((30 if wide else 14) - 3)
-    if dropout:
+        forward += residual * written * ((16 if wide else 7) - 2)
+        backward += residual * written * ((30 if wide else 14) - 3)
+    if block.dropout > 0:
         forward += residual * 2 * (mask if fused else 2 + mask)
         backward += residual * 2 * (2 + mask)
-    if config.output_bias and not fused:
-        forward += residual * 2 * 2
+    if not fused:
+        biases = sum(mlp.bias for mlp, _ in block.mlp.passes)
+        biases += isinstance(attention, AttentionSpec) and attention.output_bias
+        forward += residual * biases * 2
     # The activation: read and write; backward reads input and gradient. Gated: two inputs.
-    ffn = tokens * model.active_experts * division.ffn.size(rank) * size
-    ffn += tokens * model.shared_ffn_of_rank(layout.tp) * size
-    if config.gated:
-        forward += ffn * (3 if fused else 5)
-        backward += ffn * (5 if fused else 12)
-    else:
-        forward += ffn * (2 if fused else 4)
-        backward += ffn * 3
+    for mlp, times in block.mlp.passes:
+        ffn = tokens * times * division.of(mlp.ffn_size).size(rank) * size
+        if mlp.gated:
+            forward += ffn * (3 if fused else 5)
+            backward += ffn * (5 if fused else 12)
+        else:
+            forward += ffn * (2 if fused else 4)
+            backward += ffn * 3
     # Q, K and V: to heads and back, and the rotation.
-    query = division.heads.query.size(rank) * model.key_size
-    moved = tokens * (query + model.key_value_numbers(division, rank)) * size
-    passes = 2 + ((2 if fused else 10) if config.position == "rope" else 0)
+    query = attention.heads(division).query.size(rank) * attention.key_size
+    moved = tokens * (query + key_value_numbers(attention, division, rank)) * size
+    passes = 2 + ((2 if fused else 10) if attention.rotates else 0)
     forward += moved * passes
     backward += moved * passes
-    if model.experts > 1:
+    if isinstance(block.mlp, ExpertsSpec):
         # Tokens are copied in the order of the experts and put back, weighted and added.
-        sorted_rows = rows * model.active_experts * config.hidden_size * size
+        sorted_rows = rows * block.mlp.active * block.hidden_size * size
         forward += 4 * sorted_rows
         backward += 5 * sorted_rows
     kernels = 8 if fused else 16
     overhead = kernels * device.kernel_seconds
     backward_seconds = stream_seconds(device, backward) + 1.5 * overhead
-    backward_seconds += stream_seconds(device, _accumulation_bytes(model, layout, rank))
+    backward_seconds += stream_seconds(device, _accumulation_bytes(block, layout, rank))
     return Pass(
         Seconds(elementwise=stream_seconds(device, forward) + overhead),
         Seconds(elementwise=backward_seconds),
     )
 
 
-def _accumulation_bytes(model: ModelShape, layout: Layout, rank: int) -> float:
+def _accumulation_bytes(block: BlockSpec, layout: Layout, rank: int) -> float:
     """Adding a microbatch's weight gradients to the accumulated ones.
 
     Accumulated ones are read and written; the new one is also read, unless the matmul adds it.
@@ -282,8 +271,7 @@ def _accumulation_bytes(model: ModelShape, layout: Layout, rank: int) -> float:
         return 0.0
     if layout.lora_rank:
         return 0.0  # of adapters alone: nothing beside the rest
-    part = model.shards(layout.tp, layout.tp_weights)[rank]
-    weights = part.block + part.experts // layout.ep
+    weights = held(block, layout.division, rank).divided(layout.ep)
     return weights * (2 * wide + (0 if layout.program.fused_accumulation else layout.itemsize))
 
 
@@ -291,16 +279,15 @@ def _accumulation_bytes(model: ModelShape, layout: Layout, rank: int) -> float:
 def ends_pass(model: ModelShape, layout: Layout, device: Device) -> tuple[Pass, Pass]:
     """The embedding, and the final norm, head and loss, for one microbatch on the fullest rank."""
     config, size = model.config, layout.itemsize
-    division = model.division(layout.tp, layout.tp_weights)
     tokens = layout.tokens
-    vocab = division.vocab.largest
+    vocab = layout.division.of(config.vocab_size).largest
     lookup = tokens * config.hidden_size * size
     embedding = Pass(
         Seconds(elementwise=stream_seconds(device, 4 * lookup)),
         Seconds(elementwise=stream_seconds(device, 4 * lookup)),
     )
     head = Linear("head", config.hidden_size, vocab)
-    forward, dgrad, wgrad = _linear_seconds(model, layout, device, head, tokens)
+    forward, dgrad, wgrad = _linear_seconds(layout, device, head)
     scale = 1.0 if size < 4 else 1.5  # an fp32 loss has no narrow copies, all passes are wide
     loss = stream_seconds(device, tokens * vocab * LOSS_BYTES * scale / 2)
     norm = stream_seconds(device, 2.5 * lookup)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from colrow.files import shown
+from colrow.layers.describe import ExpertsSpec, MLPSpec
 from colrow.models.config_limits import SIZES, check_whole
-from colrow.planner.catalog import decoder
-from colrow.planner.model import LatentAttention, ModelShape
+from colrow.planner.catalog import shape_of_sizes
+from colrow.planner.model import ModelShape
 
-# Mixtures of experts are dense decoders of another family, with experts in place of the MLP.
-_MOE_FAMILIES = {"mixtral": "mistral", "qwen3_moe": "qwen3"}
+# Mixtures of experts that are no family yet: another family's decoders, with experts in place of
+# the MLP.
+_MOE_FAMILIES = {"qwen3_moe": "qwen3"}
 # Architectures put together from keys, with the family whose biases and norms they have.
 _COMPOSED = {
     "deepseek_v2": "llama",
@@ -66,7 +69,13 @@ def model_from_mapping(mapping: Mapping[str, object], *, name: str) -> ModelShap
         raise ValueError(
             f"{name}: layers without experts among layers with experts are not counted"
         )
-    return ModelShape(name, config_from_hf(dense), experts, active, source="config.json")
+    config = config_from_hf(dense)
+    blocks = tuple(
+        replace(block, mlp=ExpertsSpec(block.mlp, experts, active))
+        for block in config.blocks
+        if isinstance(block.mlp, MLPSpec)
+    )
+    return ModelShape(name, replace(config, blocks=blocks), source="config.json")
 
 
 def _composed(mapping: Mapping[str, object], name: str, family: str) -> ModelShape:
@@ -78,15 +87,12 @@ def _composed(mapping: Mapping[str, object], name: str, family: str) -> ModelSha
     def optional(key: str) -> int:
         return count(key) if mapping.get(key) is not None else 0
 
-    latent = None
+    latent: tuple[int, ...] = ()
     if "kv_lora_rank" in mapping:
-        latent = LatentAttention(
-            optional("q_lora_rank"),
-            count("kv_lora_rank"),
-            count("qk_nope_head_dim"),
-            count("qk_rope_head_dim"),
-            count("v_head_dim"),
+        per_head = tuple(
+            count(key) for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
         )
+        latent = (optional("q_lora_rank"), count("kv_lora_rank"), *per_head)
     width = count("moe_intermediate_size", "intermediate_size")
     frequency = mapping.get("moe_layer_freq", 1)
     if frequency != 1:
@@ -94,14 +100,14 @@ def _composed(mapping: Mapping[str, object], name: str, family: str) -> ModelSha
             f"{name}: moe_layer_freq={frequency!r}: experts in every layer are counted"
         )
     heads = count("num_attention_heads")
-    return decoder(
+    return shape_of_sizes(
         name,
         _COMPOSED[family],
         hidden=count("hidden_size"),
         layers=count("num_hidden_layers"),
         heads=heads,
         kv_heads=heads if latent else count("num_key_value_heads"),
-        head_dim=latent.nope + latent.rope if latent else count("head_dim"),
+        head_dim=sum(latent[2:4]) if latent else count("head_dim"),
         ffn=width,
         vocab=count("vocab_size"),
         positions=count("max_position_embeddings"),

@@ -12,9 +12,9 @@ from colrow.planner.collective_time import (
     stage_seconds,
 )
 from colrow.planner.inference import ServingPrediction, kv_cache_bytes_per_token
-from colrow.planner.linears import fullest_rank, linears
 from colrow.planner.links import wire_factor
 from colrow.planner.memory import stage_elements
+from colrow.planner.model import fullest_rank, held
 from colrow.planner.pipeline_time import layers_in_flight
 from colrow.planner.placement import collective_seconds, place
 from colrow.planner.predict import Prediction
@@ -31,17 +31,17 @@ def explain(prediction: Prediction) -> str:
 def _memory(p: Prediction) -> list[str]:
     layout, model, rank = p.layout, p.model, p.memory.fullest
     stage, place = p.memory.fullest_place
-    layers = layout.layers_of_stage(model)[stage]
-    found = stage_elements(model, layout, stage, layers, place)
+    kinds = layout.kinds_of_stages(model)[stage]
+    found = stage_elements(model, layout, stage, kinds, place)
     elements = found.total
-    division = model.division(layout.tp, layout.tp_weights)
-    flash = layout.is_flash(model, p.hardware.device.flash_attention)
-    flight = layers_in_flight(layout, stage, layers)
-    shard = model.shards(layout.tp, layout.tp_weights)[place]
+    flight = layers_in_flight(layout, stage, sum(kinds.values()))
+    blocks = " and ".join(
+        f"{count} blocks of {held(block, layout.division, place).divided(layout.ep):,}"
+        for block, count in kinds.items()
+    )
     lines = [
         f"Memory of the fullest rank (stage {stage}, tensor-parallel rank {place})",
-        f"  parameters: {layers} blocks of {shard.block:,} and the ends = {elements:,} of "
-        f"{model.parameters:,}",
+        f"  parameters: {blocks} and the ends = {elements:,} of {model.parameters:,}",
         *(
             [f"  frozen       {found.frozen:,} × {layout.frozen_bytes:.4g} B, in the weights"]
             if found.frozen
@@ -54,7 +54,9 @@ def _memory(p: Prediction) -> list[str]:
         f"  optimiser    {elements:,} × {layout.state_bytes:g} B"
         f"{_over(layout.dp, layout.zero >= 1)} = {_gb(rank.optimizer)}",
     ]
-    kept = block_bytes(model, layout, division, place, flash=flash)
+    block = model.usual_block
+    flash = layout.is_flash(block.attention, p.hardware.device.flash_attention)
+    kept = block_bytes(block, layout, place, flash=flash)
     if layout.recompute == "full":
         lines.append("  a block keeps only its input; the others are computed again")
     else:
@@ -74,7 +76,8 @@ def _memory(p: Prediction) -> list[str]:
 def _time(p: Prediction) -> list[str]:
     layout, model, hardware, time = p.layout, p.model, p.hardware, p.time
     device, key = hardware.device, layout.per_microbatch
-    block = block_time(model, layout, hardware)
+    block = model.usual_block
+    took = block_time(model, block, layout, hardware)
     rate = device.flops(layout.precision) * device.sustained_fraction
     tokens = layout.tokens
     lines = [
@@ -86,9 +89,8 @@ def _time(p: Prediction) -> list[str]:
         f"{device.stream_fraction:g}",
         "  one block, one microbatch, forward:",
     ]
-    rank = fullest_rank(model.division(layout.tp, layout.tp_weights))
-    for linear in linears(model, model.division(layout.tp, layout.tp_weights), rank):
-        rows = tokens if linear.experts == 1 else tokens * model.active_experts / linear.experts
+    for linear in block.linears(layout.division, fullest_rank(block, layout.division)):
+        rows = tokens if linear.experts == 1 else tokens * linear.active / linear.experts
         seconds = matmul_seconds(
             device,
             rows,
@@ -104,17 +106,17 @@ def _time(p: Prediction) -> list[str]:
             f"{linear.outputs}]: {flops / 1e9:.4g} GFLOP, {_ms(seconds)}"
             f" = {100 * flops / seconds / device.flops(layout.precision):.0f}% of peak"
         )
-    forward, backward = block.passes.forward, block.passes.backward
+    forward, backward = took.passes.forward, took.passes.backward
     lines += [
         f"    {'attention':17} {_ms(forward.attention)}",
         f"    {'memory-bound':17} {_ms(forward.elementwise)}",
         f"  backward: matmuls {_ms(backward.matmul)}, attention {_ms(backward.attention)}, "
-        f"memory-bound {_ms(backward.elementwise)}, again {_ms(block.passes.recompute.total)}",
+        f"memory-bound {_ms(backward.elementwise)}, again {_ms(took.passes.recompute.total)}",
     ]
-    lines += _collectives(list(collectives(model, key).block), p)
+    lines += _collectives(list(collectives(model, block, key).block), p)
     lines.append(
-        f"    exposed: {_ms(block.tp_forward.exposed)} of {_ms(block.tp_forward.total)} forward, "
-        f"{_ms(block.tp_backward.exposed)} of {_ms(block.tp_backward.total)} backward"
+        f"    exposed: {_ms(took.tp_forward.exposed)} of {_ms(took.tp_forward.total)} forward, "
+        f"{_ms(took.tp_backward.exposed)} of {_ms(took.tp_backward.total)} backward"
     )
     if layout.pp > 1:
         lines.append(

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
-from colrow.models.communication import predict_step
+from colrow.layers.describe import BlockSpec, Division
 from colrow.models.config import ModelConfig
 from colrow.planner.catalog import find_model
+from colrow.planner.collective_time import collectives
 from colrow.planner.compute import block_pass
-from colrow.planner.hardware import Hardware, find_hardware
+from colrow.planner.hardware import Device, Hardware, find_hardware
 from colrow.planner.layout import Layout
-from colrow.planner.linears import fullest_rank, linears
-from colrow.planner.memory import ALLOCATOR_MARGIN, RUNTIME_BYTES, dense_layers_of_stage
-from colrow.planner.model import ModelShape
+from colrow.planner.memory import ALLOCATOR_MARGIN, RUNTIME_BYTES
+from colrow.planner.model import ModelShape, fullest_rank, held
 from colrow.planner.placement import collective_seconds, place, send_seconds
 from colrow.planner.roofline import matmul_seconds, stream_seconds
 from colrow.planner.serving import KV_BYTES, WEIGHT_BYTES, Serving, ServingMemory, TokenTime
@@ -92,10 +93,10 @@ def predict_serving(
     if isinstance(hardware, str):
         hardware = find_hardware(hardware)
     config, context = model.config, serving.prompt + serving.new_tokens
-    if config.position == "learned" and context > config.max_positions:
+    if config.longest is not None and context > config.longest:
         raise ValueError(
             f"{serving.prompt} + {serving.new_tokens} tokens are more than the "
-            f"{config.max_positions} learned positions of {model.name}"
+            f"{config.longest} learned positions of {model.name}"
         )
     hardware.device.flops(serving.compute_precision)
     return ServingPrediction(
@@ -113,58 +114,59 @@ def kv_cache_bytes_per_token(model: ModelShape, kv_cache: str = "bf16") -> int:
 
     Latent attention keeps the compressed numbers and the rotated ones that all heads share.
     """
-    config = model.config
-    return config.num_layers * _kept_of_token(model, config.num_kv_heads) * KV_BYTES[kv_cache]
-
-
-def _kept_of_token(model: ModelShape, heads: int) -> int:
-    """Numbers that a layer's cache keeps of a token with so many key-value heads on a rank."""
-    if model.latent:
-        return model.latent.kv_rank + model.latent.rope
-    return 2 * heads * model.config.head_dim
+    kept = sum(block.attention.cached(Division(1), 0) * n for block, n in model.kinds.items())
+    return kept * KV_BYTES[kv_cache]
 
 
 def serving_memory(
     model: ModelShape, serving: Serving, hardware: Hardware
 ) -> tuple[tuple[ServingMemory, ...], ...]:
     """Memory of every stage and tensor-parallel rank of a replica."""
-    layout = _layout(serving)
     division = model.division(serving.tp, serving.tp_weights)
-    shards, config = model.shards(serving.tp, serving.tp_weights), model.config
-    dense_shards = model.dense_part.shards(serving.tp, serving.tp_weights)
+    return tuple(
+        tuple(
+            _rank_memory(model, serving, hardware, stage, kinds, division, rank)
+            for rank in range(serving.tp)
+        )
+        for stage, kinds in enumerate(_layout(serving).kinds_of_stages(model))
+    )
+
+
+def _rank_memory(
+    model: ModelShape,
+    serving: Serving,
+    hardware: Hardware,
+    stage: int,
+    kinds: Mapping[BlockSpec, int],
+    division: Division,
+    rank: int,
+) -> ServingMemory:
+    config, ends = model.config, model.ends(division, rank)
     narrow = WEIGHT_BYTES[serving.weights]
-    ends = max(narrow, 2.0)
+    wide = max(narrow, 2.0)  # of the ends
+    elements = sum(held(block, division, rank).divided(1) * n for block, n in kinds.items())
+    weights = elements * narrow
+    if stage == 0:
+        weights += ends.embedding * wide
+    if stage == serving.pp - 1:
+        weights += ends.head * wide
+        if serving.pp > 1:
+            weights += ends.tied * wide
+    # Layers with a window keep all tokens too, as colrow's cache does.
+    kept = sum(block.attention.cached(division, rank) * n for block, n in kinds.items())
     context = serving.prompt + serving.new_tokens
-    stages = []
-    layers_of = layout.layers_of_stage(model)
-    for stage, layers in enumerate(layers_of):
-        ranks = []
-        for rank in range(serving.tp):
-            dense = dense_layers_of_stage(model, stage, layers)
-            elements = (layers - dense) * (shards[rank].block + shards[rank].experts)
-            if dense:
-                elements += dense * dense_shards[rank].block
-            weights = elements * narrow
-            if stage == 0:
-                weights += shards[rank].embedding * ends
-            if stage == serving.pp - 1:
-                weights += shards[rank].head * ends
-                if serving.pp > 1:
-                    weights += shards[rank].tied * ends
-            heads = division.heads.key_value.size(rank)
-            per_token = layers * _kept_of_token(model, heads) * KV_BYTES[serving.kv_cache]
-            tokens = serving.batch * serving.prompt
-            width = 2 * config.hidden_size + 3 * division.ffn.size(rank) * model.active_experts
-            activations = tokens * width * 2.0
-            if stage == serving.pp - 1:  # logits of each sequence's last token alone, fp32 too
-                activations += serving.batch * division.vocab.size(rank) * 6.0
-            reserve = 0.0
-            if not hardware.device.on_host:
-                reserve = RUNTIME_BYTES + ALLOCATOR_MARGIN * activations
-            kv = float(serving.batch * context * per_token)
-            ranks.append(ServingMemory(weights, kv, activations, reserve))
-        stages.append(tuple(ranks))
-    return tuple(stages)
+    kv_cache = float(serving.batch * context * kept * KV_BYTES[serving.kv_cache])
+    inner = max(
+        3 * division.of(mlp.ffn_size).size(rank) * times
+        for mlp, times in (block.mlp.passes[0] for block in kinds)
+    )
+    activations = serving.batch * serving.prompt * (2 * config.hidden_size + inner) * 2.0
+    if stage == serving.pp - 1:  # logits of each sequence's last token alone, fp32 too
+        activations += serving.batch * division.of(config.vocab_size).size(rank) * 6.0
+    reserve = 0.0
+    if not hardware.device.on_host:
+        reserve = RUNTIME_BYTES + ALLOCATOR_MARGIN * activations
+    return ServingMemory(weights, kv_cache, activations, reserve)
 
 
 def _layout(serving: Serving) -> Layout:
@@ -182,42 +184,34 @@ def _layout(serving: Serving) -> Layout:
     )
 
 
-def _all_reduces(model: ModelShape, serving: Serving, sequence: int) -> list[tuple[str, int]]:
-    """``(op, bytes)`` of a forward pass's collectives, from the ledger's prediction."""
-    calls = predict_step(
-        replace(model.config, num_layers=1, windows=()),
-        model.division(serving.tp, serving.tp_weights),
-        batch=serving.batch,
-        sequence=sequence,
-        dtype="float32" if serving.compute_precision == "fp32" else "bfloat16",
-    )
-    forward = [call for call in calls if call.phase == "forward"]
-    block = [(c.op, c.bytes) for c in forward if c.layer.startswith("blocks.")]
-    return block * model.config.num_layers + [
-        (c.op, c.bytes) for c in forward if c.layer == "embedding"
-    ]
-
-
 def _tp_seconds(model: ModelShape, serving: Serving, hardware: Hardware, sequence: int) -> float:
+    """Time of a forward pass's collectives, from the ledger's prediction."""
+    layout = replace(_layout(serving), sequence=sequence).per_microbatch
     where = place("tp", _layout(serving), hardware)
-    calls = _all_reduces(model, serving, sequence)
-    return sum(collective_seconds(op, size, where, hardware) for op, size in calls)
+    found = {block: collectives(model, block, layout) for block in model.kinds}
+    calls = [call for block, n in model.kinds.items() for call in found[block].block * n]
+    return sum(
+        collective_seconds(call.op, call.bytes, where, hardware)
+        for call in (*calls, *found[model.usual_block].embedding)
+        if call.phase == "forward"
+    )
 
 
 def _prefill_seconds(model: ModelShape, serving: Serving, hardware: Hardware) -> float:
     """One forward pass over the prompts; stages work one after the other."""
     layout = replace(_layout(serving), pp=1, stage_layers=())
-    block = block_pass(model, layout, hardware.device).forward.total
+    blocks = sum(
+        block_pass(block, layout, hardware.device).forward.total * n
+        for block, n in model.kinds.items()
+    )
     communication = _tp_seconds(model, serving, hardware, serving.prompt)
     transfer = (serving.pp - 1) * _stage_link_seconds(model, serving, hardware, serving.prompt)
-    return (
-        block * model.config.num_layers + communication + transfer + _head(model, serving, hardware)
-    )
+    return blocks + communication + transfer + _head(model, serving, hardware)
 
 
 def _head(model: ModelShape, serving: Serving, hardware: Hardware) -> float:
     """Logits of one position per sequence."""
-    vocab = model.division(serving.tp, serving.tp_weights).vocab.largest
+    vocab = _layout(serving).division.of(model.config.vocab_size).largest
     precision = "fp32" if serving.compute_precision == "fp32" else "bf16"
     if precision not in dict(hardware.device.peak_flops):
         precision = "fp16"
@@ -244,15 +238,27 @@ def _token_time(model: ModelShape, serving: Serving, hardware: Hardware) -> Toke
     At small batches the time is that of reading every weight once (Pope et al. 2022, arXiv
     2211.05102, section 2); experts are read as far as the batch's tokens choose them.
     """
-    config, device = model.config, hardware.device
-    division = model.division(serving.tp, serving.tp_weights)
-    rank = fullest_rank(division)
-    chosen = min(model.experts, serving.batch * model.active_experts)
-    matmul = 0.0
-    for linear in linears(model, division, rank):
-        expert = linear.experts > 1
-        rows = serving.batch * model.active_experts / chosen if expert else serving.batch
-        matmul += (
+    weights = attention = 0.0
+    for block, count in model.kinds.items():
+        weights += _block_matmul_seconds(block, serving, hardware.device) * count
+        attention += _block_cache_seconds(block, serving, hardware.device) * count
+    transfer = (serving.pp - 1) * _stage_link_seconds(model, serving, hardware, 1)
+    return TokenTime(
+        weights=weights + _head(model, serving, hardware),
+        attention=attention,
+        tp=_tp_seconds(model, serving, hardware, 1),
+        pp=transfer,
+        launches=DECODE_KERNELS * model.config.num_layers * hardware.device.kernel_seconds,
+    )
+
+
+def _block_matmul_seconds(block: BlockSpec, serving: Serving, device: Device) -> float:
+    """A block's matmuls for one token of every sequence."""
+    seconds, division = 0.0, _layout(serving).division
+    for linear in block.linears(division, fullest_rank(block, division)):
+        chosen = min(linear.experts, serving.batch * linear.active)
+        rows = serving.batch * linear.active / chosen if linear.experts > 1 else serving.batch
+        seconds += (
             matmul_seconds(
                 device,
                 rows,
@@ -261,20 +267,16 @@ def _token_time(model: ModelShape, serving: Serving, hardware: Hardware) -> Toke
                 precision=serving.compute_precision,
                 itemsize=4 if serving.compute_precision == "fp32" else 2,
                 weight_itemsize=WEIGHT_BYTES[serving.weights],
-                count=chosen if expert else 1,
+                count=chosen,
             )
             - device.kernel_seconds
         )
-    keys = min(config.window(0) or 2**62, serving.prompt + serving.new_tokens // 2)
-    heads = division.heads.key_value.size(rank)
-    kept = _kept_of_token(model, heads) * KV_BYTES[serving.kv_cache]
-    cache = float(serving.batch * keys * kept)
-    layers = config.num_layers
-    transfer = (serving.pp - 1) * _stage_link_seconds(model, serving, hardware, 1)
-    return TokenTime(
-        weights=matmul * layers + _head(model, serving, hardware),
-        attention=stream_seconds(device, cache) * layers,
-        tp=_tp_seconds(model, serving, hardware, 1),
-        pp=transfer,
-        launches=DECODE_KERNELS * layers * device.kernel_seconds,
-    )
+    return seconds
+
+
+def _block_cache_seconds(block: BlockSpec, serving: Serving, device: Device) -> float:
+    """Reading a block's keys and values, the context half generated."""
+    division, attention = _layout(serving).division, block.attention
+    keys = min(attention.window or 2**62, serving.prompt + serving.new_tokens // 2)
+    kept = attention.cached(division, fullest_rank(block, division))
+    return stream_seconds(device, float(serving.batch * keys * kept * KV_BYTES[serving.kv_cache]))

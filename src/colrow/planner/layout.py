@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
+from colrow.layers.describe import Attention, BlockSpec, Division
 from colrow.planner.model import ModelShape
 from colrow.planner.serving import WEIGHT_BYTES
 from colrow.planner.software import Software, find_software
@@ -186,6 +189,11 @@ class Layout:
         )
 
     @property
+    def division(self) -> Division:
+        """How tensor parallelism divides dimensions."""
+        return Division(self.tp, self.tp_weights)
+
+    @property
     def program(self) -> Software:
         """The software preset."""
         return find_software(self.software)
@@ -222,14 +230,14 @@ class Layout:
             each = 4 if self.has_master_weights else self.itemsize
         return STATES[self.optimizer] * each + (4 if self.has_master_weights else 0)
 
-    def is_flash(self, model: ModelShape, device_has_flash: bool) -> bool:
+    def is_flash(self, attention: Attention, device_has_flash: bool) -> bool:
         """Whether attention runs as one fused kernel."""
         program = self.program
         if self.attention != "auto":
             return self.attention == "flash"
         if self.recompute == "selective" or not device_has_flash:
             return False
-        drops = model.config.attention_dropout > 0 and not program.flash_dropout
+        drops = attention.dropout > 0 and not program.flash_dropout
         return program.flash_attention and not drops
 
     def layers_of_stage(self, model: ModelShape) -> tuple[int, ...]:
@@ -264,6 +272,14 @@ class Layout:
         extra = set(middle[:remainder])
         return tuple(share + (stage in extra) for stage in range(self.pp))
 
+    def kinds_of_stages(self, model: ModelShape) -> tuple[dict[BlockSpec, int], ...]:
+        """Of each pipeline device the kinds of its blocks, and how many of each.
+
+        Stages are consecutive blocks, with virtual stages round the devices again and again. One
+        without blocks has none of the model's first kind.
+        """
+        return _kinds_of_stages(model, self.layers_of_stage(model), self.virtual_stages)
+
     def describe(self) -> str:
         """One line, such as "TP 8 x PP 2 x DP 4 + SP, microbatch 2"."""
         text = f"TP {self.tp} × PP {self.pp} × DP {self.dp}"
@@ -284,3 +300,17 @@ class Layout:
         if self.recompute != "none":
             text += f", {self.recompute} recomputation"
         return text
+
+
+@lru_cache(maxsize=1024)
+def _kinds_of_stages(
+    model: ModelShape, sizes: tuple[int, ...], turns: int
+) -> tuple[dict[BlockSpec, int], ...]:
+    found: tuple[Counter[BlockSpec], ...] = tuple(Counter() for _ in sizes)
+    start = 0
+    for turn in range(turns):
+        for kinds, size in zip(found, sizes, strict=True):
+            stop = start + size * (turn + 1) // turns - size * turn // turns
+            kinds.update(model.config.blocks[start:stop])
+            start = stop
+    return tuple(kinds or {model.config.blocks[0]: 0} for kinds in found)

@@ -18,7 +18,7 @@ def measured_hardware(
     """The machine as measured, with the factor by which its blocks differ from their prediction.
 
     Args:
-        model: of which a block was measured.
+        model: of which the first block was measured.
         machine: the keys of a machine file.
         block: the measured block's layout.
         block_seconds: that its forward and backward took.
@@ -27,6 +27,6 @@ def measured_hardware(
         ValueError: when the measured times contradict each other.
     """
     hardware = machine_from_mapping(machine, default_name="this machine")
-    predicted = block_time(model, block, hardware)
+    predicted = block_time(model, model.config.blocks[0], block, hardware)
     factor = block_seconds / (predicted.forward + predicted.backward)
     return replace(hardware, block_factor=factor)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
+from colrow.layers.describe import BlockSpec, Division
 from colrow.planner.activations import (
     Sizes,
     block_bytes,
@@ -14,8 +17,7 @@ from colrow.planner.activations import (
 )
 from colrow.planner.hardware import Hardware
 from colrow.planner.layout import Layout
-from colrow.planner.linears import Linear, linears
-from colrow.planner.model import ModelShape
+from colrow.planner.model import ModelShape, held
 from colrow.planner.moments import embedding_backward_bytes, moments
 from colrow.planner.pipeline_time import layers_in_flight
 
@@ -86,28 +88,28 @@ class Memory:
 def training_memory(model: ModelShape, layout: Layout, hardware: Hardware) -> Memory:
     """Memory of every pipeline stage and tensor-parallel rank."""
     key, flash_device = layout.per_microbatch, hardware.device.flash_attention
-    kinds = _kinds_of_ranks(model, layout.tp, layout.tp_weights)
-    counts = {kind: microbatch_bytes(model, key, kind, flash_device) for kind in set(kinds)}
+    alike = ranks_alike(model, model.division(layout.tp, layout.tp_weights))
     result = []
-    for stage, layers in enumerate(layout.layers_of_stage(model)):
-        dense = dense_layers_of_stage(model, stage, layers)
+    for stage, kinds in enumerate(layout.kinds_of_stages(model)):
         found = {}
-        for kind, count in counts.items():
-            if dense:
-                other = microbatch_bytes(model.dense_part, key, kind, flash_device)
-                block = ((layers - dense) * count.block + dense * other.block) / layers
-                count = replace(count, block=block)
-            found[kind] = _rank(model, layout, hardware, count, stage, layers, kind)
-        result.append(tuple(found[kind] for kind in kinds))
+        for rank in set(alike):
+            counts = Counter[MicrobatchBytes]()
+            for block, count in kinds.items():
+                counts[microbatch_bytes(model, block, key, rank, flash_device)] += count
+            found[rank] = _rank(model, layout, hardware, _of_stage(counts), stage, kinds, rank)
+        result.append(tuple(found[rank] for rank in alike))
     return Memory(tuple(result))
 
 
 @lru_cache(maxsize=256)
-def _kinds_of_ranks(model: ModelShape, tp: int, weights: tuple[float, ...]) -> tuple[int, ...]:
+def ranks_alike(model: ModelShape, division: Division) -> tuple[int, ...]:
     """For each tensor-parallel rank the first rank that holds as much of everything."""
-    division = model.division(tp, weights)
-    parts = (division.heads.query, division.heads.key_value, division.ffn, division.vocab)
-    sizes = [tuple(part.size(rank) for part in parts) for rank in range(tp)]
+    parts = [division.of(model.config.vocab_size)]
+    for block in model.kinds:
+        heads = block.attention.heads(division)
+        parts += [heads.query, heads.key_value]
+        parts += [division.of(mlp.ffn_size) for mlp, _ in block.mlp.passes]
+    sizes = [tuple(part.size(rank) for part in parts) for rank in range(division.ranks)]
     return tuple(sizes.index(size) for size in sizes)
 
 
@@ -116,7 +118,7 @@ class MicrobatchBytes:
     """Bytes of one microbatch on one tensor-parallel rank.
 
     Attributes:
-        block: kept of a block; with full recomputation its input.
+        block: kept of a block; with full recomputation its input. On a stage the mean.
         context: kept once on each stage, for all its blocks.
         embedding, head: kept of the first and after the last block.
         moments, last_moments: the most that is needed beside what is kept, on a stage and on the
@@ -143,38 +145,52 @@ class MicrobatchBytes:
 
 @lru_cache(maxsize=4096)
 def microbatch_bytes(
-    model: ModelShape, layout: Layout, rank: int, device_has_flash: bool
+    model: ModelShape, block: BlockSpec, layout: Layout, rank: int, device_has_flash: bool
 ) -> MicrobatchBytes:
-    """What a microbatch keeps and needs; ``layout``'s pp, dp and schedule do not enter."""
-    division = model.division(layout.tp, layout.tp_weights)
-    flash = layout.is_flash(model, device_has_flash)
-    sizes = Sizes.of(model, layout, division, rank)
-    block = sum(block_bytes(model, layout, division, rank, flash=flash).values())
+    """What a microbatch keeps and needs; ``layout``'s pp, dp and schedule do not enter.
+
+    Args:
+        block: of the model, as if all were of its kind.
+    """
+    config, flash = model.config, layout.is_flash(block.attention, device_has_flash)
+    sizes = Sizes.of(block, layout, rank)
+    kept = sum(block_bytes(block, layout, rank, flash=flash).values())
     most = []
     for last in (False, True):
-        at = moments(model, layout, division, rank, last_stage=last, flash=flash)
+        at = moments(config, block, layout, rank, last_stage=last, flash=flash)
         if layout.recompute == "full":
             # All but the loss and the head happens while one block's activations are back.
             outside = ("loss", "head backward")
-            at = {name: size + (name not in outside) * block for name, size in at.items()}
+            at = {name: size + (name not in outside) * kept for name, size in at.items()}
         if layout.recompute == "selective":
             at["attention again"] = sizes.scores * (2 * sizes.item + 1)
         most.append(max(at.values()))
-    end = embedding_backward_bytes(model, layout, division, rank)
-    single = embedding_backward_bytes(model, layout, division, rank, tied_elsewhere=True)
     return MicrobatchBytes(
-        block=sizes.residual if layout.recompute == "full" else block,
-        context=context_bytes(model, layout, division, rank),
-        embedding=embedding_bytes(model, layout, division, rank),
-        head=head_bytes(model, layout, division, rank)[0],
+        block=sizes.residual if layout.recompute == "full" else kept,
+        context=context_bytes(block, layout, rank),
+        embedding=embedding_bytes(config, layout),
+        head=head_bytes(config, layout, rank)[0],
         moments=most[0],
         last_moments=most[1],
-        end=end,
-        end_pipelined=single,
+        end=embedding_backward_bytes(config, layout, rank),
+        end_pipelined=embedding_backward_bytes(config, layout, rank, tied_elsewhere=True),
         full=sizes.full,
         residual=sizes.residual,
         key_value=2 * sizes.key_value,
     )
+
+
+def _of_stage(kinds: Mapping[MicrobatchBytes, int]) -> MicrobatchBytes:
+    """Of a stage with so many blocks of each kind."""
+    first, *others = kinds
+    if not others:
+        return first
+    most = {
+        name: max(getattr(kind, name) for kind in kinds)
+        for name in ("context", "moments", "last_moments", "key_value")
+    }
+    blocks = sum(kind.block * count for kind, count in kinds.items())
+    return replace(first, block=blocks / sum(kinds.values()), **most)
 
 
 @dataclass(frozen=True)
@@ -205,50 +221,40 @@ class StageElements:
         return self.dense / layout.replicas + self.experts / layout.expert_replicas
 
 
-def dense_layers_of_stage(model: ModelShape, stage: int, layers: int) -> int:
-    """How many of a stage's layers have no experts: they are the model's first."""
-    return min(layers, model.dense_layers) if stage == 0 else 0
-
-
 def stage_elements(
-    model: ModelShape, layout: Layout, stage: int, layers: int, rank: int
+    model: ModelShape, layout: Layout, stage: int, kinds: Mapping[BlockSpec, int], rank: int
 ) -> StageElements:
-    """Parameters of one rank of a stage.
+    """Parameters of one rank of a stage that has so many blocks of each kind.
 
     A tied head on another stage than the embedding is a copy of it.
     """
-    part = model.shards(layout.tp, layout.tp_weights)[rank]
-    dense = dense_layers_of_stage(model, stage, layers)
-    elements = (layers - dense) * part.block
-    if dense:
-        elements += dense * model.dense_part.shards(layout.tp, layout.tp_weights)[rank].block
-    blocks = elements
-    experts = (layers - dense) * part.experts // layout.ep
-    tensors = layers * model.tensors_per_block
-    norm = 2 if model.config.has_norm_bias else 1
+    division, ends = layout.division, model.ends(layout.division, rank)
+    of_kinds = [(held(block, division, rank), count) for block, count in kinds.items()]
+    blocks = sum(count * part.dense for part, count in of_kinds)
+    experts = sum(count * part.experts // layout.ep for part, count in of_kinds)
+    tensors = sum(count * part.tensors for part, count in of_kinds)
+    outside = 0
     if stage == 0:
-        elements += part.embedding
-        tensors += 1 + (model.config.position == "learned")
-        tensors += norm if model.config.embedding_norm else 0
+        outside += ends.embedding
+        tensors += ends.embedding_tensors
     if stage == layout.pp - 1:
-        elements += part.head
-        tensors += norm + (not model.config.tie_embeddings)
-        if layout.pp > 1 and part.tied:
-            elements += part.tied
+        outside += ends.head
+        tensors += ends.head_tensors
+        if layout.pp > 1 and ends.tied:
+            outside += ends.tied
             tensors += 1
     if layout.lora_rank:
-        frozen = blocks + experts
-        adapters = layers * lora_elements(model, layout, rank)
-        count = 2 * sum(linear.parts for linear in _linears(model, layout, rank)) * layers
-        return StageElements(adapters, 0, count, frozen, elements - blocks)
-    return StageElements(elements, experts, tensors)
+        adapters = sum(lora_elements(b, layout, rank) * count for b, count in kinds.items())
+        pairs = sum(
+            linear.parts * count
+            for block, count in kinds.items()
+            for linear in block.linears(division, rank)
+        )
+        return StageElements(adapters, 0, 2 * pairs, blocks + experts, outside)
+    return StageElements(blocks + outside, experts, tensors)
 
 
-def _linears(model: ModelShape, layout: Layout, rank: int) -> tuple[Linear, ...]:
-    return linears(model, model.division(layout.tp, layout.tp_weights), rank)
-
-
-def lora_elements(model: ModelShape, layout: Layout, rank: int) -> int:
+def lora_elements(block: BlockSpec, layout: Layout, rank: int) -> int:
     """Parameters of a block's adapters on one rank: rank x (inputs + outputs) of each layer.
 
     The matrix on the divided side is divided with its layer, the other one is whole.
@@ -257,7 +263,7 @@ def lora_elements(model: ModelShape, layout: Layout, rank: int) -> int:
         layout.lora_rank
         * (linear.parts * linear.inputs + linear.outputs)
         * max(1, linear.experts // layout.ep)
-        for linear in _linears(model, layout, rank)
+        for linear in block.linears(layout.division, rank)
     )
 
 
@@ -267,10 +273,10 @@ def _rank(
     hardware: Hardware,
     count: MicrobatchBytes,
     stage: int,
-    layers: int,
+    kinds: Mapping[BlockSpec, int],
     rank: int,
 ) -> RankMemory:
-    elements = stage_elements(model, layout, stage, layers, rank)
+    elements = stage_elements(model, layout, stage, kinds, rank)
 
     def share(level: int) -> float:
         """Elements of which this rank keeps what ZeRO of this level divides."""
@@ -282,12 +288,12 @@ def _rank(
     optimizer = share(1) * layout.state_bytes
     if layout.optimizer.startswith("adamw"):
         optimizer += elements.tensors * STEP_COUNTER_BYTES
-    kept, transient = _activations(layout, count, stage, layers)
+    kept, transient = _activations(layout, count, stage, sum(kinds.values()))
     communication = count.full if layout.tp > 1 and layout.sequence_parallel else 0.0
     if layout.zero == 3 and layout.replicas > 1:
         # The block that computes and the one gathered ahead of it.
-        part = model.shards(layout.tp, layout.tp_weights)[rank]
-        communication += 2 * (part.block + part.experts // layout.ep) * layout.itemsize
+        largest = max(held(b, layout.division, rank).divided(layout.ep) for b in kinds)
+        communication += 2 * largest * layout.itemsize
     if layout.cp > 1:
         communication += 2 * count.key_value  # the keys and values that arrive meanwhile
     if layout.pp > 1:

@@ -1,206 +1,185 @@
-"""The model as the planner sees it: a decoder's configuration, and experts where it has them."""
+"""The model as the planner sees it: a decoder's description, and what follows from it."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
-from colrow.layers.describe import Division
-from colrow.models.config import ModelConfig, parameter_specs
+from colrow.layers.describe import (
+    Attention,
+    AttentionSpec,
+    BlockSpec,
+    Division,
+    ExpertsSpec,
+    LatentAttentionSpec,
+    MLPSpec,
+    elements_of,
+    unknown,
+)
+from colrow.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
-class Shard:
-    """Elements that one tensor-parallel rank holds.
+class Held:
+    """Parameters that one tensor-parallel rank holds of a block.
 
     Attributes:
-        embedding: with positions and the norm after it.
-        block: of one block, without its experts.
-        experts: of all experts of a block, each divided like an MLP.
-        head: final norm and, unless tied, the head.
-        tied: of the embedding, when the head uses it too; 0 otherwise.
+        dense: elements outside of experts.
+        experts: elements of all experts together.
+        tensors: in how many tensors they are.
+    """
+
+    dense: int
+    experts: int
+    tensors: int
+
+    def divided(self, ep: int) -> int:
+        """All elements, the experts divided over so many ranks."""
+        return self.dense + self.experts // ep
+
+
+@dataclass(frozen=True)
+class Ends:
+    """Parameters that one tensor-parallel rank holds outside of the blocks.
+
+    Attributes:
+        embedding, embedding_tensors: elements with positions and the norm after it, and tensors.
+        head, head_tensors: of the final norm and, unless tied, the head.
+        tied: elements of the embedding, when the head uses it too; 0 otherwise.
     """
 
     embedding: int
-    block: int
-    experts: int
+    embedding_tensors: int
     head: int
+    head_tensors: int
     tied: int
 
 
 @dataclass(frozen=True)
-class LatentAttention:
-    """Multi-head latent attention (DeepSeek-AI 2024, arXiv 2405.04434, section 2.1).
-
-    Attributes:
-        query_rank: numbers into which the hidden state is compressed for queries; 0 where queries
-            are projected directly.
-        kv_rank: the same for keys and values, which is what a cache keeps of a token, with
-            ``rope`` rotated numbers that all heads share.
-        nope, rope: numbers of a query and key per head without and with rotation.
-        value: numbers of a value per head.
-    """
-
-    query_rank: int
-    kv_rank: int
-    nope: int
-    rope: int
-    value: int
-
-    def linears(self, hidden: int, heads: int) -> tuple[tuple[str, int, int], ...]:
-        """``(name, inputs, outputs)`` of its linear layers with so many heads on a rank."""
-        key = self.nope + self.rope
-        queries = (
-            (
-                ("attention.q_down", hidden, self.query_rank),
-                ("attention.q_up", self.query_rank, heads * key),
-            )
-            if self.query_rank
-            else (("attention.q", hidden, heads * key),)
-        )
-        return (
-            *queries,
-            ("attention.kv_down", hidden, self.kv_rank + self.rope),
-            ("attention.kv_up", self.kv_rank, heads * (self.nope + self.value)),
-            ("attention.output", heads * self.value, hidden),
-        )
-
-    def parameters(self, hidden: int, heads: int) -> int:
-        """Of its linear layers with so many heads, and of the two norms between them."""
-        matrices = sum(inputs * outputs for _, inputs, outputs in self.linears(hidden, heads))
-        return matrices + self.query_rank + self.kv_rank
-
-
-@dataclass(frozen=True)
 class ModelShape:
-    """A decoder-only transformer, dense or a mixture of experts.
+    """A decoder-only transformer.
 
     Attributes:
         name: as shown.
-        config: the decoder. With experts, ``config.ffn_size`` is the width of one expert.
-        experts: experts per layer; 1 is a dense model.
-        active_experts: experts that each token passes through.
-        shared_ffn: width of an MLP beside the experts through which every token passes; 0: none.
-        dense_layers: how many of the first layers have one MLP, of width ``dense_ffn``, in place of
-            experts.
-        dense_ffn: its width.
-        latent: latent attention in place of the configuration's.
+        config: the decoder.
         source: where the shape was published.
+
+    Raises:
+        ValueError: for blocks that are made of something that the planner does not know.
     """
 
     name: str
     config: ModelConfig
-    experts: int = 1
-    active_experts: int = 1
     source: str = ""
-    shared_ffn: int = 0
-    dense_layers: int = 0
-    dense_ffn: int = 0
-    latent: LatentAttention | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.active_experts <= self.experts:
-            raise ValueError(
-                f"{self.active_experts} active of {self.experts} experts: must be between 1 and all"
-            )
+        for block in self.kinds:
+            if not isinstance(block.attention, AttentionSpec | LatentAttentionSpec):
+                unknown(block.attention, "the planner")
+            if not isinstance(block.mlp, MLPSpec | ExpertsSpec):
+                unknown(block.mlp, "the planner")
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.name, self.config, self.source))
+
+    def __hash__(self) -> int:
+        """Computed once: results are kept by model, and its blocks are many."""
+        return self._hash
+
+    @cached_property
+    def kinds(self) -> dict[BlockSpec, int]:
+        """The different blocks, and how many there are of each."""
+        return Counter(self.config.blocks)
+
+    @cached_property
+    def usual_block(self) -> BlockSpec:
+        """The kind of which there are most."""
+        return max(self.kinds, key=lambda block: self.kinds[block])
 
     @cached_property
     def parameters(self) -> int:
         """All parameters; a tied head counts once."""
-        return self._parameters(self.experts)
+        whole = Division(1)
+        ends = self.ends(whole, 0)
+        blocks = sum(held(block, whole, 0).divided(1) * n for block, n in self.kinds.items())
+        return ends.embedding + blocks + ends.head
 
     @cached_property
     def active_parameters(self) -> int:
         """Parameters that one token meets: as ``parameters`` with only the active experts."""
-        return self._parameters(self.active_experts)
-
-    def _parameters(self, experts: int) -> int:
-        (whole,) = self.shards(1)
-        layers, dense = self.config.num_layers, self.dense_layers
-        total = whole.embedding + whole.head
-        total += (layers - dense) * (whole.block + whole.experts // self.experts * experts)
-        if dense:
-            total += dense * self.dense_part.shards(1)[0].block
-        return total
-
-    @cached_property
-    def dense_part(self) -> ModelShape:
-        """The model as its layers without experts are."""
-        config = replace(self.config, ffn_size=self.dense_ffn or self.config.ffn_size)
-        return ModelShape(f"{self.name}, dense layers", config, latent=self.latent)
-
-    @property
-    def key_size(self) -> int:
-        """Numbers of a query and a key per head."""
-        return self.latent.nope + self.latent.rope if self.latent else self.config.head_dim
-
-    @property
-    def value_size(self) -> int:
-        """Numbers of a value per head."""
-        return self.latent.value if self.latent else self.config.head_dim
-
-    def shared_ffn_of_rank(self, tp: int) -> int:
-        """Width of the shared MLP on one of ``tp`` ranks, the fullest; 0 where there is none."""
-        return -(-self.shared_ffn // tp)
-
-    def key_value_numbers(self, division: Division, rank: int) -> int:
-        """Of a token's keys and values together on a rank, as attention reads them.
-
-        With latent attention every query head has its own.
-        """
-        heads = division.heads.query if self.latent else division.heads.key_value
-        return heads.size(rank) * (self.key_size + self.value_size)
-
-    def division(self, tp: int, weights: tuple[float, ...] = ()) -> Division:
-        """How a tensor-parallel group divides it, see :class:`colrow.models.config.Layout`."""
-        return _division(self, tp, weights)
-
-    def shards(self, tp: int, weights: tuple[float, ...] = ()) -> tuple[Shard, ...]:
-        """What each tensor-parallel rank holds."""
-        return _shards(self, tp, weights)
-
-    @cached_property
-    def tensors_per_block(self) -> int:
-        """Parameter tensors of one block."""
-        one_layer = replace(self.config, num_layers=1, windows=())
-        names = parameter_specs(one_layer, self.division(1))
-        block = sum(name.startswith("blocks.") for name in names)
-        mlp = sum(".mlp." in name for name in names)
-        return block if self.experts == 1 else block + (self.experts - 1) * mlp + 1
-
-
-@lru_cache(maxsize=256)
-def _division(model: ModelShape, tp: int, weights: tuple[float, ...]) -> Division:
-    return Division.create(model.config, tp, weights)
-
-
-@lru_cache(maxsize=256)
-def _shards(model: ModelShape, tp: int, weights: tuple[float, ...]) -> tuple[Shard, ...]:
-    division = _division(model, tp, weights)
-    config = model.config
-    one_layer = replace(config, num_layers=1, windows=())
-    parts = [{"embedding": 0, "block": 0, "experts": 0, "head": 0} for _ in range(tp)]
-    for name, spec in parameter_specs(one_layer, division).items():
-        if model.latent and ".attention." in name:
-            continue
-        head = name.startswith(("norm", "head"))
-        place = "block" if name.startswith("blocks.") else "head" if head else "embedding"
-        if model.experts > 1 and ".mlp." in name:
-            place = "experts"
-        for rank in range(tp):
-            parts[rank][place] += math.prod(spec.local_shape(rank))
-    matrices = 3 if config.gated else 2
-    found = []
-    for rank, part in enumerate(parts):
-        block = part["block"]
-        if model.latent:
-            block += model.latent.parameters(config.hidden_size, division.heads.query.size(rank))
-        if model.experts > 1:
-            block += config.hidden_size * model.experts  # the router
-        block += matrices * config.hidden_size * model.shared_ffn_of_rank(tp)
-        tied = division.vocab.size(rank) * config.hidden_size if config.tie_embeddings else 0
-        found.append(
-            Shard(part["embedding"], block, part["experts"] * model.experts, part["head"], tied)
+        return self.parameters - sum(
+            held(block, Division(1), 0).experts
+            // block.mlp.count
+            * (block.mlp.count - block.mlp.active)
+            * n
+            for block, n in self.kinds.items()
+            if isinstance(block.mlp, ExpertsSpec)
         )
-    return tuple(found)
+
+    @cached_property
+    def experts(self) -> int:
+        """Experts of a layer, where layers differ their greatest common divisor; 1 without any."""
+        counts = [b.mlp.count for b in self.kinds if isinstance(b.mlp, ExpertsSpec)]
+        return math.gcd(*counts) if counts else 1
+
+    @cached_property
+    def num_heads(self) -> int:
+        """Query heads of the block with the fewest: over more ranks none can be divided."""
+        return min(block.attention.num_heads for block in self.kinds)
+
+    def division(self, tp: int, shares: tuple[float, ...] = ()) -> Division:
+        """How a tensor-parallel group divides it, see :meth:`ModelConfig.divide`.
+
+        Raises:
+            ValueError: when it cannot.
+        """
+        return _division(self, tp, shares)
+
+    def ends(self, division: Division, rank: int) -> Ends:
+        """What one rank holds outside of the blocks."""
+        return _ends(self, division, rank)
+
+
+@lru_cache(maxsize=256)
+def _division(model: ModelShape, tp: int, shares: tuple[float, ...]) -> Division:
+    return model.config.divide(tp, shares)
+
+
+@lru_cache(maxsize=256)
+def _ends(model: ModelShape, division: Division, rank: int) -> Ends:
+    parts = replace(model.config, blocks=()).parts(division)
+    last = {name: part for name, part in parts.items() if name in ("norm", "head")}
+    first = {name: part for name, part in parts.items() if name not in last}
+    return Ends(
+        elements_of(first, rank),
+        sum(len(part.parameters()) for part in first.values()),
+        elements_of(last, rank),
+        sum(len(part.parameters()) for part in last.values()),
+        elements_of({"": parts["embedding"]}, rank) if model.config.tie_embeddings else 0,
+    )
+
+
+@lru_cache(maxsize=4096)
+def held(block: BlockSpec, division: Division, rank: int) -> Held:
+    """What one rank holds of a block."""
+    parts, mlp = block.parts(division), block.mlp
+    experts = 0
+    if isinstance(mlp, ExpertsSpec):
+        experts = mlp.count * elements_of(mlp.expert.parts(division), rank)
+    tensors = sum(len(part.parameters()) for part in parts.values())
+    return Held(elements_of(parts, rank) - experts, experts, tensors)
+
+
+def fullest_rank(block: BlockSpec, division: Division) -> int:
+    """The tensor-parallel rank that the others wait for: the one with most attention heads."""
+    heads, ffn = block.attention.heads(division).query, division.of(block.mlp.ffn_size)
+    return max(range(division.ranks), key=lambda rank: (heads.size(rank), ffn.size(rank)))
+
+
+def key_value_numbers(attention: Attention, division: Division, rank: int) -> int:
+    """Of a token's keys and values together on a rank, as attention reads them."""
+    heads = attention.heads(division).key_value.size(rank)
+    return heads * (attention.key_size + attention.value_size)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from colrow.layers.describe import Division
+from colrow.layers.describe import BlockSpec
+from colrow.models.config import ModelConfig
 from colrow.planner.activations import Sizes, block_bytes, head_bytes
 from colrow.planner.layout import Layout
-from colrow.planner.model import ModelShape
 
 # Masks that follow the global position are computed from 64-bit integers, a piece at a time: the
 # positions and two temporaries of the mixing function (colrow.rng.keep_mask).
@@ -14,9 +14,9 @@ MASK_PIECE = 1 << 18
 
 
 def moments(
-    model: ModelShape,
+    config: ModelConfig,
+    block: BlockSpec,
     layout: Layout,
-    division: Division,
     rank: int,
     *,
     last_stage: bool,
@@ -27,28 +27,28 @@ def moments(
     "Everything kept" counts the blocks, the final norm and the head's input, but not the fp32
     probabilities of the loss, which live for two of these moments only.
     """
-    config, item = model.config, layout.itemsize
-    sizes = Sizes.of(model, layout, division, rank)
-    hidden, vocab = config.hidden_size, division.vocab.size(rank)
-    ffn, experts = division.ffn.size(rank), model.active_experts
-    norm_and_input, probabilities = head_bytes(model, layout, division, rank)
+    item, sizes = layout.itemsize, Sizes.of(block, layout, rank)
+    hidden, vocab = config.hidden_size, layout.division.of(config.vocab_size).size(rank)
+    mlp, times = block.mlp.passes[0]
+    ffn = layout.division.of(mlp.ffn_size).size(rank)
+    norm_and_input, probabilities = head_bytes(config, layout, rank)
     after_blocks = norm_and_input if last_stage else 0.0
     # A tied head's weight gradient waits for the embedding's, to be added to it.
     waiting = vocab * hidden * item if last_stage and config.tie_embeddings else 0.0
-    width = 2 if config.gated else 1
+    width = 2 if mlp.gated else 1
     # Backward of the second linear layer and of the activation: gradients of what went in and out.
     down = sizes.ffn + hidden * ffn * item
-    activation = sizes.ffn * (2 if config.gated else 1)
-    up = hidden * width * ffn * item + sizes.full - sizes.ffn * (2 if config.gated else 1)
+    activation = sizes.ffn * width
+    up = hidden * width * ffn * item + sizes.full - sizes.ffn * width
     found = {
         "mlp backward": sizes.full + max(down, activation, up) + waiting - after_blocks,
     }
     written = layout.program.written_dropout
-    if config.residual_dropout and written:
+    if block.dropout and written:
         drawn = _drawing_bytes(sizes.residual / item)
         found["dropout mask"] = drawn + 2 * sizes.residual - after_blocks
-    if config.attention_dropout and written and not flash:
-        later = block_bytes(model, layout, division, rank, flash=flash)
+    if block.attention.dropout and written and not flash:
+        later = block_bytes(block, layout, rank, flash=flash)
         later_bytes = later["mlp"] + (later["norms"] + later["linear inputs"]) / 2
         later_bytes += later["dropout"] + sizes.query
         # The masked scores, and for narrow ones the softmax's narrow copy, while the mask is drawn
@@ -61,8 +61,8 @@ def moments(
         widened = 4 if item < 4 else 0
         found["loss"] = logits * (item + widened) + probabilities
         found["head backward"] = logits * item + vocab * hidden * item + sizes.full
-    if experts > 1:  # copies of the tokens, sorted by expert
-        found["mlp backward"] += 2 * experts * sizes.full
+    if times > 1:  # copies of the tokens, sorted by expert
+        found["mlp backward"] += 2 * times * sizes.full
     return found
 
 
@@ -71,17 +71,13 @@ def _drawing_bytes(elements: float) -> float:
 
 
 def embedding_backward_bytes(
-    model: ModelShape,
-    layout: Layout,
-    division: Division,
-    rank: int,
-    *,
-    tied_elsewhere: bool = False,
+    config: ModelConfig, layout: Layout, rank: int, *, tied_elsewhere: bool = False
 ) -> float:
     """At the end of backward, when nothing kept is left: gradients of the embedding.
 
     A dense one; with a tied head on the same stage the head's, the embedding's and their sum.
     """
-    size = division.vocab.size(rank) * model.config.hidden_size * layout.itemsize
-    tied = model.config.tie_embeddings and not tied_elsewhere
+    vocab = layout.division.of(config.vocab_size).size(rank)
+    size = vocab * config.hidden_size * layout.itemsize
+    tied = config.tie_embeddings and not tied_elsewhere
     return float(size * (3 if tied else 1))

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 
 from colrow.comm.ledger import Call
+from colrow.layers.describe import Division
 from colrow.models.config import ModelConfig
 from colrow.planner.catalog import find_model
 from colrow.planner.collective_time import tp_calls
@@ -70,23 +71,18 @@ class Prediction:
 
         Forward 2 per multiply-add, backward twice forward: 6 per parameter of a linear layer and
         token, and 12 s h per layer and token for attention (Narayanan et al. 2021, appendix;
-        Korthikanti et al. 2022, eq. 7), which counts both halves of the causal scores.
+        Korthikanti et al. 2022, eq. 7), which counts both halves of the causal scores; where a
+        window is shorter than the sequence, its length counts.
         """
-        config = self.model.config
-        tokens = self.layout.batch * self.layout.sequence
-        query = config.num_heads * config.head_dim
-        key_value = config.num_kv_heads * config.head_dim
-        hidden, model = config.hidden_size, self.model
-        projections = hidden * (2 * query + 2 * key_value)
-        if model.latent:
-            projections = model.latent.parameters(hidden, config.num_heads)
-        matrices = 3 if config.gated else 2
-        experts = matrices * hidden * (config.ffn_size * model.active_experts + model.shared_ffn)
-        dense = matrices * hidden * model.dense_part.config.ffn_size
-        attention = self.layout.sequence * config.num_heads * (model.key_size + model.value_size)
-        mlps = (config.num_layers - model.dense_layers) * experts + model.dense_layers * dense
-        head = config.vocab_size * hidden
-        return 6.0 * tokens * (config.num_layers * (projections + attention) + mlps + head)
+        config, length = self.model.config, self.layout.sequence
+        multiplied = config.vocab_size * config.hidden_size
+        for block, count in self.model.kinds.items():
+            attention = block.attention
+            sizes = attention.num_heads * (attention.key_size + attention.value_size)
+            multiplied += count * min(attention.window or length, length) * sizes
+            for linear in block.linears(Division(1), 0):
+                multiplied += count * linear.active * linear.inputs * linear.outputs
+        return 6.0 * self.layout.batch * length * multiplied
 
     @property
     def flops_per_device(self) -> float:
@@ -159,9 +155,9 @@ def predict(
 def check_layout(model: ModelShape, layout: Layout, hardware: Hardware) -> None:
     """Raises ValueError where the layout cannot run."""
     config = model.config
-    if config.position == "learned" and layout.sequence > config.max_positions:
+    if config.longest is not None and layout.sequence > config.longest:
         raise ValueError(
-            f"a sequence of {layout.sequence} is longer than the {config.max_positions} learned "
+            f"a sequence of {layout.sequence} is longer than the {config.longest} learned "
             f"positions of {model.name}"
         )
     if layout.ep > 1:

@@ -63,7 +63,7 @@ def recommend(
     if not found.considered:
         raise ValueError(
             f"no layout of {devices} devices divides a global batch of {base.batch} sequences and "
-            f"{model.config.num_layers} layers with {model.config.num_heads} heads; use another "
+            f"{model.config.num_layers} layers with {model.num_heads} heads; use another "
             "number of devices or another batch"
         )
     fitting = found.fitting
@@ -127,7 +127,7 @@ def layouts(
     if devices % base.cp:
         return
     for tp in _divisors(devices // base.cp):
-        if tp > model.config.num_heads or (tp <= node) != inside_node:
+        if tp > model.num_heads or (tp <= node) != inside_node:
             continue
         for pp in _divisors(devices // (tp * base.cp)):
             dp = devices // (tp * pp * base.cp)

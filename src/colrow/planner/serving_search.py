@@ -61,7 +61,7 @@ def _replicas(
     sizes = [(tp, 1) for tp in (1, 2, 4, 8, 16, 32) if tp <= min(node, limit)]
     sizes += [(node, pp) for pp in range(2, 65) if node * pp <= limit]
     for tp, pp in sizes:
-        if tp > model.config.num_heads or pp > model.config.num_layers:
+        if tp > model.num_heads or pp > model.config.num_layers:
             continue
         found.append(predict_serving(model, replace(serving, tp=tp, pp=pp, dp=1), hardware))
     return found

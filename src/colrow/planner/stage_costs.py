@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from colrow.models.config import ModelConfig
 from colrow.models.stages import Costs, layer_costs
-from colrow.planner.compute import block_pass, ends_pass
+from colrow.planner.compute import Pass, block_pass, ends_pass
 from colrow.planner.hardware import find_hardware
 from colrow.planner.layout import DTYPE, Layout
 from colrow.planner.model import ModelShape
@@ -17,6 +17,8 @@ def planned_costs(
 ) -> Costs:
     """Seconds of one microbatch, forward and backward; in fp64, which no plan knows, operations.
 
+    Where blocks differ, their mean counts.
+
     Args:
         precision: "fp32", "bf16", "fp16" or "fp64".
     """
@@ -26,6 +28,13 @@ def planned_costs(
     layout = Layout(
         tp=tp, microbatch=microbatch, sequence=sequence, precision=precision
     ).per_microbatch
-    block = block_pass(model, layout, device)
-    first, last = ends_pass(model, layout, device)
-    return Costs(*((part.forward + part.backward).total for part in (first, block, last)))
+    block = sum(
+        _seconds(block_pass(kind, layout, device)) * (count / config.num_layers)
+        for kind, count in model.kinds.items()
+    )
+    first, last = (_seconds(end) for end in ends_pass(model, layout, device))
+    return Costs(first, block, last)
+
+
+def _seconds(passes: Pass) -> float:
+    return (passes.forward + passes.backward).total

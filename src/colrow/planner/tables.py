@@ -8,6 +8,7 @@ from dataclasses import fields
 from rich.console import Console
 from rich.table import Table
 
+from colrow.layers.describe import Division
 from colrow.planner.cost import Cost
 from colrow.planner.inference import ServingPrediction
 from colrow.planner.memory import RankMemory
@@ -188,14 +189,14 @@ def show_models(console: Console, models: Sequence[ModelShape]) -> None:
         table.add_column(heading, justify="left" if heading in ("model", "source") else "right")
     for model in models:
         config = model.config
-        heads = f"{config.num_heads}/{config.num_kv_heads}"
+        heads = model.usual_block.attention.heads(Division(1))
         table.add_row(
             model.name,
             f"{model.parameters:,}",
             f"{model.active_parameters:,}",
             str(config.num_layers),
             str(config.hidden_size),
-            heads,
+            f"{heads.query.length}/{heads.key_value.length}",
             model.source,
         )
     console.print(table)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from statistics import NormalDist
 
+from colrow.layers.describe import BlockSpec
 from colrow.planner.collective_time import (
     NO_COMMUNICATION,
     PROCESSOR_SHARE,
@@ -20,7 +21,7 @@ from colrow.planner.collective_time import (
 from colrow.planner.compute import Pass, Seconds, block_pass, ends_pass
 from colrow.planner.hardware import Device, Hardware
 from colrow.planner.layout import Layout
-from colrow.planner.memory import StageElements, dense_layers_of_stage, stage_elements
+from colrow.planner.memory import StageElements, ranks_alike, stage_elements
 from colrow.planner.model import ModelShape
 from colrow.planner.pipeline_time import StageSeconds, bubble_seconds
 from colrow.planner.roofline import stream_seconds
@@ -122,19 +123,20 @@ class BlockTime:
         return computing + sum(wait.exposed for wait in waits)
 
 
-def block_time(model: ModelShape, layout: Layout, hardware: Hardware) -> BlockTime:
-    """One transformer block and microbatch."""
+def block_time(
+    model: ModelShape, block: BlockSpec, layout: Layout, hardware: Hardware
+) -> BlockTime:
+    """One of the model's transformer blocks and one microbatch."""
     key = layout.per_microbatch
-    passes = block_pass(model, key, hardware.device)
-    calls = collectives(model, key).block
+    passes, calls = block_pass(block, key, hardware.device), collectives(model, block, key)
     return BlockTime(
         passes,
-        tp_seconds(calls, "forward", layout, hardware, passes),
-        tp_seconds(calls, "backward", layout, hardware, passes),
-        cp_seconds(model, layout, hardware, "forward", passes.forward.attention),
-        cp_seconds(model, layout, hardware, "backward", passes.backward.attention),
-        ep_seconds(model, layout, hardware, "forward"),
-        ep_seconds(model, layout, hardware, "backward"),
+        tp_seconds(calls.block, calls.columns, "forward", layout, hardware, passes),
+        tp_seconds(calls.block, calls.columns, "backward", layout, hardware, passes),
+        cp_seconds(block, layout, hardware, "forward", passes.forward.attention),
+        cp_seconds(block, layout, hardware, "backward", passes.backward.attention),
+        ep_seconds(block, layout, hardware, "forward"),
+        ep_seconds(block, layout, hardware, "backward"),
     )
 
 
@@ -176,23 +178,20 @@ def tp_total_seconds(model: ModelShape, layout: Layout, hardware: Hardware) -> f
 
 def _stages(model: ModelShape, layout: Layout, hardware: Hardware) -> list[_Stage]:
     key = layout.per_microbatch
-    block = block_time(model, layout, hardware)
+    blocks = {block: block_time(model, block, layout, hardware) for block in model.kinds}
     embedding, head = ends_pass(model, key, hardware.device)
-    calls = collectives(model, key)
+    calls = collectives(model, model.usual_block, key)
     first, last = (
         BlockTime(
             passes,
-            tp_seconds(group, "forward", layout, hardware, passes),
-            tp_seconds(group, "backward", layout, hardware, passes),
+            tp_seconds(group, calls.columns, "forward", layout, hardware, passes),
+            tp_seconds(group, calls.columns, "backward", layout, hardware, passes),
         )
         for passes, group in ((embedding, calls.embedding), (head, calls.head))
     )
     stages = []
-    for index, layers in enumerate(layout.layers_of_stage(model)):
-        without = dense_layers_of_stage(model, index, layers)
-        parts = [(block, layers - without)]
-        if without:
-            parts.append((block_time(model.dense_part, layout, hardware), without))
+    for index, kinds in enumerate(layout.kinds_of_stages(model)):
+        parts = [(blocks[block], count) for block, count in kinds.items()]
         if index == 0:
             parts.append((first, 1))
         if index == layout.pp - 1:
@@ -211,7 +210,12 @@ def _stages(model: ModelShape, layout: Layout, hardware: Hardware) -> list[_Stag
             backward_seconds += part.backward * times
         ends = (index == 0) + (index == layout.pp - 1)
         forward_wait, backward_wait = _waiting_for_host(
-            layout, hardware.device, layers, ends / 2, forward_seconds, backward_seconds
+            layout,
+            hardware.device,
+            sum(kinds.values()),
+            ends / 2,
+            forward_seconds,
+            backward_seconds,
         )
         schedule = StageSeconds(
             forward_seconds + forward_wait,
@@ -262,13 +266,11 @@ def _transfer(model: ModelShape, layout: Layout, hardware: Hardware) -> float:
 
 def _stage_parameters(model: ModelShape, layout: Layout) -> StageElements:
     """Parameters of the fullest rank of the fullest stage."""
-    stages = layout.layers_of_stage(model)
     return max(
         (
-            stage_elements(model, layout, stage, layers, rank)
-            for stage, layers in {0: stages[0], layout.pp - 1: stages[-1]}.items()
-            | {stages.index(max(stages)): max(stages)}.items()
-            for rank in range(layout.tp)
+            stage_elements(model, layout, stage, kinds, rank)
+            for stage, kinds in enumerate(layout.kinds_of_stages(model))
+            for rank in set(ranks_alike(model, layout.division))
         ),
         key=lambda elements: elements.total,
     )

@@ -80,7 +80,8 @@ def split_unequal(
     stages = serving_memory(model, by_layers, hardware)
     by_tensors = replace(serving, tp=count, pp=1, dp=1, stage_layers=(), tp_weights=normal)
     (ranks,) = serving_memory(model, by_tensors, hardware)
-    heads = model.division(count, normal).heads.query.sizes
+    division = model.division(count, normal)
+    heads = model.usual_block.attention.heads(division).query.sizes
     return (
         Split("layers", normal, layers, tuple(stage[0] for stage in stages), available),
         Split("tensors", normal, heads, ranks, available),

@@ -25,6 +25,7 @@ from colrow.layers.describe.parts import (
     RowSpec,
     Start,
     TableSpec,
+    elements_of,
     parameters_of,
     unknown,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "RowSpec",
     "Start",
     "TableSpec",
+    "elements_of",
     "parameters_of",
     "unknown",
 ]

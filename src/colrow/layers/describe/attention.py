@@ -13,6 +13,7 @@ from colrow.layers.describe.parts import (
     NormSpec,
     Part,
     RowSpec,
+    TableSpec,
 )
 from colrow.layers.options import RopeConfig
 from colrow.partition import HeadPartition
@@ -74,6 +75,11 @@ class AttentionSpec:
         return self.head_dim
 
     @property
+    def rotates(self) -> bool:
+        """Whether queries and keys are rotated by their positions."""
+        return self.rope is not None
+
+    @property
     def norms_all_heads(self) -> bool:
         """Whether a norm goes over the features of all heads, which are divided."""
         return self.query_norm is not None and self.query_norm.size != self.head_dim
@@ -98,6 +104,10 @@ class AttentionSpec:
                 found[name] = replace(norm, by_head=True)
         found["output"] = RowSpec(query, self.hidden_size, self.output_bias)
         return found
+
+    def cached(self, division: Division, rank: int) -> int:
+        """Numbers that a cache on one rank keeps of a token."""
+        return self.heads(division).key_value.size(rank) * (self.key_size + self.value_size)
 
     def exchanges(self) -> tuple[Exchange, ...]:
         """What it sends."""
@@ -150,9 +160,46 @@ class LatentAttentionSpec:
         """Numbers of a value per head."""
         return self.value
 
+    @property
+    def rotates(self) -> bool:
+        """Whether queries and keys are rotated by their positions."""
+        return self.rope > 0
+
     def heads(self, division: Division) -> HeadPartition:
         """Which rank computes which heads; each has keys and values of its own."""
         return division.heads(self.num_heads, self.num_heads)
+
+    def parts(self, division: Division) -> dict[str, Part]:
+        """Its layers by name, in the order of the forward pass.
+
+        Those that compress, and the norms of what they compress, are whole on every rank. A rank
+        sees its own heads alone, so that their gradients are partial.
+        """
+        heads, hidden = self.heads(division).query, self.hidden_size
+
+        def compressing(outputs: int) -> TableSpec:
+            return TableSpec(outputs, hidden, "partial")
+
+        queries = heads.scaled(self.key_size)
+        found: dict[str, Part]
+        if self.query_rank:
+            found = {
+                "q_down": compressing(self.query_rank),
+                "q_norm": NormSpec(self.query_rank, by_head=True),
+                "q_up": ColumnSpec(self.query_rank, (queries,)),
+            }
+        else:
+            found = {"q": ColumnSpec(hidden, (queries,))}
+        return found | {
+            "kv_down": compressing(self.kv_rank + self.rope),
+            "kv_norm": NormSpec(self.kv_rank, by_head=True),
+            "kv_up": ColumnSpec(self.kv_rank, (heads.scaled(self.nope + self.value),)),
+            "output": RowSpec(heads.scaled(self.value), hidden),
+        }
+
+    def cached(self, division: Division, rank: int) -> int:
+        """Numbers that a cache on one rank keeps of a token: what is compressed, on every rank."""
+        return self.kv_rank + self.rope
 
     def linears(self, division: Division, rank: int) -> tuple[Linear, ...]:
         """Its matmuls with weights on one rank; those that compress are whole on every rank."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from colrow.layers.describe.attention import Attention, AttentionSpec
+from colrow.layers.describe.attention import Attention
 from colrow.layers.describe.mlp import FeedForward
-from colrow.layers.describe.parts import Division, Exchange, Linear, NormSpec, Part, unknown
+from colrow.layers.describe.parts import Division, Exchange, Linear, NormSpec, Part
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,7 @@ class BlockSpec:
         return {name: norm for name, norm in found.items() if norm is not None}
 
     def parts(self, division: Division) -> dict[str, Part]:
-        """All layers by name, in the order of the forward pass.
-
-        Raises:
-            ValueError: latent attention, which no layer computes yet.
-        """
-        if not isinstance(self.attention, AttentionSpec):
-            unknown(self.attention, "the layers")
+        """All layers by name, in the order of the forward pass."""
         norms, found = self.norms, dict[str, Part]()
 
         def norm(name: str) -> None:

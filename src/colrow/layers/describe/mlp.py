@@ -42,6 +42,11 @@ class MLPSpec:
             "down": RowSpec(ffn, self.hidden_size, self.bias),
         }
 
+    @property
+    def passes(self) -> tuple[tuple[MLPSpec, int], ...]:
+        """The MLPs that a token passes through, and how many of each: itself."""
+        return ((self, 1),)
+
     def exchanges(self) -> tuple[Exchange, ...]:
         """What it sends."""
         return (Exchange("up", "column"), Exchange("down", "row"))
@@ -101,6 +106,12 @@ class ExpertsSpec:
                 found[f"shared.{name}"] = part
         return found
 
+    @property
+    def passes(self) -> tuple[tuple[MLPSpec, int], ...]:
+        """The MLPs that a token passes through, and how many of each: experts first."""
+        shared = () if self.shared is None else ((self.shared, 1),)
+        return ((self.expert, self.active), *shared)
+
     def exchanges(self) -> tuple[Exchange, ...]:
         """What it sends: all experts share one collective before and one after them."""
         return (Exchange("up", "column"), Exchange("down", "row"))
@@ -111,7 +122,7 @@ class ExpertsSpec:
         return (
             *(replace(linear, name=f"shared.{linear.name}") for linear in shared),
             *(
-                replace(linear, experts=self.count)
+                replace(linear, experts=self.count, active=self.active)
                 for linear in self.expert.linears(division, rank)
             ),
         )

@@ -211,7 +211,7 @@ class Linear:
 
     Attributes:
         name: of the layer inside its block.
-        experts: how many such layers there are, of which a token passes through some.
+        experts, active: how many such layers there are, and through how many a token passes.
         parts: of how many layers of a published model it is made; each has an adapter of its own.
     """
 
@@ -219,6 +219,7 @@ class Linear:
     inputs: int
     outputs: int
     experts: int = 1
+    active: int = 1
     parts: int = 1
 
 
@@ -245,6 +246,13 @@ def parameters_of(parts: Mapping[str, Part], prefix: str = "") -> dict[str, Para
         for name, part in parts.items()
         for own, parameter in part.parameters().items()
     }
+
+
+def elements_of(parts: Mapping[str, Part], rank: int) -> int:
+    """Numbers that one rank holds of the parameters of these parts."""
+    return sum(
+        math.prod(parameter.shard.local_shape(rank)) for parameter in parameters_of(parts).values()
+    )
 
 
 def unknown(met: object, who: str) -> NoReturn:
