@@ -24,15 +24,18 @@ help: ## this list
 demo: $(INSTALLED) $(MODEL) ## split a small language model over two ranks and check it
 	$(BIN)/python examples/demo.py $(MODEL)
 
-test: $(INSTALLED) $(MODEL) ## run the tests (PYTEST_ARGS="-k mesh" for some of them)
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+# Files of tests go to this many pytest processes, of which each has ranks of its own.
+WORKERS ?= 2
+SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+test: $(INSTALLED) $(MODEL) ## run the tests (PYTEST_ARGS="-k mesh" for some of them, WORKERS=0 for one process)
+	$(BIN)/python -m pytest -m "not slow" $(SIDE_BY_SIDE) $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED) $(MODEL) ## run the tests that take minutes (a real model in every layout)
 	$(BIN)/python -m pytest -m slow --timeout=1800 $(PYTEST_ARGS)
 
 # Where enough GPUs are there each rank gets one and NCCL carries; else they share, over Gloo.
-GPU_TESTS := tests/layers tests/comm tests/models tests/generate tests/test_verify.py \
-	tests/train/test_step.py tests/integration/test_with_torch.py
+GPU_TESTS := tests/layers tests/comm tests/models tests/generation tests/cli/test_generate.py \
+	tests/verification/test_verify.py tests/train/test_step.py tests/integration/test_with_torch.py
 test-gpu: $(INSTALLED) $(MODEL) ## run the tests of layers, models, generation and training on GPUs
 	$(BIN)/python -m pytest -m "not slow" --device cuda $(GPU_TESTS) $(PYTEST_ARGS)
 

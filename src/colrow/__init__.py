@@ -46,13 +46,13 @@ if TYPE_CHECKING:
     from colrow.models.config import ModelConfig as ModelConfig
     from colrow.models.decoder import Decoder as Decoder
     from colrow.optim.adafactor import Adafactor as Adafactor
-    from colrow.optim.check import check_optimizer as check_optimizer
     from colrow.optim.muon import Muon as Muon
     from colrow.optim.scaler import GradScaler as GradScaler
     from colrow.partition import HeadPartition as HeadPartition
     from colrow.partition import Partition as Partition
     from colrow.partition import ShardSpec as ShardSpec
     from colrow.sharding import Sharding as Sharding
+    from colrow.shards.optimizers import check_optimizer as check_optimizer
     from colrow.train.clip import clip_grad_norm_ as clip_grad_norm_
 else:
     from colrow._lazy import lazy_exports

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 import colrow
-from colrow.bench.pipeline import measure_pipeline
 from colrow.bench.pipeline_result import PipelineMeasurement, PipelineSettings
+from colrow.bench.pipeline_run import measure_pipeline
 from colrow.cli import main
 from colrow.comm.group import ParallelGroup
-from colrow.pipeline.communication import predict_pipeline_step
+from colrow.pipeline.messages import predict_pipeline_step
 from colrow.planner.catalog import decoder
 from tests.ranks import RankPool
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.generate import models
+from tests.generation import models
 
 
 @pytest.fixture(scope="session")

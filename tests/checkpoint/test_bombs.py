@@ -16,8 +16,8 @@ import torch
 import colrow
 from colrow.checkpoint.export import load_trained, write_training_run
 from colrow.checkpoint.gguf_file import GGUFTensorReader
+from colrow.checkpoint.opening import open_reader
 from colrow.checkpoint.pretrained import pretrained_config
-from colrow.checkpoint.reader import open_reader
 from colrow.cli import main
 from colrow.generation.tokenizer import load_tokenizer
 from colrow.inplace.meta import model_of

@@ -20,9 +20,9 @@ from colrow.comm.collectives import gather_from_tp
 from colrow.comm.group import ParallelGroup
 from colrow.models.hf_config import config_from_file
 from colrow.train.model import copy_model_files
-from colrow.verification.differences import relative_error
+from colrow.verification.comparison import relative_error
 from colrow.verification.reference import load_reference, precision
-from tests.generate.test_pipeline import Pipe
+from tests.generation.test_pipeline import Pipe
 from tests.inplace.test_parallelize import mesh_of
 from tests.models import tiny
 from tests.ranks import RankPool

@@ -17,7 +17,7 @@ from torch import Tensor
 import colrow
 from colrow.checkpoint.gguf_model import config_from_gguf
 from colrow.checkpoint.load import unpair
-from colrow.checkpoint.reader import open_reader
+from colrow.checkpoint.opening import open_reader
 from colrow.comm.group import ParallelGroup
 from colrow.comm.mesh import Mesh
 from colrow.models.compose import fields_of

@@ -15,8 +15,8 @@ import torch
 import colrow
 from colrow.checkpoint import training_storage
 from colrow.checkpoint.export import write_hf_directory
+from colrow.checkpoint.opening import open_reader
 from colrow.checkpoint.pretrained import pretrained_config, stored_dtype
-from colrow.checkpoint.reader import open_reader
 from colrow.checkpoint.training import TrainingCheckpoints
 from colrow.checkpoint.training_storage import INDEX, read_index
 from colrow.cli import main

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 from colrow.checkpoint import gguf_file
 from colrow.checkpoint.gguf_file import GGUFTensorReader
 from colrow.checkpoint.locate import find_weights, resolve_model_path
-from colrow.checkpoint.reader import Ranges, TensorReader, open_reader
+from colrow.checkpoint.opening import open_reader
+from colrow.checkpoint.reader import Ranges, TensorReader
 
 ROWS, COLUMNS = 37, 768  # three of the largest blocks (256) in a row
 
@@ -433,7 +434,7 @@ def test_directory_without_readable_weights(tmp_path: Path) -> None:
 MEASURE = """
 import sys
 import torch
-from colrow.checkpoint.reader import open_reader
+from colrow.checkpoint.opening import open_reader
 
 def status():
     with open("/proc/self/status") as file:

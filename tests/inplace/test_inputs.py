@@ -15,7 +15,7 @@ from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import record
 from colrow.inplace.digest import digest_of
 from colrow.zoo.architectures import Architecture, build
-from colrow.zoo.inputs import batch
+from colrow.zoo.example_batch import batch
 from tests.inplace.test_parallelize import OwnModel, mesh_of
 from tests.ranks import RankPool
 

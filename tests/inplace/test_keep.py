@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 import colrow
 from colrow.comm.group import ParallelGroup
-from colrow.comm.steps import watch
 from colrow.inplace.keep import keep_part, note_replaced
 from colrow.inplace.load import allocate
 from colrow.inplace.look import carry_out, look
 from colrow.partition import Partition, ShardSpec
+from colrow.shards.steps import watch
 from colrow.verification.reference import FullPrecision
 from tests.inplace.test_parallelize import OwnModel, mesh_of
 from tests.ranks import RankPool

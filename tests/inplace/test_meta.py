@@ -12,15 +12,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import colrow
-from colrow.checkpoint.reader import open_reader
+from colrow.checkpoint.opening import open_reader
 from colrow.comm.group import ParallelGroup
 from colrow.inplace.api import plan_for
 from colrow.inplace.file_names import file_names
 from colrow.inplace.sources import Cut, Joined, Source, Stacked, Stored, Swapped
-from colrow.verification.differences import relative_error
+from colrow.verification.comparison import gradient_errors, relative_error
 from colrow.zoo.architectures import architectures, build
-from colrow.zoo.inputs import batch
-from colrow.zoo.measure import full_precision, gradient_errors
+from colrow.zoo.example_batch import batch
+from colrow.zoo.model_run import full_precision
 from tests.inplace.test_parallelize import OwnModel, mesh_of
 from tests.ranks import RankPool
 

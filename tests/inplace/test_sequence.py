@@ -12,10 +12,10 @@ from torch import Tensor, nn
 import colrow
 from colrow.comm.group import ParallelGroup
 from colrow.inplace.api import look
-from colrow.verification.differences import relative_error
+from colrow.verification.comparison import gradient_errors, relative_error
 from colrow.zoo.architectures import architectures, build
-from colrow.zoo.inputs import batch
-from colrow.zoo.measure import full_precision, gradient_errors
+from colrow.zoo.example_batch import batch
+from colrow.zoo.model_run import full_precision
 from tests.inplace.test_parallelize import mesh_of
 from tests.ranks import RankPool
 

@@ -15,8 +15,8 @@ import colrow
 from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import Call, Ledger, record
 from colrow.zoo.architectures import Architecture, build
-from colrow.zoo.inputs import batch
-from colrow.zoo.measure import full_precision
+from colrow.zoo.example_batch import batch
+from colrow.zoo.model_run import full_precision
 from tests.inplace.test_parallelize import mesh_of
 from tests.ranks import RankPool
 

@@ -10,7 +10,7 @@ import torch
 import colrow
 from colrow.comm.collectives import gather_from_tp
 from colrow.comm.group import ParallelGroup
-from colrow.verification.differences import relative_error
+from colrow.verification.comparison import relative_error
 from tests.models import tiny
 from tests.ranks import RankPool
 

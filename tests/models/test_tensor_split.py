@@ -20,7 +20,7 @@ from colrow.models.decoder import Decoder
 from colrow.planner.catalog import find_model
 from colrow.train.model import build_model
 from colrow.train.settings import TrainSettings
-from colrow.verification.differences import relative_error
+from colrow.verification.comparison import relative_error
 from colrow.verification.traffic import dry_run, record_step
 from colrow.verification.verify import verify
 from tests.models import tiny

@@ -73,6 +73,35 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "bloom": ("bloom", GPT),
+    "phi3": (
+        "phi3",
+        {**SIZES, **TWO_KV, "hidden_size": 64, "sliding_window": 7, "partial_rotary_factor": 0.5},
+    ),
+    "olmo2": ("olmo2", {**SIZES, **THREE_KV}),
+    "gemma3": (
+        "gemma3_text",
+        {
+            **SIZES,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 5,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "query_pre_attn_scalar": 12,
+            "sliding_window": 7,
+            "sliding_window_pattern": 3,
+            "max_position_embeddings": 64,
+        },
+    ),
+    "mixtral": (
+        "mixtral",
+        {
+            **SIZES,
+            **ONE_KV,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "sliding_window": None,
+        },
+    ),
 }
 
 

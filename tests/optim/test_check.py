@@ -13,7 +13,7 @@ from torch import nn
 import colrow
 from colrow.checkpoint.training import TrainingCheckpoints
 from colrow.comm.group import ParallelGroup
-from colrow.optim.check import ELEMENTWISE, refuse_on_shards
+from colrow.shards.optimizers import ELEMENTWISE, refuse_on_shards
 from colrow.verification.reference import precision
 from tests.optim import models
 from tests.optim.models import decoder, expected, take_steps

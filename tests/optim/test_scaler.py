@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import colrow
 from colrow.checkpoint.training import TrainingCheckpoints
-from colrow.checkpoint.training_placement import local_tensor
+from colrow.comm.compat import local_tensor
 from colrow.comm.group import ParallelGroup
 from colrow.optim.scaler import GradScaler
 from tests.pipeline import layouts as pipes

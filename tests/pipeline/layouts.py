@@ -11,9 +11,9 @@ import torch
 import colrow
 from colrow.comm.group import ParallelGroup
 from colrow.comm.mesh import Mesh
+from colrow.pipeline.limits import ZERO_BUBBLE, split_for
 from colrow.pipeline.runner import PipelineRunner
 from colrow.pipeline.schedules import Schedule
-from colrow.pipeline.settings import ZERO_BUBBLE, split_for
 from colrow.sharding import Sharding
 from colrow.train.batches import Order, Windows
 from colrow.train.model import set_dropout

@@ -7,7 +7,7 @@ from torch import nn
 
 import colrow
 from colrow.comm.group import ParallelGroup
-from colrow.pipeline.memory import KeptActivations
+from colrow.pipeline.kept_activations import KeptActivations
 from colrow.pipeline.runner import PipelineRunner
 from colrow.pipeline.schedules import Schedule
 from tests.pipeline.layouts import UNTIED

@@ -22,7 +22,7 @@ from colrow.pipeline.schedules import (
     simulate,
 )
 from colrow.planner.layout import Layout as PlannedLayout
-from colrow.planner.pipeline import StageSeconds, bubble_seconds
+from colrow.planner.pipeline_time import StageSeconds, bubble_seconds
 
 CLASSES = {
     "interleaved": ScheduleInterleaved1F1B,

@@ -14,11 +14,11 @@ from colrow.comm.group import ParallelGroup
 from colrow.comm.mesh import Mesh
 from colrow.models.config import ModelConfig
 from colrow.models.stages import Costs, LayerSplit, balanced
-from colrow.pipeline.balance import planned_costs
-from colrow.pipeline.ranks import rank_map
+from colrow.pipeline.limits import check_schedule, schedule_named, split_for
+from colrow.pipeline.rank_map import rank_map
 from colrow.pipeline.runner import PipelineRunner
 from colrow.pipeline.schedules import Schedule
-from colrow.pipeline.settings import check_schedule, schedule_named, split_for
+from colrow.planner.stage_costs import planned_costs
 from colrow.train.settings import TrainSettings
 from tests.pipeline.layouts import TIED, Pipe, make_mesh
 from tests.ranks import RankPool

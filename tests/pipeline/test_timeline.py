@@ -19,11 +19,11 @@ import colrow
 from colrow.comm.collectives import reduce_from_tp
 from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import record
-from colrow.pipeline.plot import plot
-from colrow.pipeline.record import clock_offset, record_step
+from colrow.pipeline.recording import clock_offset, record_step
 from colrow.pipeline.schedules import Action, Schedule, Span, expected_bubble_fraction
-from colrow.pipeline.show import draw, show
 from colrow.pipeline.timeline import Timeline, Wait
+from colrow.pipeline.timeline_plot import plot
+from colrow.pipeline.timeline_table import draw, show
 from tests.pipeline.sleeping import loss, run_step, sleeping_pipeline
 from tests.pipeline.test_schedules import order_of
 from tests.ranks import RankPool

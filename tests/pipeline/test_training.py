@@ -13,7 +13,7 @@ from torch import Tensor
 import colrow
 from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import record, summarize
-from colrow.pipeline.communication import predict_pipeline_step
+from colrow.pipeline.messages import predict_pipeline_step
 from colrow.pipeline.runner import PipelineRunner
 from colrow.train.batches import Order, Windows
 from colrow.train.step import Stepper, counted, evaluate

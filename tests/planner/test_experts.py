@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, DeepseekV3Config, Glm4MoeConfig, GptOssConfig
 
 from colrow.planner import Layout, find_hardware, find_model, predict
-from colrow.planner.communication import ep_seconds
+from colrow.planner.collective_time import ep_seconds
 from colrow.planner.config_json import model_from_mapping
 from colrow.planner.recommend import recommend
 

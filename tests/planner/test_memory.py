@@ -9,7 +9,7 @@ from colrow.comm.ledger import summarize
 from colrow.planner import Layout, ModelShape, find_hardware, find_model, predict
 from colrow.planner.activations import block_bytes
 from colrow.planner.catalog import decoder
-from colrow.planner.communication import tp_calls
+from colrow.planner.collective_time import tp_calls
 from colrow.planner.machine_file import machine_from_mapping
 from colrow.planner.memory import RankMemory, training_memory
 from tests.planner.measure import measured

@@ -6,10 +6,10 @@ import pytest
 
 from colrow.planner import Layout, find_hardware, find_model, predict
 from colrow.planner.catalog import decoder
-from colrow.planner.communication import collectives, tp_calls
+from colrow.planner.collective_time import collectives, tp_calls
 from colrow.planner.links import Link, fit_latency_bandwidth, measured_link
 from colrow.planner.model import ModelShape
-from colrow.planner.pipeline import StageSeconds, bubble_seconds
+from colrow.planner.pipeline_time import StageSeconds, bubble_seconds
 from colrow.planner.roofline import matmul_seconds
 from colrow.planner.time import straggler_share
 

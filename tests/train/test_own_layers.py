@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 import colrow
-from colrow.checkpoint.same import Held, problem_of
 from colrow.checkpoint.training import TrainingCheckpoints
 from colrow.comm import primitives
 from colrow.comm.group import ParallelGroup
 from colrow.partition import Partition, ShardSpec
+from colrow.shards.same import Held, problem_of
 from colrow.train.clip import grad_norm
 from tests.inplace.test_parallelize import OwnModel, mesh_of
 from tests.ranks import RankPool

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from colrow.zoo.architectures import Architecture, architectures, build, saved_architecture
-from colrow.zoo.inputs import batch, prompt
-from colrow.zoo.measure import run
+from colrow.zoo.example_batch import batch, prompt
+from colrow.zoo.model_run import run
 
 
 def test_every_causal_language_model_is_listed() -> None:

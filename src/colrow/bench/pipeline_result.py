@@ -7,10 +7,10 @@ from typing import Any
 
 from colrow.models.config import ModelConfig
 from colrow.models.stages import LayerSplit
-from colrow.pipeline.balance import planned_costs
+from colrow.pipeline.limits import check_schedule, split_for
 from colrow.pipeline.schedules import Schedule, expected_bubble_fraction
-from colrow.pipeline.settings import check_schedule, split_for
 from colrow.pipeline.timeline import Timeline
+from colrow.planner.stage_costs import planned_costs
 
 _PRECISIONS = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 

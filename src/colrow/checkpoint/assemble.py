@@ -1,4 +1,4 @@
-"""Whole tensors from the ranks' shards, under the names of a Hugging Face checkpoint."""
+"""Whole tensors from the ranks' shards, of a decoder under the names of a checkpoint's files."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from colrow.checkpoint.naming import hf_naming, pieces
-from colrow.checkpoint.same import Held, check_same
+from colrow.checkpoint.whole_tensors import WholeTensor, decoders_tensors
 from colrow.comm import primitives
+from colrow.comm.compat import local_tensor
 from colrow.comm.group import ParallelGroup
-from colrow.inplace.assemble import assemble
-from colrow.inplace.record import record_for
 from colrow.models.decoder import Decoder
+from colrow.shards.boxes import Placement, divisions, tensor_parallel_group
+from colrow.shards.model_shards import shards_for
+from colrow.shards.same import Held, check_same, owner_of
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -46,52 +48,63 @@ def full_grads(model: nn.Module) -> dict[str, Tensor]:
 def _assemble(
     model: nn.Module, value: Callable[[nn.Parameter], Tensor | None], *, rounds: bool = False
 ) -> dict[str, Tensor]:
-    if (record := record_for(model)) is not None:
-        return assemble(model, record, value, rounds=rounds)
-    if not isinstance(model, Decoder):
+    """A tensor for every parameter, under the names of the whole model.
+
+    Args:
+        rounds: the values may differ by rounding, as gradients.
+    """
+    decoder = model if isinstance(model, Decoder) else None
+    if decoder is None and shards_for(model) is None:
         raise TypeError(
             f"{type(model).__name__} is neither colrow's decoder nor a model that "
             "colrow.parallelize has split"
         )
-    naming, tp = hf_naming(model.config), model.tp
-    named = dict(model.named_parameters())
-    if added := [name for name in named if name not in model.specs]:
+    named, divided = dict(model.named_parameters()), divisions(model)
+    added = [] if decoder is None else [name for name in named if name not in decoder.specs]
+    if added:
         raise ValueError(
             f"{', '.join(added[:3])} were added to the decoder, and a checkpoint in the form of "
             "transformers has no place for them: take them from model.named_parameters()"
         )
-    shared = (Held(n, value(p), True) for n, p in named.items() if model.specs[n].dim is None)
-    check_same(shared, tp, rounds=rounds)
+    tp = tensor_parallel_group(model)
+    tensors = {} if decoder is None else decoders_tensors(decoder)
+    held = (
+        Held(name, value(named[name]), declared or decoder is not None, owner_of(model, name))
+        for name, (spec, declared) in divided.items()
+        if spec.dim is None
+    )
+    check_same(held, tp, rounds=rounds)
     whole: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
-        shard = value(parameter)
+    for name, (spec, _) in divided.items():
+        shard = value(named[name])
         if shard is None:
             continue
         if isinstance(shard, DTensor):  # FSDP2's rows of it, which come together over dp
             shard = shard.full_tensor()
-        spec = model.specs[name]
-        shapes = [spec.local_shape(rank) for rank in range(tp.size)]
-        if spec.dim is None:
-            shapes = shapes[:1]
-        for rank, part in enumerate(_collect(shard, shapes, tp, name)):
-            for piece in pieces(naming, model.config, name, spec, rank):
-                if piece.name not in whole:
-                    whole[piece.name] = part.new_empty(piece.shape)
-                target = whole[piece.name]
-                if piece.dim is None:
-                    target.copy_(part)
-                    continue
-                assert spec.dim is not None
-                start, stop = piece.target
-                source = part.narrow(spec.dim, start, stop - start)
-                source = source.t() if piece.transposed else source
-                taken = 0
-                for first, last in piece.ranges:
-                    target.narrow(piece.dim, first, last - first).copy_(
-                        source.narrow(piece.dim, taken, last - first)
-                    )
-                    taken += last - first
-    return _join_stages(whole, model)
+        for rank in range(tp.size if spec.dim is not None else 1):
+            local = _on_first(shard, rank, spec.local_shape(rank), tp, name)
+            if local is None:
+                continue
+            for tensor in tensors.get(name) or (WholeTensor(name, spec.shape),):
+                if tensor.name not in whole:
+                    whole[tensor.name] = local.new_empty(tensor.shape)
+                for part in tensor.parts(Placement(spec, rank), owned=False):
+                    whole[tensor.name][part.whole] = part.view(local)
+    return whole if decoder is None else _join_stages(whole, decoder)
+
+
+def _on_first(
+    shard: Tensor, rank: int, shape: tuple[int, ...], tp: ParallelGroup, name: str
+) -> Tensor | None:
+    """That rank's shard, of this shape, on rank 0's CPU; None elsewhere."""
+    if tp.rank not in (0, rank):
+        return None
+    if tp.rank > 0:
+        primitives.send(shard, tp, 0, layer=name)
+        return None
+    if rank > 0:
+        shard = primitives.recv(shard.new_empty(shape), tp, rank, layer=name)
+    return shard.cpu()
 
 
 def _join_stages(mine: dict[str, Tensor], model: Decoder) -> dict[str, Tensor]:
@@ -129,20 +142,4 @@ def _join_stages(mine: dict[str, Tensor], model: Decoder) -> dict[str, Tensor]:
 def _like(model: Decoder) -> Tensor:
     """A tensor of the parameters' dtype, where they are."""
     first = next(model.parameters()).detach()
-    return first.to_local() if isinstance(first, DTensor) else first
-
-
-def _collect(
-    shard: Tensor, shapes: list[tuple[int, ...]], tp: ParallelGroup, name: str
-) -> list[Tensor]:
-    """The shards of these shapes, of ranks 0, 1, ..., on rank 0's CPU; nothing elsewhere."""
-    if tp.rank >= len(shapes):
-        return []
-    if tp.rank > 0:
-        primitives.send(shard, tp, 0, layer=name)
-        return []
-    parts = [shard.cpu()]
-    for rank in range(1, len(shapes)):
-        buffer = primitives.recv(shard.new_empty(shapes[rank]), tp, rank, layer=name)
-        parts.append(buffer.cpu())
-    return parts
+    return local_tensor(first)

@@ -93,13 +93,17 @@ def _tensors(model: Decoder) -> dict[str, Tensor]:
         spec = model.specs[name]
         for piece in pieces(naming, model.config, name, spec, 0):
             if piece.dim is None or spec.dim is None:
-                found[piece.name] = parameter.detach()
+                found[piece.name] = parameter.detach() + piece.added
                 continue
             start, stop = piece.target
             part = parameter.detach().narrow(spec.dim, start, stop - start)
             part = part.t() if piece.transposed else part
             part = part if piece.pairs is None else pair(part, piece.pairs)
             whole = found.setdefault(piece.name, part.new_empty(piece.shape))
+            if piece.rows is not None:  # one of the experts that the tensor holds
+                whole = whole.view(-1, piece.shape[-1])
+                if piece.dim == 1:
+                    whole = whole[slice(*piece.rows)]
             taken = 0
             for first, last in piece.ranges:
                 whole.narrow(piece.dim, first, last - first).copy_(

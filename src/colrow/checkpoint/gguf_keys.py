@@ -61,8 +61,11 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 }
 
 
-def check_keys(reader: GGUFTensorReader, architecture: str) -> None:
+def check_keys(reader: GGUFTensorReader, architecture: str, further: frozenset[str]) -> None:
     """Refuses a file that is no model, and what the decoder would compute differently.
+
+    Args:
+        further: keys of the architecture that its family reads.
 
     Raises:
         ValueError: naming the key and its value.
@@ -82,7 +85,7 @@ def check_keys(reader: GGUFTensorReader, architecture: str) -> None:
     space = f"{architecture}."
     for key in sorted(reader.metadata_keys()):
         name = key.removeprefix(space)
-        if name == key or name in _READ or name in _UNUSED:
+        if name == key or name in _READ or name in _UNUSED or name in further:
             continue
         value = reader.metadata_value(key)
         if name not in _NEUTRAL or value not in _NEUTRAL[name]:

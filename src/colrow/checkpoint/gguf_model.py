@@ -35,7 +35,7 @@ def config_from_gguf(reader: TensorReader) -> ModelConfig:
             "which is not supported; use the Hugging Face directory of the model"
         )
     check_gguf_numbers(reader, architecture)
-    check_keys(reader, architecture)
+    check_keys(reader, architecture, form.reads.union(form.keys.values()))
 
     def number(key: str, default: float | None = None) -> float:
         value = reader.metadata_value(f"{architecture}.{key}", default)
@@ -70,8 +70,10 @@ def config_from_gguf(reader: TensorReader) -> ModelConfig:
     fields: dict[str, Any] = dict(form.fixed)
     fields |= {field: int(number(key)) for field, key in form.keys.items()}
     if fields["position"] == "rope":
-        equal("rope.dimension_count", head_dim, "the size of a head")
-        fields["rope"] = _rope(reader, architecture, head_dim)
+        dims = int(number("rope.dimension_count", head_dim))
+        if not family.rope.partial:
+            equal("rope.dimension_count", head_dim, "the size of a head")
+        fields["rope"] = _rope(reader, architecture, dims)
     for field, tensor in form.optional_biases.items():
         fields[field] = tensor in names
     is_rms = fields["norm"] == "rmsnorm"
@@ -126,7 +128,7 @@ def _has(reader: GGUFTensorReader, keys: frozenset[str], key: str) -> bool:
     return key in keys and reader.metadata_value(key) != 0
 
 
-def _rope(reader: GGUFTensorReader, architecture: str, head_dim: int) -> RopeConfig:
+def _rope(reader: GGUFTensorReader, architecture: str, dims: int) -> RopeConfig:
     """A factor alone is of the linear kind, and older files call it ``rope.scale_linear``."""
 
     def value(key: str, default: object = None) -> object:
@@ -145,7 +147,7 @@ def _rope(reader: GGUFTensorReader, architecture: str, head_dim: int) -> RopeCon
     scaled = kind == "linear" and factor != 1.0
     return RopeConfig(
         theta=number("freq_base", 10000.0),
-        dims=head_dim,
+        dims=dims,
         scaling="linear" if scaled else "default",
         factor=factor if scaled else 1.0,
     )

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from colrow.checkpoint.naming import Naming, Piece, pieces
-from colrow.checkpoint.reader import TensorReader, row_chunks
-from colrow.checkpoint.tied import missing_prefix
+from colrow.checkpoint.reader import Ranges, TensorReader, row_chunks
+from colrow.checkpoint.tied_head import missing_prefix
 from colrow.layers.describe import Division
 from colrow.models.config import ModelConfig
 from colrow.models.decoder import Decoder
@@ -45,11 +45,37 @@ def load_(model: Decoder, reader: TensorReader, naming: Naming) -> None:
 def _fill(part: Tensor, reader: TensorReader, piece: Piece, prefix: str) -> None:
     """Reads a slice into ``part``, which lies as the file does, a bounded number of rows a time."""
     name = piece.name.removeprefix(prefix)
-    rows = piece.ranges if piece.dim == 0 else ((0, part.shape[0]),)
+    rows = piece.ranges if piece.dim == 0 else (piece.rows or (0, part.shape[0]),)
     columns = piece.ranges if piece.dim == 1 else None
     for place, wanted in row_chunks(part, rows, multiple=piece.pairs or 1):  # whole heads
-        chunk = reader.read(name, wanted, columns, dtype=part.dtype)
+        if piece.rows is None:
+            chunk = reader.read(name, wanted, columns, dtype=part.dtype)
+        else:
+            chunk = _of_expert(reader, name, piece, wanted, columns, part.dtype)
+        if piece.added:
+            chunk -= piece.added
         place.copy_(chunk if piece.pairs is None else unpair(chunk, piece.pairs))
+
+
+def _of_expert(
+    reader: TensorReader,
+    name: str,
+    piece: Piece,
+    rows: Ranges,
+    columns: Ranges | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Rows and columns of one expert's matrix in a tensor ``[experts, rows, columns]``.
+
+    A file gives whole rows of such tensors, of which the columns are taken here.
+    """
+    height = piece.shape[1]
+    (expert,) = {start // height for start, _ in rows}
+    local = tuple((start - expert * height, stop - expert * height) for start, stop in rows)
+    whole = reader.read(name, ((expert, expert + 1),), local, dtype=dtype)[0]
+    if columns is None:
+        return whole
+    return torch.cat([whole[:, first:last] for first, last in columns], dim=1)
 
 
 def unpair(rows: Tensor, head_dim: int) -> Tensor:

@@ -12,8 +12,9 @@ from colrow.checkpoint.gguf_model import config_from_gguf
 from colrow.checkpoint.load import check_tensors, load_
 from colrow.checkpoint.locate import resolve_model_path
 from colrow.checkpoint.naming import Naming, gguf_naming, hf_naming
-from colrow.checkpoint.reader import TensorReader, open_reader
-from colrow.checkpoint.tied import as_in_file
+from colrow.checkpoint.opening import open_reader
+from colrow.checkpoint.reader import TensorReader
+from colrow.checkpoint.tied_head import as_in_file
 from colrow.comm.group import ParallelGroup
 from colrow.comm.mesh import Mesh
 from colrow.models.build import DecoderOptions, resolve_mesh, resolve_pipeline

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
 import torch
-
-from colrow.checkpoint.locate import find_weights, resolve_model_path
 
 Ranges = tuple[tuple[int, int], ...]
 """Half-open (start, stop) index ranges, read and concatenated in this order; () selects nothing."""
@@ -70,31 +67,6 @@ class TensorReader(Protocol):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None: ...
-
-
-def open_reader(path_or_id: str | Path) -> TensorReader:
-    """Open a checkpoint for reading, without reading any tensor yet.
-
-    Accepts what ``resolve_model_path`` and ``find_weights`` accept: a directory with safetensors
-    (one file, or shards and their index), a ``.safetensors`` or ``.gguf`` file, or a hub id that
-    is in the local cache.
-
-    Raises:
-        ValueError: nothing readable there, a damaged file, shards that contradict their index, or
-            a GGUF file while the gguf package is not installed.
-    """
-    weights = find_weights(resolve_model_path(path_or_id))
-    if weights.suffix == ".gguf":
-        try:
-            from colrow.checkpoint.gguf_file import GGUFTensorReader
-        except ModuleNotFoundError as cause:
-            raise ValueError(
-                f"reading {weights} needs the package {cause.name}: pip install 'colrow[models]'"
-            ) from cause
-        return GGUFTensorReader(weights)
-    from colrow.checkpoint.safetensors_file import SafetensorsReader
-
-    return SafetensorsReader(weights)
 
 
 def select(

@@ -18,16 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from colrow.checkpoint.same import Held, owner_of, problem_of
-from colrow.checkpoint.training_placement import (
-    Placement,
-    buffer_placements,
-    local_tensor,
-    placements,
-    tensor_parallel_group,
-    unwrap,
-)
-from colrow.checkpoint.training_plan import Shard, ShardLoadPlanner, ShardSavePlanner
+from colrow.checkpoint.training_plan import ShardLoadPlanner, ShardSavePlanner, StoredShard
 from colrow.checkpoint.training_storage import (
     PART,
     CheckpointReader,
@@ -36,12 +27,21 @@ from colrow.checkpoint.training_storage import (
     read_index,
     remove_unfinished,
 )
+from colrow.comm.compat import local_tensor
 from colrow.comm.mesh import Mesh
 from colrow.layers.describe import Division
 from colrow.leftovers import lock, unlock
 from colrow.models.config import ModelConfig
-from colrow.optim.check import check_optimizer, whole_states
 from colrow.partition import ShardSpec
+from colrow.shards.boxes import (
+    Placement,
+    buffer_placements,
+    placements,
+    tensor_parallel_group,
+    unwrap,
+)
+from colrow.shards.optimizers import check_optimizer, whole_states
+from colrow.shards.same import Held, owner_of, problem_of
 
 Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
 
@@ -222,7 +222,7 @@ class TrainingCheckpoints:
         found: dict[str, Any] = read_index(self.path(step))["state"]["user"]
         return found
 
-    def _write(self, step: int, shards: dict[str, Shard], content: dict[str, Any]) -> None:
+    def _write(self, step: int, shards: dict[str, StoredShard], content: dict[str, Any]) -> None:
         content = {**content, "optimizer": self._everyones(content["optimizer"])}
         writer = CheckpointWriter(self.path(step), self._rank, content, self.lock)
         try:
@@ -285,12 +285,12 @@ def listed(optimizers: Optimizers | None) -> list[torch.optim.Optimizer]:
 
 def _collect(
     module: nn.Module, optimizers: Optimizers | None, *, copy: bool
-) -> tuple[dict[str, Shard], dict[str, dict[str, float]]]:
+) -> tuple[dict[str, StoredShard], dict[str, dict[str, float]]]:
     """What is divided, by name, and the optimiser's numbers.
 
     With ``copy``, the boxes that this rank owns, copied to the CPU; without, views of all boxes.
     """
-    shards: dict[str, Shard] = {}
+    shards: dict[str, StoredShard] = {}
     scalars: dict[str, dict[str, float]] = {}
     places, several = placements(unwrap(module)), listed(optimizers)
     for optimizer in several:
@@ -349,12 +349,12 @@ def _held_by_all(module: nn.Module, optimizers: Optimizers) -> list[Held]:
     return found
 
 
-def _shard(tensor: Tensor, place: Placement, copy: bool) -> Shard:
+def _shard(tensor: Tensor, place: Placement, copy: bool) -> StoredShard:
     local = local_tensor(tensor.detach())
     pairs = [(box, box.view(local)) for box in (place.owned if copy else place.boxes)]
     if copy:
         pairs = [(box, part.to("cpu", copy=True).contiguous()) for box, part in pairs]
-    return Shard(place.spec.shape, tensor.dtype, tuple(pairs))
+    return StoredShard(place.spec.shape, tensor.dtype, tuple(pairs))
 
 
 def _make_states(

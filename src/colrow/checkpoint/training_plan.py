@@ -28,11 +28,11 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from colrow.checkpoint.training_placement import Box
+from colrow.shards.boxes import Box
 
 
 @dataclass(frozen=True)
-class Shard:
+class StoredShard:
     """This rank's boxes of one whole tensor.
 
     Attributes:
@@ -51,9 +51,9 @@ class Shard:
 
 
 class ShardSavePlanner(DefaultSavePlanner):
-    """Writes every box of a ``dict[str, Shard]``."""
+    """Writes every box of a ``dict[str, StoredShard]``."""
 
-    def __init__(self, shards: dict[str, Shard]) -> None:
+    def __init__(self, shards: dict[str, StoredShard]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._shards = shards
 
@@ -82,9 +82,9 @@ class ShardSavePlanner(DefaultSavePlanner):
 
 
 class ShardLoadPlanner(DefaultLoadPlanner):
-    """Reads every box of a ``dict[str, Shard]``, from however many stored boxes it takes."""
+    """Reads every box of a ``dict[str, StoredShard]``, from however many stored boxes it takes."""
 
-    def __init__(self, shards: dict[str, Shard]) -> None:
+    def __init__(self, shards: dict[str, StoredShard]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._shards = shards
 

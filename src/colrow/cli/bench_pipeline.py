@@ -108,14 +108,14 @@ def run(args: argparse.Namespace, config: ModelConfig) -> int:
 
         _show(Console(highlight=False), settings, found)
     if args.timeline:
-        from colrow.pipeline.plot import plot
+        from colrow.pipeline.timeline_plot import plot
 
         plot(found.step, args.timeline, title=_title(settings))
     return 0
 
 
 def _measure(settings: PipelineSettings) -> PipelineMeasurement | None:
-    from colrow.bench.pipeline import measure_pipeline, start
+    from colrow.bench.pipeline_run import measure_pipeline, start
 
     mesh = start(settings)
     announce(mesh)
@@ -131,7 +131,7 @@ def _title(settings: PipelineSettings) -> str:
 
 
 def _show(console: Console, settings: PipelineSettings, found: PipelineMeasurement) -> None:
-    from colrow.pipeline.show import show
+    from colrow.pipeline.timeline_table import show
 
     threads = f"{found.threads} thread{'s' if found.threads > 1 else ''} a rank"
     console.print(

@@ -213,7 +213,7 @@ def run(args: argparse.Namespace) -> int:
 
     from colrow.planner import catalog
     from colrow.planner.command import plan
-    from colrow.planner.report import show_models
+    from colrow.planner.tables import show_models
 
     console = Console(highlight=False, file=io.StringIO() if args.json == "-" else None)
     if args.list_models:
@@ -233,8 +233,8 @@ def _measured(args: argparse.Namespace, console: Console) -> Hardware | None:
 
     from colrow.bench.here import measure_here
     from colrow.planner.arguments import DEFAULT_SEQUENCE, model_of
-    from colrow.planner.here import measured_hardware
     from colrow.planner.layout import DTYPE, Layout
+    from colrow.planner.measured import measured_hardware
 
     for name in ("machine", "inference", "device_memory", "tensor_split"):
         if getattr(args, name):
@@ -270,7 +270,7 @@ def _measured(args: argparse.Namespace, console: Console) -> Hardware | None:
     )
     if found is None:
         return None
-    hardware = measured_hardware(model, found, block)
+    hardware = measured_hardware(model, found.machine, block, found.block_seconds)
     console.print(
         f"Measured on {ranks} ranks: a block takes {found.block_seconds * 1e3:.3g} ms for "
         f"{sequence} tokens, {hardware.block_factor:.2f} times what matmuls, memory and links "

@@ -13,7 +13,7 @@ from colrow.launch import RankFailure, launch, launched_by, rank_environment
 from colrow.train.settings import TrainSettings, load_settings, to_toml
 
 if TYPE_CHECKING:
-    from colrow.train.loop import Outcome
+    from colrow.train.loop import TrainingOutcome
 
 HELP = "fine-tune a model, or train one from a configuration"
 DESCRIPTION = """\
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _train(settings: TrainSettings) -> Outcome | None:
+def _train(settings: TrainSettings) -> TrainingOutcome | None:
     from colrow.train.model import check_settings
 
     check_settings(settings)
@@ -102,7 +102,7 @@ def _train(settings: TrainSettings) -> Outcome | None:
         return _launch(settings)
 
 
-def _launch(settings: TrainSettings) -> Outcome:
+def _launch(settings: TrainSettings) -> TrainingOutcome:
     return launch(
         _train_rank,
         (settings,),
@@ -113,7 +113,7 @@ def _launch(settings: TrainSettings) -> Outcome:
     )[0]
 
 
-def _train_rank(settings: TrainSettings) -> Outcome:
+def _train_rank(settings: TrainSettings) -> TrainingOutcome:
     from colrow.train.loop import train
 
     outcome = train(settings)

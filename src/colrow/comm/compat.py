@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Called = TypeVar("Called", bound=Callable[..., Any])
 
@@ -19,6 +23,25 @@ def uncompiled(function: Called) -> Called:
     """
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     return function
+
+
+def as_dtensor(tensor: Tensor) -> DTensor | None:
+    """A tensor that is a DTensor, as such; None for any other.
+
+    There is none before somebody imports torch.distributed.tensor, which takes half as long as
+    torch itself, so it is not imported here.
+    """
+    module = sys.modules.get("torch.distributed.tensor")
+    return tensor if module is not None and isinstance(tensor, module.DTensor) else None
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """What this rank holds of a DTensor; any other tensor as it is."""
+    divided = as_dtensor(tensor)
+    if divided is None:
+        return tensor
+    local: Tensor = divided.to_local()
+    return local
 
 
 # 2.12 renamed the single-tensor collectives; the old names warn from then on.

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from colrow.comm.engine import Engine, EngineName, choose_engine
 from colrow.comm.group import ParallelGroup
+from colrow.comm.mpi import BACKEND
 from colrow.launch.environment import rank_environment
 from colrow.launch.rendezvous import rendezvous_arguments
 
@@ -159,7 +160,7 @@ def init_mesh(
 
 
 def _limit_waits(group: dist.ProcessGroup, timeout: timedelta) -> None:
-    if dist.get_backend(group) == "colrow_mpi":
+    if dist.get_backend(group) == BACKEND:
         group.limit_waits(timeout)  # type: ignore[attr-defined]
     else:
         dist.distributed_c10d._set_pg_timeout(timeout, group)
@@ -194,7 +195,7 @@ def _backend(engine: Engine) -> str:
     if engine.name == "nccl":
         return "cpu:gloo,cuda:nccl"
     if engine.name == "mpi":
-        from colrow.comm.mpi.start import BACKEND, register
+        from colrow.comm.mpi.start import register
 
         register()
         return BACKEND
@@ -209,7 +210,7 @@ def _engine_in_use(requested: str | None, device: torch.device) -> Engine:
             f"engine={wanted!r}: the process group was initialised before, with the backend "
             f"{backend}; initialise it with that engine, or leave the engine out"
         )
-    names: dict[str, EngineName] = {"gloo": "gloo", "nccl": "nccl", "colrow_mpi": "mpi"}
+    names: dict[str, EngineName] = {"gloo": "gloo", "nccl": "nccl", BACKEND: "mpi"}
     by_device = dict(pair.split(":") for pair in dist.get_backend_config().split(","))
     carrier = by_device.get(device.type, backend)
     return Engine(names.get(carrier, "none"), f"the process group's backend is {backend}")

@@ -22,7 +22,7 @@ class KeyValueCache:
         first_layer: number of the first layer, on a later stage of a pipeline.
     """
 
-    copies = True  # see colrow.layers.context.KeyValueCache
+    copies = True  # see colrow.layers.context.AttentionCache
 
     def __init__(
         self,

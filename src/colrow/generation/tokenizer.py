@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Protocol, cast
 
 from colrow.checkpoint.locate import resolve_model_path
-from colrow.checkpoint.reader import open_reader
+from colrow.checkpoint.opening import open_reader
 from colrow.files import INDEX_BYTES, read_json, shown
 from colrow.generation.template import RENDERER
 from colrow.generation.tokenizer_limits import check_growth, check_numbers, check_vocabulary

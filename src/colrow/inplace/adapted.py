@@ -14,13 +14,13 @@ from colrow.comm import collectives, primitives
 from colrow.comm.group import ParallelGroup
 from colrow.inplace.atoms import indices_of
 from colrow.inplace.equal_weights import check_equal_weights
-from colrow.inplace.gradients import sum_rows
 from colrow.inplace.modules import ColumnMixin, Entry, RowMixin
 from colrow.inplace.record import Record
 from colrow.inplace.simulate import take
 from colrow.inplace.streams import Stream
 from colrow.inplace.whole_results import Vocabulary
 from colrow.layers.embedding import check_range
+from colrow.layers.shared import sum_rows
 from colrow.partition import ShardSpec
 
 # Initial values that are made without the weight of the wrapped layer.

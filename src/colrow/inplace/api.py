@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from colrow.comm.mesh import Mesh
-from colrow.comm.steps import watch
 from colrow.inplace.attempt import split_checked
 from colrow.inplace.capture import evaluating
 from colrow.inplace.check import Observation, observe
@@ -26,6 +25,7 @@ from colrow.inplace.record import Record, check_whole, record_of
 from colrow.inplace.stand_in import StandIn
 from colrow.inplace.together import look_together
 from colrow.inplace.vocabulary import knows_loss
+from colrow.shards.steps import watch
 
 
 def parallelize(

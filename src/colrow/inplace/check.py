@@ -20,6 +20,12 @@ from colrow.inplace.dropout import NoDropout
 from colrow.inplace.generation import Steps, generated
 from colrow.inplace.record import Record, record_of
 from colrow.inplace.together import all_come
+from colrow.verification.comparison import (
+    SMALL_GRADIENT,
+    largest_norm,
+    relative_error,
+    worst_of,
+)
 
 _LIMITS = {torch.float64: 1e-9, torch.float32: 1e-3}
 _LOW_PRECISION_LIMIT = 0.2
@@ -140,25 +146,21 @@ def _loss(model: nn.Module, inputs: Mapping[str, Any], *, with_labels: bool) -> 
 
 def difference(split: Observation, whole: Observation, record: Record) -> tuple[float, str]:
     """The largest relative error of this rank, and of what."""
-    worst, where = 0.0, "nothing"
-
-    def note(error: float, what: str) -> None:
-        nonlocal worst, where
-        if not error <= worst:
-            worst, where = (error if error == error else math.inf), what
-
     if len(split.results) != len(whole.results):
         return math.inf, "the number of results"
-    for number, (y, expected) in enumerate(zip(split.results, whole.results, strict=True)):
-        note(_error(y, expected, 0.0), f"result {number}")
+    errors = {
+        f"result {number}": relative_error(y, expected, masked=True)
+        for number, (y, expected) in enumerate(zip(split.results, whole.results, strict=True))
+    }
     if whole.steps.logits:
         if len(split.steps.logits) != len(whole.steps.logits):
             return math.inf, f"generation with a cache: {split.steps.problem}"
         for y, expected in zip(split.steps.logits, whole.steps.logits, strict=True):
-            note(_error(y, expected, 0.0), "generation with a cache")
+            error, what = relative_error(y, expected, masked=True), "generation with a cache"
+            errors[what] = max(error, errors.get(what, 0.0))
     if split.loss is not None and whole.loss is not None:
-        note(_error(split.loss, whole.loss, 0.0), "the loss")
-    largest = max((_norm(g) for g in whole.grads.values()), default=0.0)
+        errors["the loss"] = relative_error(split.loss, whole.loss, masked=True)
+    small = SMALL_GRADIENT * largest_norm(whole.grads.values())
     for name, grad in whole.grads.items():
         spec = record.specs.get(name)
         if spec is not None and spec.dim is not None:
@@ -166,24 +168,9 @@ def difference(split: Observation, whole: Observation, record: Record) -> tuple[
             index = torch.tensor(held, dtype=torch.long, device=grad.device)
             grad = grad.index_select(spec.dim, index)
         mine = split.grads.get(name, torch.zeros_like(grad))
-        note(_error(mine, grad, 1e-4 * largest), f"the gradient of {name}")
-    return worst, where
-
-
-def _error(a: Tensor, b: Tensor, smallest: float) -> float:
-    if a.shape != b.shape:
-        return math.inf
-    a, b = a.double(), b.double()
-    error, scale = _norm(a - b), _norm(b)
-    if not math.isfinite(error) or not math.isfinite(scale):
-        same = torch.isfinite(b) | (a != b)  # masked results are infinite in both
-        error, scale = _norm((a - b)[same]), _norm(b[torch.isfinite(b)])
-    scale = max(scale, smallest)
-    return error / scale if scale else error
-
-
-def _norm(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x))
+        error = relative_error(mine, grad, smallest=small, masked=True)
+        errors[f"the gradient of {name}"] = error
+    return worst_of(errors)
 
 
 def limit_of(model: nn.Module) -> float:

@@ -20,13 +20,13 @@ from colrow import rng
 from colrow.comm import primitives
 from colrow.comm.agreement import different_seeds, require_same
 from colrow.comm.group import ParallelGroup
-from colrow.comm.steps import PARTED, steps_of
 from colrow.inplace.calls import argument_names
 from colrow.inplace.digest import Known, combined, digest_of
 from colrow.inplace.keep import refuse_earlier_ddp
 from colrow.inplace.record import record_of
 from colrow.inplace.streams import drops_out
 from colrow.inplace.whole_results import EmbeddingMixin, GatheredMixin, HeadMixin
+from colrow.shards.steps import PARTED, steps_of
 
 # Arguments that hold what the model made earlier: each rank has the part of its own heads in them.
 _STATES = {

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from colrow.checkpoint.locate import resolve_model_path
-from colrow.checkpoint.reader import Ranges, TensorReader, open_reader, row_chunks
+from colrow.checkpoint.opening import open_reader
+from colrow.checkpoint.reader import Ranges, TensorReader, row_chunks
 from colrow.inplace.file_names import FileNames, file_names, whole_shape
 from colrow.inplace.keep import note_replaced
 from colrow.inplace.record import record_of

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from colrow.checkpoint.locate import resolve_model_path
-from colrow.checkpoint.reader import open_reader
+from colrow.checkpoint.opening import open_reader
 from colrow.files import read_json, shown
 from colrow.inplace.file_names import FileNames
 from colrow.models.config_limits import check_any_config, number_of_layers

@@ -19,13 +19,12 @@ from torch.utils import _pytree as pytree
 from colrow.comm import collectives
 from colrow.comm.group import ParallelGroup
 from colrow.inplace.calls import Key, ModuleCall
-from colrow.inplace.gradients import sum_rows, sum_together
 from colrow.inplace.nested import by_features
 from colrow.inplace.pairs import Pair
 from colrow.inplace.simulate import take_periodic
 from colrow.inplace.streams import Stream
 from colrow.layers.fused import column_linear, row_linear
-from colrow.layers.shared import SharedRows
+from colrow.layers.shared import SharedRows, sum_rows, sum_together
 from colrow.partition import Partition
 
 

@@ -11,8 +11,7 @@ from torch.utils import _pytree as pytree
 
 from colrow.comm import collectives
 from colrow.comm.group import ParallelGroup
-from colrow.inplace.gradients import sum_rows
-from colrow.layers.shared import SharedRows
+from colrow.layers.shared import SharedRows, sum_rows
 from colrow.partition import Partition
 
 

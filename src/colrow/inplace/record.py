@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
-from colrow.comm.group import ParallelGroup
-from colrow.partition import ShardSpec
+from colrow.shards.model_shards import ModelShards, shards_of
 
 REACH_IT = (
     "give colrow.parallelize example_inputs that reach it, or a plan that leaves these layers whole"
@@ -17,43 +15,14 @@ REACH_IT = (
 
 
 @dataclass(eq=False)
-class Record:
-    """How a model is split; it is the attribute ``colrow_record`` of the model.
+class Record(ModelShards):
+    """How a model is split, and while it is tried out, how to make it what it was."""
 
-    Attributes:
-        tp: the tensor-parallel group.
-        specs: how each parameter that is split is divided, by its name.
-        names: of all parameters that the model had, tied ones by each of their names.
-    """
-
-    tp: ParallelGroup
-    specs: dict[str, ShardSpec] = field(default_factory=dict)
-    names: frozenset[str] = frozenset()
     undo: list[Callable[[], None]] = field(default_factory=list, repr=False)
-
-    @property
-    def whole(self) -> frozenset[str]:
-        """Parameters that every rank holds."""
-        return self.names - self.specs.keys()
 
     def settle(self) -> None:
         """Lets go of what the model was, and of its memory."""
         self.undo.clear()
-
-    def renamed(self, before: nn.Module, after: nn.Module) -> Record:
-        """The same for a model that has the same parameters under other names."""
-        known = {
-            id(parameter): self.specs[name]
-            for name, parameter in before.named_parameters(remove_duplicate=False)
-            if name in self.specs
-        }
-        return self.following(known, after)
-
-    def following(self, known: Mapping[int, ShardSpec], model: nn.Module) -> Record:
-        """The record of a model some of whose parameters, by id, are known to be divided."""
-        named = dict(model.named_parameters(remove_duplicate=False))
-        specs = {n: known[id(p)] for n, p in named.items() if id(p) in known}
-        return Record(self.tp, specs, frozenset(named))
 
     def restore(self) -> None:
         """Makes the model what it was."""
@@ -64,7 +33,7 @@ class Record:
 
 def record_of(model: nn.Module) -> Record | None:
     """The record of a parallelised model; None for any other."""
-    found = model.__dict__.get("colrow_record")
+    found = shards_of(model)
     return found if isinstance(found, Record) else None
 
 
@@ -77,19 +46,6 @@ def inside_wrappers(model: nn.Module) -> nn.Module:
             model = inner
         else:
             return model
-
-
-def record_for(model: nn.Module) -> Record | None:
-    """The record of a parallelised model, or for a part of one: with the names that it has there.
-
-    Only the model that was split, and those around it, know parameters that were replaced since.
-    """
-    if (found := record_of(model)) is not None:
-        return found
-    outer: Any = model.__dict__.get("colrow_inside")
-    whole: nn.Module | None = None if outer is None else outer()
-    record = None if whole is None else record_of(whole)
-    return None if whole is None or record is None else record.renamed(whole, model)
 
 
 def check_whole(model: nn.Module) -> None:

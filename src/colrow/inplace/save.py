@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from colrow.checkpoint.assemble import full_state_dict
 from colrow.comm import primitives
-from colrow.inplace.assemble import assemble
-from colrow.inplace.record import inside_wrappers, record_for, record_of
+from colrow.inplace.record import inside_wrappers, record_of
+from colrow.shards.model_shards import shards_for
 
 
 def save_pretrained(model: nn.Module, directory: str | Path, **options: Any) -> None:
@@ -37,7 +38,7 @@ def save_pretrained(model: nn.Module, directory: str | Path, **options: Any) -> 
             f"{type(model).__name__} has no save_pretrained of its own; "
             "colrow.full_state_dict gives its whole weights on rank 0"
         )
-    record = record_for(model)
+    record = shards_for(model)
     writer: Any = model
     if record is None:
         for name, module in model.named_modules():
@@ -53,7 +54,7 @@ def save_pretrained(model: nn.Module, directory: str | Path, **options: Any) -> 
                 )
         writer.save_pretrained(directory, **options)
         return
-    whole = assemble(model, record, lambda parameter: parameter.detach())
+    whole = full_state_dict(model)
     error: Exception | None = None
     if record.tp.rank == 0:
         try:

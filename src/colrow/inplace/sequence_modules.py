@@ -15,11 +15,10 @@ from colrow.comm import collectives
 from colrow.inplace.apply import Applier
 from colrow.inplace.calls import Key, ModuleCall, argument_names
 from colrow.inplace.dropout import dropout_call
-from colrow.inplace.gradients import sum_rows
 from colrow.inplace.modules import Column, Region, Row
 from colrow.inplace.sequence import Stack
 from colrow.inplace.sequence_boundary import Boundary
-from colrow.layers.shared import SharedRows
+from colrow.layers.shared import SharedRows, sum_rows
 from colrow.partition import Partition
 
 

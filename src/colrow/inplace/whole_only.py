@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from colrow.inplace.apply import Applier
-from colrow.inplace.record import Record, record_for, record_of
+from colrow.inplace.record import record_of
 from colrow.partition import ShardSpec
+from colrow.shards.model_shards import ModelShards, shards_for
 
 _INSTEAD = {
     "resize_token_embeddings": "resize the model before it is parallelised",
@@ -43,7 +44,7 @@ class _WholeOnly:
             ValueError: without whole weights, as ``state_dict``.
         """
         model: nn.Module = self._own.__self__  # type: ignore[attr-defined]
-        given, record = kwargs.get("state_dict"), record_for(model)
+        given, record = kwargs.get("state_dict"), shards_for(model)
         if record is None or given is None or not _is_whole(given, record):
             raise ValueError(
                 f"{self._name}: this model is split, and a rank has parts of its weights only; "
@@ -52,7 +53,7 @@ class _WholeOnly:
         return self._own(*args, **kwargs)
 
 
-def _is_whole(given: Any, record: Record) -> bool:
+def _is_whole(given: Any, record: ModelShards) -> bool:
     return all(
         tuple(given[name].shape) == spec.shape
         for name, spec in record.specs.items()

@@ -13,11 +13,12 @@ from colrow.comm import primitives
 from colrow.comm.agreement import common_seed
 from colrow.comm.group import ParallelGroup
 from colrow.layers.column import QKVParallelLinear
-from colrow.layers.context import AttentionContext, KeyValueCache
+from colrow.layers.context import AttentionCache, AttentionContext
 from colrow.layers.describe import NormSpec
 from colrow.layers.dropout import ParallelDropout
 from colrow.layers.grouped_query import attend, group_sizes, padded_groups
 from colrow.layers.linear import Sharded
+from colrow.layers.memory_saving import recomputed
 from colrow.layers.norm import DividedRMSNorm, head_norm, normed_together
 from colrow.layers.options import RopeConfig
 from colrow.layers.position import alibi_slopes, apply_rope, rope_frequencies
@@ -179,10 +180,11 @@ class ParallelAttention(Sharded, nn.Module):
         x: Tensor,
         *,
         context: AttentionContext | None = None,
-        cache: KeyValueCache | None = None,
+        cache: AttentionCache | None = None,
         sequence: SequenceDivision = None,
         shared: SharedWeights | None = None,
         dropout_key: int | Tensor | None = None,
+        recompute: bool = False,
     ) -> Tensor:
         """See the table of the class.
 
@@ -192,6 +194,8 @@ class ParallelAttention(Sharded, nn.Module):
             sequence, shared: as in the linear layers.
             dropout_key: which dropout mask, see :class:`ParallelDropout`. By default the ranks draw
                 it from torch's CPU generator and compare it (an all-reduce of 16 bytes).
+            recompute: keep queries, keys and values for backward, and nothing of what is computed
+                between them and the output projection.
 
         Raises:
             ValueError: ALiBi with explicit positions and a cache; ranks that drew different keys.
@@ -221,10 +225,9 @@ class ParallelAttention(Sharded, nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(self.layer_index, k, v)
-        if drops:
-            mixed = self._attend_with_dropout(q, k, v, context, dropout_key)
-        else:
-            mixed = self._attend(q, k, v, context)
+        attend = self._attend_with_dropout if drops else self._attend
+        arguments = (q, k, v, context, *([dropout_key] if drops else []))
+        mixed = recomputed(attend, *arguments) if recompute else attend(*arguments)
         mixed = mixed.transpose(1, 2).reshape(batch, queries, -1)  # [batch, queries, q_local * dim]
         result: Tensor = self.output(mixed, sequence=sequence, shared=shared)
         return result

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import TypedDict, Unpack
+
+import torch
 from torch import Tensor, nn
 
 from colrow import rng
@@ -9,15 +13,26 @@ from colrow.comm import primitives
 from colrow.comm.agreement import common_seed
 from colrow.comm.group import ParallelGroup
 from colrow.layers.attention import ParallelAttention
-from colrow.layers.context import AttentionContext, KeyValueCache
+from colrow.layers.context import AttentionCache, AttentionContext
 from colrow.layers.dropout import ParallelDropout
 from colrow.layers.experts import ParallelExperts
 from colrow.layers.linear import Sharded
+from colrow.layers.memory_saving import Recompute, cast_parameters, recomputed
 from colrow.layers.mlp import ParallelMLP
 from colrow.layers.norm import LayerNorm, RMSNorm
 from colrow.layers.shared import SharedLayers, SharedWeights
 from colrow.partition import Partition
 from colrow.sharding import WHOLE, SequenceDivision
+
+
+class BlockOptions(TypedDict, total=False):
+    """What a pass through a block is given besides its input; all as in attention."""
+
+    context: AttentionContext | None
+    cache: AttentionCache | None
+    sequence: SequenceDivision
+    shared: SharedWeights | None
+    dropout_key: int | Tensor | None
 
 
 class ParallelBlock(Sharded, nn.Module):
@@ -42,6 +57,12 @@ class ParallelBlock(Sharded, nn.Module):
     Attributes:
         own_bucket: sum the gradients of parameters that several ranks hold in a collective of this
             block, not in the model's. For what swaps a block's parameters while it runs (FSDP2).
+        compute_dtype: matmuls and activations have this dtype, while the parameters, and so their
+            gradients, keep their own; None leaves everything as it is. Needs ``own_bucket``, or a
+            model that sums shared gradients afterwards.
+        recompute: "full" keeps only the block's input for backward (Chen et al. 2016), "selective"
+            recomputes the attention between the projections (Korthikanti et al. 2022, section 5),
+            "none" keeps everything.
 
     Raises:
         ValueError: layers and norms that disagree on sequence parallelism.
@@ -78,19 +99,32 @@ class ParallelBlock(Sharded, nn.Module):
         self.parallel_residual = parallel_residual
         self.dropout = ParallelDropout(dropout)
         self.own_bucket = False
+        self.compute_dtype: torch.dtype | None = None
+        self.recompute: Recompute = "none"
         self._shared_layers = SharedLayers(self)
 
-    def forward(
+    def forward(self, x: Tensor, **options: Unpack[BlockOptions]) -> Tensor:
+        """``[batch, sequence (_local), hidden]`` to the same; options as in attention."""
+        if self.recompute == "full":
+            return recomputed(self._in_dtype, x, **options)
+        return self._in_dtype(x, **options)
+
+    def _in_dtype(self, x: Tensor, **options: Unpack[BlockOptions]) -> Tensor:
+        if self.compute_dtype is None:
+            return self._run(x, **options)
+        with cast_parameters([self], self.compute_dtype):
+            return self._run(x, **options)
+
+    def _run(
         self,
         x: Tensor,
         *,
         context: AttentionContext | None = None,
-        cache: KeyValueCache | None = None,
+        cache: AttentionCache | None = None,
         sequence: SequenceDivision = None,
         shared: SharedWeights | None = None,
         dropout_key: int | Tensor | None = None,
     ) -> Tensor:
-        """``[batch, sequence (_local), hidden]`` to the same; arguments as in attention."""
         layer = self.attention.qkv.layer
         if dropout_key is None and self.training and self.dropout.p + self.attention.dropout.p:
             dropout_key = common_seed("dropout masks", self.tp, layer=layer, device=x.device)
@@ -107,6 +141,7 @@ class ParallelBlock(Sharded, nn.Module):
             sequence=sequence,
             shared=shared,
             dropout_key=_derived(dropout_key, "weights"),
+            recompute=self.recompute == "selective",
         )
         attended = _normed(self.attention_post_norm, attended, shared)
         residual = x + self._drop(attended, divided, _derived(dropout_key, "attention"))
@@ -132,6 +167,25 @@ def _normed(norm: nn.Module | None, x: Tensor, shared: SharedWeights) -> Tensor:
         return x
     normed: Tensor = norm(x, shared=shared)
     return normed
+
+
+def prepare_blocks(
+    blocks: Iterable[nn.Module],
+    *,
+    sharded: bool,
+    compute_dtype: torch.dtype | None,
+    recompute: Recompute,
+) -> None:
+    """Tells the blocks of a model how they run in training; see their attributes.
+
+    Args:
+        sharded: FSDP2 swaps their parameters while they run, and casts them itself.
+    """
+    for block in blocks:
+        assert isinstance(block, ParallelBlock)
+        block.own_bucket = sharded or compute_dtype is not None
+        block.compute_dtype = None if sharded else compute_dtype
+        block.recompute = recompute
 
 
 def _derived(key: int | Tensor | None, name: str) -> int | Tensor | None:

@@ -13,7 +13,7 @@ from colrow.layers.position import rope_tables
 from colrow.partition import Partition
 
 
-class KeyValueCache(Protocol):
+class AttentionCache(Protocol):
     """Keys and values of earlier positions, per layer.
 
     One whose ``update`` copies what it is given may say so with an attribute ``copies = True``; it

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from colrow.comm.group import ParallelGroup
-from colrow.comm.steps import watch
 from colrow.layers.describe import Part
 from colrow.layers.shared import SharedParameter, SharedRows
 from colrow.partition import ShardSpec
+from colrow.shards.steps import watch
 
 _START = {"ones": torch.ones, "zeros": torch.zeros}
 

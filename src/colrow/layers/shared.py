@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from colrow.comm import primitives
 from colrow.comm.autograd import apply
+from colrow.comm.bucket import all_reduce_together
 from colrow.comm.group import ParallelGroup
 from colrow.layers.describe import ParameterSpec
 from colrow.partition import ShardSpec
@@ -220,11 +220,30 @@ def sum_gradients_(
     if not found:
         return
     parts = [_pack(grad, rows) for grad, rows in found.values()]
-    bucket = torch.cat([part.flatten() for part in parts])
-    total = primitives.all_reduce(bucket, tp, layer=layer, phase="backward", in_place=True)
-    pieces = total.split([part.numel() for part in parts])
-    for (grad, rows), part, flat in zip(found.values(), parts, pieces, strict=True):
-        grad.copy_(_unpack(grad, flat.view(part.shape), rows))
+    sums = all_reduce_together(parts, tp, layer=layer)
+    for (grad, rows), total in zip(found.values(), sums, strict=True):
+        grad.copy_(_unpack(grad, total, rows))
+
+
+def sum_rows(x: Tensor, tp: ParallelGroup, rows: SharedRows, dim: int, layer: str) -> Tensor:
+    """``x``; in backward the gradient of the rows that several ranks hold is summed over them.
+
+    Args:
+        x: a parameter's shard.
+        rows: which of its indices along ``dim`` other ranks hold too.
+        dim: the dimension that is divided.
+    """
+    if tp.size == 1 or not rows.total or not x.requires_grad or not torch.is_grad_enabled():
+        return x
+    (alias,) = apply(_SumGradients, tp, layer, [rows], x.movedim(dim, 0))
+    result: Tensor = alias.movedim(0, dim)
+    return result
+
+
+def sum_together(tensors: list[Tensor], tp: ParallelGroup, layer: str) -> list[Tensor]:
+    """The tensors, of one dtype; in backward the gradients of all are summed in one all-reduce."""
+    rows = [SharedRows.whole(x.shape[0]) for x in tensors]
+    return list(apply(_SumGradients, tp, layer, rows, *tensors))
 
 
 def _layers(
@@ -239,14 +258,15 @@ def _layers(
 
 
 class _SumGradients(torch.autograd.Function):
-    """Parameters in, their aliases out; backward all-reduces the shared rows of all gradients."""
+    """Tensors in, their aliases out; backward all-reduces the shared rows of all gradients."""
 
     @staticmethod
     def forward(
         ctx: Any, tp: ParallelGroup, layer: str, rows: list[SharedRows], *parameters: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.tp, ctx.layer, ctx.rows = tp, layer, rows
-        return tuple(parameter.view_as(parameter) for parameter in parameters)
+        # Not views, which would keep activations alive.
+        return tuple(parameter.detach() for parameter in parameters)
 
     @staticmethod
     @once_differentiable
@@ -256,20 +276,12 @@ class _SumGradients(torch.autograd.Function):
         for grad in grads:
             dtype = torch.promote_types(dtype, grad.dtype)
         parts = [_pack(grad, r).to(dtype) for grad, r in zip(grads, rows, strict=True)]
-        bucket = torch.cat([part.flatten() for part in parts])
-        total = primitives.all_reduce(
-            bucket, ctx.tp, layer=ctx.layer, phase="backward", in_place=True
+        sums = all_reduce_together(parts, ctx.tp, layer=ctx.layer)
+        found = (
+            _unpack(grad, total.to(grad.dtype), r)
+            for grad, total, r in zip(grads, sums, rows, strict=True)
         )
-        summed = total.split([part.numel() for part in parts])
-        return (
-            None,
-            None,
-            None,
-            *(
-                _unpack(grad, flat.view(part.shape).to(grad.dtype), r)
-                for grad, flat, part, r in zip(grads, summed, parts, rows, strict=True)
-            ),
-        )
+        return None, None, None, *found
 
 
 def _pack(grad: Tensor, rows: SharedRows) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from colrow import rng
 from colrow.comm import primitives
-from colrow.layers.context import AttentionContext, KeyValueCache
+from colrow.layers.context import AttentionCache, AttentionContext
 from colrow.layers.fused import column_linear
 from colrow.layers.loss import Reduction, vocab_parallel_cross_entropy
 from colrow.layers.shared import SharedWeights
@@ -58,7 +58,7 @@ class Decoder(StagedLayers):
         *,
         attention_mask: Tensor | None = None,
         positions: Tensor | None = None,
-        cache: KeyValueCache | None = None,
+        cache: AttentionCache | None = None,
         dropout_key: int | Tensor | None = None,
         stage: Stage | None = None,
         length: int | None = None,
@@ -154,7 +154,7 @@ class Decoder(StagedLayers):
         return losses[:, :-1] if reduction == "none" else losses
 
     def last_logits(
-        self, input_ids: Tensor, *, attention_mask: Tensor | None, cache: KeyValueCache
+        self, input_ids: Tensor, *, attention_mask: Tensor | None, cache: AttentionCache
     ) -> Tensor:
         """For generation: local logits ``[batch, vocab_local]`` of the last position alone."""
         stage, key = self.one_stage(None), self._dropout_key(None)
@@ -170,7 +170,7 @@ class Decoder(StagedLayers):
         length: int | None,
         attention_mask: Tensor | None,
         positions: Tensor | None,
-        cache: KeyValueCache | None,
+        cache: AttentionCache | None,
         key: int | Tensor | None,
     ) -> tuple[Tensor, SequenceDivision, SharedWeights]:
         """The hidden states after a stage, after the last one normed for the head."""

@@ -8,9 +8,9 @@ from torch import Tensor
 from colrow import rng
 from colrow.comm.agreement import different_seeds, require_same
 from colrow.comm.group import ParallelGroup
-from colrow.comm.steps import PARTED, steps_of
 from colrow.models.config import ModelConfig
 from colrow.models.stages import Stage
+from colrow.shards.steps import PARTED, steps_of
 
 
 def check_batch(

@@ -100,8 +100,9 @@ _NORMS = (RMSNorm, LayerNorm)
 _KINDS: dict[type[nn.Module], _Kind] = {
     ParallelBlock: _kind(
         ParallelBlock,
-        "tp sharding parallel_residual own_bucket _shared_layers attention_post_norm mlp_post_norm",
-        lambda block: type(block.parallel_residual) is bool,
+        "tp sharding parallel_residual own_bucket compute_dtype recompute _shared_layers "
+        "attention_post_norm mlp_post_norm",
+        lambda block: type(block.parallel_residual) is bool and block.compute_dtype is None,
         attention_norm=_NORMS,
         attention=ParallelAttention,
         mlp_norm=_NORMS,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from colrow.layers.activation import ACTIVATIONS
 from colrow.layers.attention import ParallelAttention
 from colrow.layers.block import ParallelBlock
 from colrow.layers.column import FusedColumnParallelLinear
-from colrow.layers.context import AttentionContext, KeyValueCache
+from colrow.layers.context import AttentionCache, AttentionContext
 from colrow.layers.decoding import Kernel
 from colrow.layers.grouped_query import group_sizes
 from colrow.layers.mlp import ParallelMLP
@@ -29,12 +29,9 @@ from colrow.layers.row import RowParallelLinear
 from colrow.models.known_blocks import Unchanged, known
 from colrow.models.pipeline import Blocks
 
-if TYPE_CHECKING:
-    from colrow.models.staged_layers import StagedLayers
-
 _TORCH = Kernel()
 _DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
-_Block = Callable[[KeyValueCache], None]
+_Block = Callable[[AttentionCache], None]
 
 
 class OneToken:
@@ -72,14 +69,9 @@ class OneToken:
         return type(None), ()
 
     @staticmethod
-    def fits(model: StagedLayers) -> bool:
-        """Whether the model is of the kind that is written out here: RoPE over all keys."""
-        return (
-            next(model.parameters()).is_cpu
-            and not model.sequence_parallel
-            and len(model.stages) == 1
-            and all(known(block) for block in model.blocks)
-        )
+    def fits(blocks: Blocks) -> bool:
+        """Whether the blocks are of the kind that is written out here: RoPE over all keys."""
+        return all(known(block) for block in blocks)
 
     def serves(self, input_ids: Tensor, x: Tensor, attention_mask: Tensor | None) -> bool:
         """Whether this pass is one token of one sequence, without padding or gradient.
@@ -102,7 +94,7 @@ class OneToken:
             self._examine()
         return self._fits and not self._drops and self._unchanged.runs_as_written(x.dtype)
 
-    def __call__(self, x: Tensor, context: AttentionContext, cache: KeyValueCache) -> Tensor:
+    def __call__(self, x: Tensor, context: AttentionContext, cache: AttentionCache) -> Tensor:
         """``[1, 1, hidden]`` to the same behind the last block; as the blocks, it extends cache."""
         rows, blocks = self._for_this_thread(x.dtype)
         stream = rows("stream", x.numel())
@@ -158,7 +150,7 @@ def _flat(block: ParallelBlock, rows: _Rows) -> _Block:
     attend = _attention(block.attention, fused, rows)
     output, down = _row(block.attention.output, rows), _row(mlp.down, rows)
 
-    def forward(cache: KeyValueCache) -> None:
+    def forward(cache: AttentionCache) -> None:
         qkv(attention_norm())
         mixed = attend(cache)
         if parallel_residual:
@@ -175,7 +167,7 @@ def _flat(block: ParallelBlock, rows: _Rows) -> _Block:
 
 def _attention(
     attention: ParallelAttention, fused: Tensor, rows: _Rows
-) -> Callable[[KeyValueCache], Tensor]:
+) -> Callable[[AttentionCache], Tensor]:
     """From the row of queries, keys and values to the heads' outputs, ``[q_heads x head_dim]``.
 
     The queries of a KV head become the query axis of the kernel. Where this rank's first or last
@@ -204,7 +196,7 @@ def _attention(
     halves = list(zip((second, first), sin.chunk(2), swapped.chunk(2, dim=1), strict=True))
     rest = (target[:, rope.dims :], source[:, rope.dims :]) if rope.dims < dim else None
 
-    def forward(cache: KeyValueCache) -> Tensor:
+    def forward(cache: AttentionCache) -> Tensor:
         torch.mul(rotating, cos, out=rotated)
         for other, signed, product in halves:
             torch.mul(other, signed, out=product)

@@ -128,7 +128,8 @@ class StagedLayers(Sharded, nn.Module):
         after writing through ``parameter.data``, and on a copy of the model, call this again.
         Returns the model itself.
         """
-        if next(self.parameters()).device.type == "cpu":
+        on_cpu = next(self.parameters()).is_cpu
+        if on_cpu:
             for parameter in self.parameters():
                 parameter.requires_grad_(False)
                 parameter.grad = None
@@ -139,7 +140,8 @@ class StagedLayers(Sharded, nn.Module):
         if self.norm is not None and self.head is None and self.embedding is not None:
             self.tied_kernel = lay_out_(self.embedding.weight, blas=blas)
         self.one_token = None
-        if OneToken.fits(self):
+        alone = len(self.stages) == 1 and not self.sequence_parallel
+        if on_cpu and alone and OneToken.fits(self.blocks):
             self.one_token = OneToken(self.blocks, self.stages[0].blocks)
         return self
 

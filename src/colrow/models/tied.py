@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from colrow.comm import primitives
+from colrow.comm.compat import local_tensor
 from colrow.models.decoder import Decoder
 
 
@@ -29,6 +29,6 @@ def sum_tied_gradients_(model: Decoder) -> None:
         return
     if weight.grad is None:
         weight.grad = torch.zeros_like(weight)
-    grad = weight.grad.to_local() if isinstance(weight.grad, DTensor) else weight.grad
+    grad = local_tensor(weight.grad)
     total = primitives.all_reduce(grad, ends, layer="embedding", phase="backward")
     grad.copy_(total)

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from colrow.checkpoint.training_placement import (
+from colrow.checkpoint.whole_tensors import TensorPart, WholeTensor
+from colrow.comm import primitives
+from colrow.comm.compat import local_tensor
+from colrow.optim.whole import Member, WholeTensorOptimizer
+from colrow.shards.boxes import (
     data_parallel_group,
-    local_tensor,
     tensor_parallel_group,
 )
-from colrow.comm import primitives
-from colrow.optim.whole import Member, Part, WholeTensor, WholeTensorOptimizer
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class _Share:
     """
 
     tensor: WholeTensor
-    held: tuple[Part, ...]
-    owned: tuple[Part, ...]
+    held: tuple[TensorPart, ...]
+    owned: tuple[TensorPart, ...]
     rows: int
     columns: int
 
@@ -208,7 +209,7 @@ class Adafactor(WholeTensorOptimizer):
             mean.lerp_((found / length).to(mean.dtype), weight)
 
     def _update(
-        self, parameter: Tensor, group: dict[str, Any], share: _Share, part: Part
+        self, parameter: Tensor, group: dict[str, Any], share: _Share, part: TensorPart
     ) -> Tensor:
         """The direction of one part, before it is clipped."""
         _, grad = _local(parameter, group)

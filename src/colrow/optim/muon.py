@@ -10,21 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from colrow.checkpoint.training_placement import (
+from colrow.checkpoint.whole_tensors import TensorPart, WholeTensor
+from colrow.comm import primitives
+from colrow.comm.compat import local_tensor
+from colrow.comm.group import ParallelGroup
+from colrow.optim.whole import Member, WholeTensorOptimizer
+from colrow.partition import Partition
+from colrow.shards.boxes import (
     Placement,
     data_parallel_group,
-    local_tensor,
     tensor_parallel_group,
 )
-from colrow.comm import primitives
-from colrow.comm.group import ParallelGroup
-from colrow.optim.whole import (
-    Member,
-    Part,
-    WholeTensor,
-    WholeTensorOptimizer,
-)
-from colrow.partition import Partition
 
 _ADJUSTMENTS = ("original", "match_rms_adamw")
 
@@ -43,7 +39,7 @@ class _Job:
     tensor: WholeTensor
     place: Placement
     update: Tensor
-    apply: Callable[[Part, Tensor], None]
+    apply: Callable[[TensorPart, Tensor], None]
 
 
 class Muon(WholeTensorOptimizer):
@@ -149,7 +145,7 @@ class Muon(WholeTensorOptimizer):
         def job(tensor: WholeTensor) -> _Job:
             rate = float(group["lr"]) * _adjustment(group["adjust_lr_fn"], tensor.shape)
 
-            def apply(part: Part, result: Tensor) -> None:
+            def apply(part: TensorPart, result: Tensor) -> None:
                 if rows is None:
                     part.view(weight).add_(result, alpha=-rate)
                     return
@@ -186,7 +182,7 @@ def _orthogonalize(
 ) -> None:
     """At most ``tp.size`` matrices: the n-th is made orthogonal by rank n."""
 
-    def parts(job: _Job, rank: int, owned: bool) -> tuple[Part, ...]:
+    def parts(job: _Job, rank: int, owned: bool) -> tuple[TensorPart, ...]:
         return job.tensor.parts(Placement(job.place.spec, rank), owned=owned)
 
     like = jobs[0].update
@@ -243,11 +239,11 @@ def _flat(parts: list[Tensor], like: Tensor) -> Tensor:
     return torch.cat([part.reshape(-1) for part in parts]) if parts else like.new_empty(0)
 
 
-def _unflat(flat: Tensor, parts: tuple[Part, ...]) -> list[tuple[Part, Tensor]]:
+def _unflat(flat: Tensor, parts: tuple[TensorPart, ...]) -> list[tuple[TensorPart, Tensor]]:
     sizes = [math.prod(part.shape) for part in parts]
     pairs = zip(parts, flat.split(sizes), strict=True) if parts else ()
     return [(part, values.view(part.shape)) for part, values in pairs]
 
 
-def _count(parts: tuple[Part, ...]) -> int:
+def _count(parts: tuple[TensorPart, ...]) -> int:
     return sum(math.prod(part.shape) for part in parts)

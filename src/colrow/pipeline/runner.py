@@ -6,21 +6,22 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch import Tensor
 
 from colrow.comm import primitives
 from colrow.comm.mesh import Mesh
 from colrow.comm.primitives import Pending
+from colrow.layers.block import prepare_blocks
+from colrow.layers.memory_saving import Recompute
 from colrow.models.decoder import Decoder
 from colrow.models.stages import Stage
 from colrow.models.tied import sum_tied_gradients_
-from colrow.pipeline.build import build_schedule
-from colrow.pipeline.gradients import sum_replicas_
+from colrow.pipeline.limits import ZERO_BUBBLE, check_schedule
+from colrow.pipeline.replicas import sum_replicas_
 from colrow.pipeline.schedules import Schedule
-from colrow.pipeline.settings import ZERO_BUBBLE, check_schedule
 from colrow.pipeline.stage import CountedStage, Messages, StageModule
-from colrow.train.parallel import Recompute, prepare_blocks
+from colrow.pipeline.torch_schedules import build_schedule
+from colrow.shards.over_dp import shard_over_dp
 
 
 class PipelineRunner:
@@ -37,11 +38,11 @@ class PipelineRunner:
         fsdp: divide parameters, gradients and optimiser state over dp (FSDP2); otherwise every dp
             rank has them, and sums its gradients over dp when the step has gone back.
         compute_dtype, recompute, label_smoothing, z_loss: as for
-            :func:`colrow.train.parallel.parallelize`.
+            :func:`colrow.layers.block.prepare_blocks`.
 
     Raises:
         ValueError: combinations that cannot run, see
-            :func:`colrow.pipeline.settings.check_schedule`.
+            :func:`colrow.pipeline.limits.check_schedule`.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class PipelineRunner:
             )
         model.sums_shared_later = self._later
         prepare_blocks(
-            model, sharded=self.sharded, compute_dtype=compute_dtype, recompute=recompute
+            model.blocks, sharded=self.sharded, compute_dtype=compute_dtype, recompute=recompute
         )
         if self._later:
             for block in model.blocks:
@@ -103,7 +104,7 @@ class PipelineRunner:
             for stage in model.stages
         ]
         if self.sharded:
-            self._fully_shard(compute_dtype)
+            shard_over_dp([*model.blocks, *self.modules], mesh, compute_dtype)
         messages = Messages(mesh.pp)
         self.stages = [self._stage(module, messages, microbatch) for module in self.modules]
         self._shapes = [(microbatch, sequence)] * microbatches
@@ -129,7 +130,7 @@ class PipelineRunner:
                 with gradients of a step before.
 
         Communicates: as the layers do, hidden states and their gradients between stages, and then
-        the gradients of tied embeddings and replicas (see :mod:`colrow.pipeline.gradients`).
+        the gradients of tied embeddings and replicas (see :mod:`colrow.pipeline.replicas`).
         """
         self._check(batches)
         # FSDP2 takes the mean over dp.
@@ -237,14 +238,3 @@ class PipelineRunner:
             input_args=ids if stage.is_first else hidden,
             output_args=loss if stage.is_last else hidden,
         )
-
-    def _fully_shard(self, compute_dtype: torch.dtype | None) -> None:
-        assert self.mesh.device_mesh is not None
-        dp = self.mesh.device_mesh["dp"]
-        wide = next(self.model.parameters()).dtype
-        policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=wide)
-        blocks: list[nn.Module] = list(self.model.blocks)
-        for block in blocks:
-            fully_shard(block, mesh=dp, mp_policy=policy)
-        for module in self.modules:
-            fully_shard(module, mesh=dp, mp_policy=policy)

@@ -12,10 +12,10 @@ from torch.distributed.pipelining import PipelineStage
 from colrow.comm.clock import Clock
 from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import Phase
+from colrow.layers.memory_saving import cast_parameters
 from colrow.models.decoder import Decoder
 from colrow.models.stages import Stage
 from colrow.partition import Partition
-from colrow.train.parallel import cast_parameters
 
 
 class StageModule(nn.Module):

@@ -23,7 +23,7 @@ COLORS = (
 
 
 @dataclass(frozen=True)
-class Part:
+class BarPart:
     """A coloured stretch of a bar.
 
     Attributes:
@@ -42,7 +42,7 @@ class Bar:
     """A labelled bar of parts, one after the other."""
 
     label: str
-    parts: tuple[Part, ...]
+    parts: tuple[BarPart, ...]
 
     @property
     def total(self) -> float:
@@ -62,7 +62,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Box:
+class TimeBox:
     """A stretch of a row, such as a forward pass on a device."""
 
     row: int
@@ -154,7 +154,9 @@ def points(
     return _svg(width, height, out)
 
 
-def timeline(boxes: Sequence[Box], labels: Sequence[str], end: float, *, width: int = 860) -> str:
+def timeline(
+    boxes: Sequence[TimeBox], labels: Sequence[str], end: float, *, width: int = 860
+) -> str:
     """Rows of boxes from 0 to ``end`` seconds."""
     left, step = 90, 24
     scale = (width - left - 10) / end

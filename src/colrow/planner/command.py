@@ -25,7 +25,9 @@ from colrow.planner.model import ModelShape
 from colrow.planner.predict import Prediction, predict
 from colrow.planner.reasons import what_loses, why_first
 from colrow.planner.recommend import recommend, scaling, smallest_change
-from colrow.planner.report import (
+from colrow.planner.serving import Serving
+from colrow.planner.serving_search import recommend_serving
+from colrow.planner.tables import (
     show_cost,
     show_model,
     show_nothing_fits,
@@ -35,8 +37,6 @@ from colrow.planner.report import (
     show_splits,
     show_users,
 )
-from colrow.planner.serving import Serving
-from colrow.planner.serving_search import recommend_serving
 from colrow.planner.unequal import split_unequal
 from colrow.planner.users import USER_VALUES, Users, most_users, predict_users
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 from colrow.comm.ledger import Call
 from colrow.planner.activations import block_bytes
-from colrow.planner.communication import (
+from colrow.planner.collective_time import (
     collectives,
     stage_message_bytes,
     stage_seconds,
@@ -15,7 +15,7 @@ from colrow.planner.inference import ServingPrediction, kv_cache_bytes_per_token
 from colrow.planner.linears import fullest_rank, linears
 from colrow.planner.links import wire_factor
 from colrow.planner.memory import stage_elements
-from colrow.planner.pipeline import layers_in_flight
+from colrow.planner.pipeline_time import layers_in_flight
 from colrow.planner.placement import collective_seconds, place
 from colrow.planner.predict import Prediction
 from colrow.planner.roofline import matmul_seconds

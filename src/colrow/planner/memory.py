@@ -17,7 +17,7 @@ from colrow.planner.layout import Layout
 from colrow.planner.linears import Linear, linears
 from colrow.planner.model import ModelShape
 from colrow.planner.moments import embedding_backward_bytes, moments
-from colrow.planner.pipeline import layers_in_flight
+from colrow.planner.pipeline_time import layers_in_flight
 
 # What an allocator holds beyond what is asked of it, as a share of what comes and goes: blocks of
 # 2 MiB and cached ones that do not fit (PyTorch's CUDA caching allocator). Measured reserved over

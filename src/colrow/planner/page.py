@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from colrow.pipeline.schedules import Action, simulate
-from colrow.planner.charts import Bar, Box, Part, Point, bars, legend, points, timeline
+from colrow.planner.charts import Bar, BarPart, Point, TimeBox, bars, legend, points, timeline
 from colrow.planner.explain import explain
 from colrow.planner.hardware import Hardware
 from colrow.planner.memory import RankMemory
@@ -99,7 +99,7 @@ def _memory(p: Prediction) -> str:
     for stage, ranks in enumerate(p.memory.ranks):
         fullest = max(ranks, key=lambda rank: rank.total)
         parts = tuple(
-            Part(name, getattr(fullest, name) / 1e9, color)
+            BarPart(name, getattr(fullest, name) / 1e9, color)
             for color, name in enumerate(_MEMORY_PARTS)
         )
         rows.append(Bar(f"stage {stage}" if p.layout.pp > 1 else "every rank", parts))
@@ -111,7 +111,7 @@ def _parts(best: Sequence[Prediction]) -> str:
     rows = []
     for p in best:
         parts = tuple(
-            Part(text, getattr(p.time, name), color)
+            BarPart(text, getattr(p.time, name), color)
             for color, (name, text) in enumerate(PART_NAMES.items())
         )
         size = f"{p.layout.tp} × {p.layout.pp} × {p.layout.dp}"
@@ -132,7 +132,7 @@ def _timeline(p: Prediction) -> str:
         return (stage.forward if action.kind == "forward" else stage.backward) / chunks
 
     boxes = [
-        Box(
+        TimeBox(
             row,
             span.start,
             span.end,
@@ -148,7 +148,7 @@ def _timeline(p: Prediction) -> str:
         length = getattr(p.time, name)
         if length > 0:
             text = f"{PART_NAMES[name]}, {length:.4g} s"
-            boxes += [Box(row, end, end + length, text, color) for row in range(p.layout.pp)]
+            boxes += [TimeBox(row, end, end + length, text, color) for row in range(p.layout.pp)]
             end, color = end + length, color + 1
     labels = [f"stage {row}" if p.layout.pp > 1 else "a rank" for row in range(p.layout.pp)]
     note = (

@@ -21,7 +21,7 @@ from colrow.planner.links import wire_factor
 Kind = Literal["tp", "cp", "ep", "dp", "expert dp", "pp"]
 
 
-class Sizes(Protocol):
+class GridSizes(Protocol):
     """What of a layout decides where its ranks are."""
 
     @property
@@ -46,7 +46,7 @@ class Sizes(Protocol):
 
 
 @dataclass(frozen=True)
-class Place:
+class GroupPlace:
     """Where the worst placed group of its kind lies; the others wait for it.
 
     Attributes:
@@ -63,7 +63,7 @@ class Place:
     boundaries: int
 
 
-def place(kind: Kind, layout: Sizes, hardware: Hardware) -> Place:
+def place(kind: Kind, layout: GridSizes, hardware: Hardware) -> GroupPlace:
     """Where the groups of this kind lie.
 
     A tensor-parallel group that does not tile a node, such as 6 ranks in nodes of 8, has groups
@@ -84,7 +84,7 @@ def place(kind: Kind, layout: Sizes, hardware: Hardware) -> Place:
 
 
 @lru_cache(maxsize=65536)
-def _worst(ranks: int, stride: int, world: int, per_node: int) -> Place:
+def _worst(ranks: int, stride: int, world: int, per_node: int) -> GroupPlace:
     span = ranks * stride
     # Groups repeat where a span begins at the start of a node, and inside a node's length.
     starts = range(0, min(world, math.lcm(span, per_node)), span)
@@ -96,13 +96,15 @@ def _worst(ranks: int, stride: int, world: int, per_node: int) -> Place:
     return max(found, key=lambda p: (p.nodes, -p.members, p.boundaries))
 
 
-def _one(ranks: int, stride: int, first: int, per_node: int) -> Place:
+def _one(ranks: int, stride: int, first: int, per_node: int) -> GroupPlace:
     nodes = [(first + stride * index) // per_node for index in range(ranks)]
     counts = Counter(nodes)
-    return Place(ranks, len(counts), min(counts.values()), sum(a != b for a, b in pairwise(nodes)))
+    return GroupPlace(
+        ranks, len(counts), min(counts.values()), sum(a != b for a, b in pairwise(nodes))
+    )
 
 
-def collective_seconds(op: str, size: float, where: Place, hardware: Hardware) -> float:
+def collective_seconds(op: str, size: float, where: GroupPlace, hardware: Hardware) -> float:
     """Time of one collective over a whole buffer of ``size`` bytes.
 
     Inside a node by the node's link. Across nodes a group with several members on each uses the
@@ -132,7 +134,7 @@ ALL_TO_ALL_SHARE = 0.597 * 900 / 680
 ALL_TO_ALL_MEMBER_SECONDS = 7.3e-6
 
 
-def all_to_all_seconds(size: float, where: Place, hardware: Hardware) -> float:
+def all_to_all_seconds(size: float, where: GroupPlace, hardware: Hardware) -> float:
     """Time in which every member sends ``size`` bytes, an equal part to each member.
 
     Across nodes each device has its own adapter for what leaves the node.
@@ -146,6 +148,6 @@ def all_to_all_seconds(size: float, where: Place, hardware: Hardware) -> float:
     return seconds + where.ranks * ALL_TO_ALL_MEMBER_SECONDS
 
 
-def send_seconds(size: float, where: Place, hardware: Hardware) -> float:
+def send_seconds(size: float, where: GroupPlace, hardware: Hardware) -> float:
     """Time to hand ``size`` bytes to the next member, at the slowest of the group's boundaries."""
     return (hardware.network if where.boundaries else hardware.link).send_seconds(size)

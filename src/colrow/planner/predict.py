@@ -8,13 +8,13 @@ from functools import cached_property
 from colrow.comm.ledger import Call
 from colrow.models.config import ModelConfig
 from colrow.planner.catalog import find_model
-from colrow.planner.communication import tp_calls
+from colrow.planner.collective_time import tp_calls
 from colrow.planner.hardware import Hardware, find_hardware
 from colrow.planner.interval import Interval, alike, step_interval
 from colrow.planner.layout import Layout
 from colrow.planner.memory import Memory, training_memory
 from colrow.planner.model import ModelShape
-from colrow.planner.pipeline import check_schedule
+from colrow.planner.pipeline_time import check_schedule
 from colrow.planner.time import StepTime, step_time
 
 

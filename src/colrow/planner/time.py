@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from statistics import NormalDist
 
-from colrow.planner.communication import (
+from colrow.planner.collective_time import (
     NO_COMMUNICATION,
     PROCESSOR_SHARE,
     CommunicationSeconds,
@@ -22,7 +22,7 @@ from colrow.planner.hardware import Device, Hardware
 from colrow.planner.layout import Layout
 from colrow.planner.memory import StageElements, dense_layers_of_stage, stage_elements
 from colrow.planner.model import ModelShape
-from colrow.planner.pipeline import StageSeconds, bubble_seconds
+from colrow.planner.pipeline_time import StageSeconds, bubble_seconds
 from colrow.planner.roofline import stream_seconds
 
 

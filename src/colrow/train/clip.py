@@ -8,18 +8,18 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from colrow.checkpoint.same import Held, owner_of, problem_of
-from colrow.checkpoint.training_placement import (
+from colrow.comm import primitives
+from colrow.comm.agreement import assert_on_device
+from colrow.comm.compat import local_tensor
+from colrow.comm.group import ParallelGroup
+from colrow.models.decoder import Decoder
+from colrow.shards.boxes import (
     data_parallel_group,
-    local_tensor,
     placements,
     tensor_parallel_group,
     unwrap,
 )
-from colrow.comm import primitives
-from colrow.comm.agreement import assert_on_device
-from colrow.comm.group import ParallelGroup
-from colrow.models.decoder import Decoder
+from colrow.shards.same import Held, owner_of, problem_of
 
 _ROUNDING = 1e-2  # of squared norms of gradients, as they differ in bf16 on a GPU
 

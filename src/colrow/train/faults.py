@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from colrow.checkpoint.training_placement import local_tensor
+from colrow.comm.compat import local_tensor
 from colrow.comm.mesh import Mesh
 from colrow.launch.environment import inherited_environment
 from colrow.leftovers import lock, unlock

@@ -17,16 +17,16 @@ from colrow.comm.mesh import Mesh, init_mesh
 from colrow.models.config import num_parameters
 from colrow.models.decoder import Decoder
 from colrow.optim.scaler import GradScaler
-from colrow.pipeline.ranks import rank_map
+from colrow.pipeline.limits import schedule_named
+from colrow.pipeline.rank_map import rank_map
 from colrow.pipeline.runner import PipelineRunner
-from colrow.pipeline.settings import schedule_named
 from colrow.train.batches import Order, Windows
 from colrow.train.data import global_rank, training_and_held_out
 from colrow.train.faults import StopRequest, check_agreement, output_held, stop_on_signals
 from colrow.train.model import COMPUTE_DTYPES, build_model, save_model_files
 from colrow.train.optimizer import learning_rate, make_optimizers
 from colrow.train.parallel import parallelize
-from colrow.train.report import Record, Reporter, peak_flops, peak_memory_bytes
+from colrow.train.report import Reporter, StepRecord, peak_flops, peak_memory_bytes
 from colrow.train.settings import TrainSettings, to_toml
 from colrow.train.step import Stepper, StepResult, evaluate
 
@@ -36,7 +36,7 @@ CHECKPOINTS, MODEL_FILES, SETTINGS = "checkpoints", "model", "settings.toml"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingOutcome:
     """How a run ended.
 
     Attributes:
@@ -54,7 +54,7 @@ class Outcome:
     stopped_by: str = ""
 
 
-def train(settings: TrainSettings) -> Outcome:
+def train(settings: TrainSettings) -> TrainingOutcome:
     """Trains until ``settings.steps``, from the newest checkpoint where there is one.
 
     Rank 0 locks the output directory meanwhile.
@@ -171,7 +171,7 @@ class _Run:
             self.stepper.scaler.load_state_dict(saved["scaler"])
         return latest
 
-    def until_done(self, start: int, reporter: Reporter, stop: StopRequest) -> Outcome:
+    def until_done(self, start: int, reporter: Reporter, stop: StopRequest) -> TrainingOutcome:
         settings, done, result = self.settings, start, None
         eval_loss, initial = None, None
         if done == 0:
@@ -197,12 +197,14 @@ class _Run:
             if result.stop and not last:
                 self.checkpoints.wait()
                 reporter.say(f"stopped by {stop.name or 'a signal'}; saved after step {done}")
-                return Outcome(done, result.loss, eval_loss, initial, stop.name or "a signal")
+                return TrainingOutcome(
+                    done, result.loss, eval_loss, initial, stop.name or "a signal"
+                )
         self.checkpoints.wait()
         if result is None:
             eval_loss = self._evaluate()
             reporter.say(f"all {settings.steps} steps were taken before")
-        return Outcome(done, None if result is None else result.loss, eval_loss, initial)
+        return TrainingOutcome(done, None if result is None else result.loss, eval_loss, initial)
 
     def _rate(self, step: int) -> float:
         settings = self.settings
@@ -257,13 +259,15 @@ class _Speed:
         if waited_seconds is not None:
             self._share = waited_seconds / seconds
 
-    def record(self, step: int, result: StepResult, rate: float, eval_loss: float | None) -> Record:
+    def record(
+        self, step: int, result: StepResult, rate: float, eval_loss: float | None
+    ) -> StepRecord:
         seconds, tokens = sum(self._seconds), self._tokens
         per_second = tokens / seconds if seconds else 0.0
         mfu = None
         if self._peak is not None:  # 6 FLOPs per parameter and token (Kaplan et al. 2020)
             mfu = 6 * self._parameters * per_second / (self._peak * self._mesh.world_size)
-        found = Record(
+        found = StepRecord(
             step=step,
             loss=result.loss,
             learning_rate=rate,

@@ -22,8 +22,8 @@ from colrow.models.config import ModelConfig
 from colrow.models.decoder import Decoder
 from colrow.models.hf_config import config_from_file, read_config
 from colrow.models.stages import LayerSplit
-from colrow.pipeline.balance import planned_costs
-from colrow.pipeline.settings import ZERO_BUBBLE, check_schedule, schedule_named, split_for
+from colrow.pipeline.limits import ZERO_BUBBLE, check_schedule, schedule_named, split_for
+from colrow.planner.stage_costs import planned_costs
 from colrow.sharding import Sharding
 from colrow.train.settings import TrainSettings
 from colrow.train.tokenize import BYTES

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 from colrow.comm.mesh import Mesh
-from colrow.layers.block import ParallelBlock
+from colrow.layers.block import prepare_blocks
+from colrow.layers.memory_saving import Recompute, cast_parameters
 from colrow.models.decoder import Decoder
-
-Recompute = Literal["none", "selective", "full"]
+from colrow.shards.over_dp import shard_over_dp
 
 
 class SummedLoss(nn.Module):
@@ -84,7 +80,7 @@ def parallelize(
     Communicates: DDP compares and broadcasts the initial parameters over dp; all ranks call it.
     """
     sharded = fsdp and mesh.dp.size > 1
-    prepare_blocks(model, sharded=sharded, compute_dtype=compute_dtype, recompute=recompute)
+    prepare_blocks(model.blocks, sharded=sharded, compute_dtype=compute_dtype, recompute=recompute)
     loss = SummedLoss(
         model,
         compute_dtype=None if sharded else compute_dtype,
@@ -92,7 +88,8 @@ def parallelize(
         z_loss=z_loss,
     )
     if sharded:
-        return _fully_shard(loss, mesh, compute_dtype)
+        shard_over_dp([*model.blocks, loss], mesh, compute_dtype)
+        return loss
     if mesh.dp.size == 1:
         return loss
     # Buffers are functions of the configuration; torch 2.13 has another name for not sending them.
@@ -102,88 +99,3 @@ def parallelize(
     return DistributedDataParallel(
         loss, process_group=mesh.dp.group, gradient_as_bucket_view=True, **options
     )
-
-
-def prepare_blocks(
-    model: Decoder,
-    *,
-    sharded: bool,
-    compute_dtype: torch.dtype | None,
-    recompute: Recompute,
-) -> None:
-    """Gives the blocks their number format and recomputation; arguments as for parallelize.
-
-    ``sharded``: FSDP2 swaps their parameters while they run, and casts them itself.
-    """
-    for block in model.blocks:
-        assert isinstance(block, ParallelBlock)
-        block.own_bucket = sharded or compute_dtype is not None
-        forward: Callable[..., Tensor] = block.forward
-        if compute_dtype is not None and not sharded:
-            forward = _with_dtype(block, forward, compute_dtype)
-        if recompute == "full":
-            forward = _recomputed(forward)
-        block.forward = forward  # type: ignore[method-assign]
-        if recompute == "selective":
-            attention = block.attention
-            attention._attend = _recomputed(attention._attend)  # type: ignore[method-assign]
-            attention._attend_with_dropout = _recomputed(  # type: ignore[method-assign]
-                attention._attend_with_dropout
-            )
-
-
-def _fully_shard(loss: SummedLoss, mesh: Mesh, compute_dtype: torch.dtype | None) -> nn.Module:
-    assert mesh.device_mesh is not None
-    dp = mesh.device_mesh["dp"]
-    wide = next(loss.parameters()).dtype
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=wide)
-    for block in loss.model.blocks:
-        fully_shard(block, mesh=dp, mp_policy=policy)
-    fully_shard(loss, mesh=dp, mp_policy=policy)
-    return loss
-
-
-@contextmanager
-def cast_parameters(modules: list[nn.Module], dtype: torch.dtype | None) -> Iterator[None]:
-    """Inside it, the parameters of these modules are their casts; gradients flow to the originals.
-
-    Parameters that have the dtype stay. A parameter that two modules share is cast once.
-    """
-    swapped: list[tuple[dict[str, Any], str, nn.Parameter]] = []
-    casts: dict[int, Tensor] = {}
-    try:
-        for module in [m for outer in modules for m in outer.modules()] if dtype else []:
-            parameters: dict[str, Any] = module._parameters
-            for name, parameter in list(parameters.items()):
-                if parameter is not None and parameter.dtype != dtype:
-                    cast = casts.setdefault(id(parameter), parameter.to(dtype))
-                    swapped.append((parameters, name, parameter))
-                    parameters[name] = cast
-        yield
-    finally:
-        for parameters, name, parameter in swapped:
-            parameters[name] = parameter
-
-
-def _with_dtype(
-    module: nn.Module, forward: Callable[..., Tensor], dtype: torch.dtype
-) -> Callable[..., Tensor]:
-    def run(*args: Any, **kwargs: Any) -> Tensor:
-        with cast_parameters([module], dtype):
-            return forward(*args, **kwargs)
-
-    return run
-
-
-def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Keeps the inputs instead of the intermediate results; dropout masks are addressed by key."""
-
-    def run(*args: Any, **kwargs: Any) -> Tensor:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        result: Tensor = checkpoint(
-            forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
-        )
-        return result
-
-    return run

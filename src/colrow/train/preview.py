@@ -12,9 +12,9 @@ from colrow.layers.describe import Division
 from colrow.models.config import ModelConfig, num_parameters
 from colrow.models.stages import LayerSplit
 from colrow.partition import parse_shares
-from colrow.pipeline.communication import predict_pipeline_step
-from colrow.pipeline.ranks import rank_map
-from colrow.pipeline.settings import ZERO_BUBBLE, schedule_named
+from colrow.pipeline.limits import ZERO_BUBBLE, schedule_named
+from colrow.pipeline.messages import predict_pipeline_step
+from colrow.pipeline.rank_map import rank_map
 from colrow.planner.hardware import find_hardware
 from colrow.planner.layout import DTYPE as PLANNED
 from colrow.planner.layout import Layout as PlannedLayout

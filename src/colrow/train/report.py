@@ -22,7 +22,7 @@ _LOG_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
-class Record:
+class StepRecord:
     """One line of the log.
 
     Attributes:
@@ -104,7 +104,7 @@ class Reporter:
         if self._active:
             print(text, file=sys.stderr, flush=True)
 
-    def add(self, record: Record) -> None:
+    def add(self, record: StepRecord) -> None:
         """Prints and logs a record."""
         if self._log is None:
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -14,24 +14,12 @@ from colrow.comm.collectives import gather_from_sequence
 from colrow.models.config import ModelConfig
 from colrow.models.decoder import Decoder
 from colrow.partition import Partition
+from colrow.verification.comparison import first_outputs, first_over
 from colrow.verification.reference import reference_names
 
 
-def relative_error(value: Tensor, reference: Tensor) -> float:
-    """``||value - reference|| / ||reference||`` in fp64; the norm of ``value`` where that is 0.
-
-    A shape that differs, NaN and Inf give infinity.
-    """
-    if value.shape != reference.shape:
-        return float("inf")
-    a, b = value.detach().cpu().double(), reference.detach().cpu().double()
-    norm = b.norm().item()
-    error = (a - b).norm().item() / (norm or 1.0)
-    return error if error == error else float("inf")
-
-
 @dataclass(frozen=True)
-class Result:
+class BatchResult:
     """What one run of a model over a batch gave: whole tensors, gradients by checkpoint name."""
 
     logits: Tensor
@@ -50,9 +38,9 @@ class Result:
 
 
 def why_not_finite(
-    split: Result,
-    rounded: Result | None,
-    exact: Result,
+    split: BatchResult,
+    rounded: BatchResult | None,
+    exact: BatchResult,
     weights: Mapping[str, Tensor],
     dtype: torch.dtype,
 ) -> str | None:
@@ -115,25 +103,12 @@ def captured(model: Decoder) -> Iterator[dict[str, Tensor]]:
             handle.remove()
 
 
-@contextmanager
-def captured_reference(reference: nn.Module, config: ModelConfig) -> Iterator[dict[str, Tensor]]:
+def captured_reference(
+    reference: nn.Module, config: ModelConfig
+) -> AbstractContextManager[dict[str, Tensor]]:
     """The same outputs of the first forward pass of a transformers model."""
-    outputs: dict[str, Tensor] = {}
-
-    def hook(name: str, theirs: str) -> torch.utils.hooks.RemovableHandle:
-        def keep(_: nn.Module, args: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            whole = output if isinstance(output, Tensor) else output[0]
-            outputs.setdefault(name, whole.detach().cpu())
-
-        return reference.get_submodule(theirs).register_forward_hook(keep)
-
-    layers = _layers(config, hf_naming(config))
-    handles = [hook(name, theirs) for name, theirs in layers.items()]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
+    layers = _layers(config, hf_naming(config)).items()
+    return first_outputs({name: reference.get_submodule(theirs) for name, theirs in layers})
 
 
 def first_difference(
@@ -159,16 +134,15 @@ def first_difference(
         name for name, ours in weights.items() if name in theirs and not _same(ours, theirs[name])
     ]
     layers = {**_layers(config, naming), "head": naming.modules["head"][0]}
-    for name, layer in layers.items():
-        if relative_error(outputs[name], expected[name]) <= limit:
-            continue
-        prefix = layer
-        if name == "head" and config.tie_embeddings:
-            prefix = layers["embedding"]
-            layer = f"{layer}, tied to {prefix}"
-        inside = [key for key in wrong if key.startswith(f"{prefix}.")]
-        return f"{layer} (its weights differ: {', '.join(inside)})" if inside else layer
-    return f"no layer's output, but weights: {', '.join(wrong)}" if wrong else None
+    name = first_over(((n, outputs[n], expected[n]) for n in layers), limit)
+    if name is None:
+        return f"no layer's output, but weights: {', '.join(wrong)}" if wrong else None
+    layer = prefix = layers[name]
+    if name == "head" and config.tie_embeddings:
+        prefix = layers["embedding"]
+        layer = f"{layer}, tied to {prefix}"
+    inside = [key for key in wrong if key.startswith(f"{prefix}.")]
+    return f"{layer} (its weights differ: {', '.join(inside)})" if inside else layer
 
 
 def worst_gradients(worse: Mapping[str, float]) -> str | None:

@@ -9,7 +9,7 @@ where its own error is above the tolerance, twice that error is accepted, tensor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,12 @@ from colrow.comm.collectives import gather_from_tp
 from colrow.comm.mesh import Mesh
 from colrow.generation.engine import generate
 from colrow.models.decoder import Decoder
+from colrow.verification.comparison import gradient_errors, relative_error
 from colrow.verification.differences import (
-    Result,
+    BatchResult,
     captured,
     captured_reference,
     first_difference,
-    relative_error,
     why_not_finite,
     worst_gradients,
 )
@@ -160,7 +160,7 @@ def verify(
     logits = gather_from_tp(local_logits.detach(), tp, partition=model.vocab, layer="verify")
     loss = model.loss(ids, ids)
     loss.backward()
-    split, weights = Result(logits, loss, full_grads(model)), full_state_dict(model)
+    split, weights = BatchResult(logits, loss, full_grads(model)), full_state_dict(model)
     tokens: list[int] = []
     if bool(logits.isfinite().all()):  # whole on every rank: all decide alike
         say("decoding greedily")
@@ -181,16 +181,16 @@ def verify(
         exact = _run_reference(reference, ids, naming)
     with precision(torch.float64):
         expected_tokens = _reference_tokens(reference, prompt, new_tokens)
-    gradient_errors = _gradient_errors(split.grads, exact.grads)
+    off_by = gradient_errors(split.grads, exact.grads, small=0.0)
     errors = Errors(
         relative_error(logits, exact.logits),
         relative_error(loss, exact.loss),
-        max(gradient_errors.values()),
+        max(off_by.values()),
     )
     tolerance, rounding = TOLERANCES[dtype], Errors(0.0, 0.0, 0.0)
-    gradient_rounding = dict.fromkeys(gradient_errors, 0.0)
+    gradient_rounding = dict.fromkeys(off_by, 0.0)
     if rounded is not None:
-        gradient_rounding = _gradient_errors(rounded.grads, exact.grads)
+        gradient_rounding = gradient_errors(rounded.grads, exact.grads, small=0.0)
         rounding = Errors(
             relative_error(rounded.logits, exact.logits),
             relative_error(rounded.loss, exact.loss),
@@ -202,16 +202,14 @@ def verify(
         tolerance.gradients,
     )
     gradient_limits = {
-        name: accepted(tolerance.gradients, gradient_rounding[name]) for name in gradient_errors
+        name: accepted(tolerance.gradients, gradient_rounding.get(name, 0.0)) for name in off_by
     }
     greedy_equal = tokens == expected_tokens
     if tokens and not greedy_equal and rounded is not None and dtype.itemsize == 2:
         # Each of two logits may be off by this much.
         gap = 2 * (rounded.logits.double() - exact.logits).abs().max().item()
         greedy_equal = math.isfinite(gap) and as_likely(reference, prompt, tokens, gap)
-    worse = {
-        name: error for name, error in gradient_errors.items() if not error <= gradient_limits[name]
-    }
+    worse = {name: error for name, error in off_by.items() if not error <= gradient_limits[name]}
     passed = (
         errors.logits <= limits.logits and errors.loss <= limits.loss and not worse and greedy_equal
     )
@@ -229,7 +227,7 @@ def verify(
         dtype=str(dtype).removeprefix("torch."),
         logits_error=errors.logits,
         loss_error=errors.loss,
-        gradient_errors=gradient_errors,
+        gradient_errors=off_by,
         greedy_equal=greedy_equal,
         greedy_tokens=tokens,
         reference_tokens=expected_tokens,
@@ -243,22 +241,14 @@ def verify(
     )
 
 
-def _run_reference(reference: nn.Module, ids: Tensor, naming: Naming) -> Result:
+def _run_reference(reference: nn.Module, ids: Tensor, naming: Naming) -> BatchResult:
     dtype = next(reference.parameters()).dtype
     with precision(dtype):
         result = reference(input_ids=ids, labels=ids)
         result.loss.backward()
     grads = reference_grads(reference, naming)
     reference.zero_grad(set_to_none=True)
-    return Result(result.logits.detach(), result.loss.detach(), grads)
-
-
-def _gradient_errors(grads: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, float]:
-    """Relative error of every gradient of the reference; infinity where there is none."""
-    return {
-        name: relative_error(grads[name], grad) if name in grads else math.inf
-        for name, grad in exact.items()
-    }
+    return BatchResult(result.logits.detach(), result.loss.detach(), grads)
 
 
 @torch.no_grad()

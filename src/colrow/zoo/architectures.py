@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from colrow.checkpoint.reader import open_reader
+from colrow.checkpoint.opening import open_reader
 from colrow.inplace.meta import model_of
 from colrow.models.hf_config import read_config
 from colrow.verification.reference import prepare_reference, quiet_transformers

@@ -81,7 +81,7 @@ def _one(
 
 
 @dataclass(frozen=True)
-class Column:
+class BoardColumn:
     """A column of the scoreboard: who split, models of which sizes, over how many ranks."""
 
     system: str
@@ -97,14 +97,14 @@ class Column:
 Row = Sequence[Outcome | None]
 
 
-def columns(outcomes: Iterable[Outcome]) -> list[Column]:
+def columns(outcomes: Iterable[Outcome]) -> list[BoardColumn]:
     """The columns, in the order in which they were made."""
-    return list(dict.fromkeys(Column(o.system, o.even, o.tp) for o in outcomes))
+    return list(dict.fromkeys(BoardColumn(o.system, o.even, o.tp) for o in outcomes))
 
 
 def rows(outcomes: Sequence[Outcome]) -> dict[str, Row]:
     """For each architecture its outcome in every column."""
-    cells = {(o.name, Column(o.system, o.even, o.tp)): o for o in outcomes}
+    cells = {(o.name, BoardColumn(o.system, o.even, o.tp)): o for o in outcomes}
     heads = columns(outcomes)
     names = dict.fromkeys(o.name for o in outcomes)
     return {name: [cells.get((name, column)) for column in heads] for name in names}
@@ -114,7 +114,7 @@ def summary(outcomes: Sequence[Outcome]) -> list[str]:
     """A line for each column and kind of model: how many of each verdict, and how much split."""
     lines = []
     for column in columns(outcomes):
-        mine = [o for o in outcomes if Column(o.system, o.even, o.tp) == column]
+        mine = [o for o in outcomes if BoardColumn(o.system, o.even, o.tp) == column]
         for what, group in (
             ("causal LMs", [o for o in mine if o.task == "causal LM"]),
             ("others", [o for o in mine if o.task != "causal LM"]),

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import nn
 
 from colrow.comm.mesh import Mesh, init_mesh
-from colrow.verification.differences import relative_error
+from colrow.verification.comparison import gradient_errors, relative_error, worst_of
 from colrow.zoo.architectures import Architecture, build
-from colrow.zoo.measure import Result, first_difference, gradient_errors, output_error, run
+from colrow.zoo.model_run import ModelRun, first_difference, output_error, run
 from colrow.zoo.share import counted_parameters, share_split
 from colrow.zoo.systems import SYSTEMS, load
 
@@ -148,11 +148,11 @@ def _compare(
     if whole is None:
         return None
     errors = gradient_errors(grads, whole.grads)
-    worst = max(errors, key=lambda name: errors[name])
+    gradient_error, worst = worst_of(errors)
     off_by = {
         "outputs": output_error(ours, whole),
         "loss": relative_error(ours.loss, whole.loss),
-        "gradients": errors[worst],
+        "gradients": gradient_error,
     }
     wrong = [f"{what} off by {error:.0e}" for what, error in off_by.items() if not error <= limit]
     same_tokens = None if whole.tokens is None else ours.tokens == whole.tokens
@@ -186,7 +186,7 @@ def _mesh(tp: int) -> Mesh:
 
 def _whole_model(
     architecture: Architecture, mesh: Mesh, directory: str, dtype: torch.dtype
-) -> tuple[nn.Module, Result | None, float]:
+) -> tuple[nn.Module, ModelRun | None, float]:
     """The model to split on every rank, and on rank 0 what the whole one gives, and the limit."""
     problem, model, whole, limit = "", None, None, LIMITS[dtype]
     try:
@@ -210,7 +210,7 @@ def _whole_model(
     return model, whole, limit
 
 
-def _rounding(rounded: Result, whole: Result) -> float:
+def _rounding(rounded: ModelRun, whole: ModelRun) -> float:
     return max(
         output_error(rounded, whole),
         relative_error(rounded.loss, whole.loss),
@@ -218,7 +218,7 @@ def _rounding(rounded: Result, whole: Result) -> float:
     )
 
 
-def _run_whole(architecture: Architecture, model: nn.Module) -> Result:
+def _run_whole(architecture: Architecture, model: nn.Module) -> ModelRun:
     try:
         whole = run(architecture, model)
     except Exception:

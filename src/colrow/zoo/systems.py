@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from colrow.checkpoint.assemble import full_grads
 from colrow.comm.mesh import Mesh
 from colrow.verification.reference import prepare_reference, quiet_transformers
 
@@ -29,17 +30,10 @@ class System:
 
 
 def _parallelize(model: nn.Module, directory: str, mesh: Mesh) -> nn.Module:
-    import colrow
+    from colrow.inplace.api import parallelize
 
-    split: nn.Module = colrow.parallelize(model, mesh)
+    split: nn.Module = parallelize(model, mesh)
     return split
-
-
-def _full_grads(model: nn.Module) -> dict[str, Tensor]:
-    import colrow
-
-    grads: dict[str, Tensor] = colrow.full_grads(model)
-    return grads
 
 
 def load(model: nn.Module, directory: str, **options: Any) -> nn.Module:
@@ -80,6 +74,6 @@ def local(parameter: Tensor) -> Tensor:
 
 
 SYSTEMS = {
-    "colrow": System(_parallelize, _full_grads, needs_directory=False),
+    "colrow": System(_parallelize, full_grads, needs_directory=False),
     "transformers": System(_transformers, _dtensor_grads, needs_directory=True),
 }

@@ -12,8 +12,8 @@ import colrow
 from colrow.verification.reference import quiet_transformers
 from colrow.zoo import sizes
 from colrow.zoo.architectures import OTHERS, Architecture, build
-from colrow.zoo.inputs import batch
-from colrow.zoo.measure import full_precision
+from colrow.zoo.example_batch import batch
+from colrow.zoo.model_run import full_precision
 from tests.fuzz import compare
 from tests.fuzz.case import Case, Fields, Kind, NotRunError, OneOf, World
 

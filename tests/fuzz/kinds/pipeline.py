@@ -7,9 +7,9 @@ from dataclasses import replace
 import torch
 
 import colrow
+from colrow.pipeline.limits import split_for
 from colrow.pipeline.runner import PipelineRunner
 from colrow.pipeline.schedules import SCHEDULES
-from colrow.pipeline.settings import split_for
 from tests.fuzz import compare
 from tests.fuzz.case import Case, Fields, Kind, OneOf, World, grids
 from tests.fuzz.decoders import (

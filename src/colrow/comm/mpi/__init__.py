@@ -5,3 +5,6 @@ where Gloo goes through sockets. ``start`` brings MPI up in ranks that no mpiexe
 (of ``reductions`` and ``exchanges``) is the process group, ``work`` waits. Needs the ``cpu`` extra
 (mpi4py and an MPI library).
 """
+
+BACKEND = "colrow_mpi"
+"""Its name for torch.distributed."""

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor
 
+from colrow.comm.mpi import BACKEND
 from colrow.comm.mpi.patience import Patience
 from colrow.comm.mpi.peers import Peers
-from colrow.comm.mpi.start import BACKEND
 from colrow.comm.mpi.work import MpiWork
 from colrow.launch.watch import moved
 

@@ -16,13 +16,13 @@ import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from colrow.comm.engine import against_shared_memory
+from colrow.comm.mpi import BACKEND
 from colrow.comm.mpi.peers import Peers
 from colrow.launch.environment import inherited_environment
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
-BACKEND = "colrow_mpi"
 # Messages go through MPI's shared memory, but it also opens a way over the network, for ranks of
 # other hosts, of which there are none: UCX (MPICH) and libfabric (MPICH, Intel MPI) would listen on
 # every interface. libfabric's own shared memory would outlive a rank that is killed.
@@ -51,7 +51,7 @@ def register() -> None:
 def _create(options: Any, _: object) -> dist.ProcessGroup:
     ranks = list(options.global_ranks_in_group) or list(range(options.group_size))
     communicator = _communicator(options.store, options.group_rank, options.group_size, ranks)
-    from colrow.comm.mpi.group import MpiGroup  # starts MPI where it is imported first
+    from colrow.comm.mpi.process_group import MpiGroup  # starts MPI where it is imported first
 
     return MpiGroup(options.group_rank, communicator, options.timeout, ranks, _peers())
 

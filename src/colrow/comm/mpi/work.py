@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,8 +16,6 @@ from colrow.comm.mpi.patience import NAP_SECONDS, Patience
 
 if TYPE_CHECKING:
     from mpi4py import MPI
-
-    from colrow.comm.mpi.communicator import Communicator
 
 _SPINS = 100  # about 30 microseconds: then the other rank may need this very core
 # How long a future is waited for before a thread takes it over.
@@ -38,6 +36,26 @@ def completed(requests: Sequence[MPI.Request], status: MPI.Status | None = None)
     return True
 
 
+class Issuer(Protocol):
+    """What a work needs of the group that issued it.
+
+    Attributes:
+        pending: works that are not complete.
+        failed: a wait ended without its result.
+    """
+
+    pending: set[MpiWork]
+    failed: bool
+
+    def keep(self, work: MpiWork) -> None:
+        """Holds a work until it is complete."""
+        ...
+
+    def patience(self, what: str, timeout: timedelta | None) -> Patience:
+        """For a wait; ``timeout``, if given and positive, in place of the group's own."""
+        ...
+
+
 class MpiWork(dist.Work):
     """Requests of MPI, and what is left to do when they are complete.
 
@@ -53,7 +71,7 @@ class MpiWork(dist.Work):
 
     def __init__(
         self,
-        group: Communicator,
+        group: Issuer,
         requests: Sequence[MPI.Request],
         results: Results,
         what: str,

@@ -27,6 +27,7 @@ class GGUFForm:
         modules: colrow's module name to the file's, as in :class:`Family`.
         fixed: fields that are the same for every file of the architecture.
         keys: further fields and the keys, in the architecture's namespace, that say them.
+        reads: further keys of the architecture that :meth:`Family.complete_gguf` reads.
         optional_biases: field to the tensor whose presence says that there are such biases.
         paired_heads: rows of Q and K are stored as interleaved rotary pairs.
         centred_norms: norms' weights are stored with the 1 added that the model adds.
@@ -36,6 +37,7 @@ class GGUFForm:
     modules: Mapping[str, tuple[str, ...]]
     fixed: Mapping[str, object]
     keys: Mapping[str, str] = field(default_factory=dict)
+    reads: frozenset[str] = frozenset()
     optional_biases: Mapping[str, str] = field(default_factory=dict)
     paired_heads: bool = False
     centred_norms: bool = False

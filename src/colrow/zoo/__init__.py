@@ -1,0 +1,1 @@
+"""Tiny models of every architecture, split and compared with the whole."""
