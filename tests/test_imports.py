@@ -20,6 +20,7 @@ ROOMS = (
     "colrow.files",
     "colrow.leftovers",
     "colrow.partition",
+    "colrow.sharding",
     "colrow.rng",
     # Ranks, and what goes between them.
     "colrow.launch",
