@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from colrow.comm.mesh import init_mesh as init_mesh
     from colrow.inplace.api import parallelize as parallelize
     from colrow.inplace.api import plan_for as plan_for
-    from colrow.inplace.load import load_weights as load_weights
-    from colrow.inplace.save import save_pretrained as save_pretrained
+    from colrow.inplace.weights.load import load_weights as load_weights
+    from colrow.inplace.weights.save import save_pretrained as save_pretrained
     from colrow.layers.attention import ParallelAttention as ParallelAttention
     from colrow.layers.block import ParallelBlock as ParallelBlock
     from colrow.layers.column import ColumnParallelLinear as ColumnParallelLinear

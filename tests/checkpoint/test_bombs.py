@@ -20,7 +20,7 @@ from colrow.checkpoint.opening import open_reader
 from colrow.checkpoint.pretrained import pretrained_config
 from colrow.cli import main
 from colrow.generation.tokenizer import load_tokenizer
-from colrow.inplace.meta import model_of
+from colrow.inplace.weights.meta import model_of
 from colrow.models.config_limits import check_any_config
 from colrow.models.hf_config import config_from_file
 from colrow.planner.config_json import model_from_config_json

@@ -15,8 +15,9 @@ import colrow
 from colrow.comm import primitives
 from colrow.comm.group import ParallelGroup
 from colrow.comm.mesh import Mesh
-from colrow.inplace import together
-from colrow.inplace.api import look, plan_for
+from colrow.inplace.analysis import analyse
+from colrow.inplace.api import plan_for
+from colrow.inplace.apply import agreement
 from colrow.zoo.architectures import architectures, build
 from colrow.zoo.compare import compare_on
 from tests.ranks import RankPool
@@ -146,18 +147,18 @@ def check_ranks_that_disagree(tp: ParallelGroup) -> None:
         plan = {"both": "sideways"} if tp.rank else "auto"
         colrow.parallelize(model, mesh, plan, example_inputs=inputs)
     # Where each rank computes in the model, the one that fails must not go on to a collective.
-    usual, together._TOGETHER = together._TOGETHER, timedelta(seconds=0.2)
+    usual, agreement._PATIENCE = agreement._PATIENCE, timedelta(seconds=0.2)
     try:
         if tp.rank:
             with pytest.raises(RuntimeError, match=r"tp rank 1 alone failed .*: of no use"):
-                together.all_come("of no use", tp)
+                agreement.all_arrive("of no use", tp)
             primitives.all_reduce(torch.ones(1), tp)
         else:
             primitives.all_reduce(torch.ones(1), tp)
-            together.all_come("", tp)
-        together.all_come("of all", tp)
+            agreement.all_arrive("", tp)
+        agreement.all_arrive("of all", tp)
     finally:
-        together._TOGETHER = usual
+        agreement._PATIENCE = usual
 
 
 def test_ranks_that_find_different_things_or_fail_alone(ranks: RankPool) -> None:
@@ -202,7 +203,7 @@ def test_plans_that_cannot_be_followed() -> None:
     def refused(plan: dict[str, str], message: str) -> Callable[[], None]:
         def run() -> None:
             with pytest.raises(ValueError, match=message):
-                look(OwnModel(), 2, plan, {"ids": torch.arange(12).view(2, 6) % 7})
+                analyse(OwnModel(), 2, plan, {"ids": torch.arange(12).view(2, 6) % 7})
 
         return run
 

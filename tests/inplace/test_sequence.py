@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import colrow
 from colrow.comm.group import ParallelGroup
-from colrow.inplace.api import look
+from colrow.inplace.analysis import analyse
 from colrow.verification.comparison import gradient_errors, relative_error
 from colrow.zoo.architectures import architectures, build
 from colrow.zoo.example_batch import batch
@@ -158,19 +158,19 @@ IDS = torch.arange(14).view(2, 7) % 13
 def test_blocks_whose_tokens_hang_together(kind: str, reason: str) -> None:
     torch.manual_seed(0)
     with pytest.raises(ValueError, match=f"sequence_parallel: .*{reason}"):
-        look(Blocks(kind).double(), 2, "auto", {"ids": IDS}, sequence_parallel=True)
+        analyse(Blocks(kind).double(), 2, "auto", {"ids": IDS}, sequence_parallel=True)
 
 
 def test_more_ranks_than_tokens_in_the_example() -> None:
     with pytest.raises(ValueError, match="2 tokens for 3 ranks: give example_inputs with more"):
-        look(Blocks("plain"), 3, "auto", {"ids": IDS[:, :2]}, sequence_parallel=True)
+        analyse(Blocks("plain"), 3, "auto", {"ids": IDS[:, :2]}, sequence_parallel=True)
 
 
 def test_a_model_without_blocks() -> None:
     model = Block("plain")
     example = {"x": torch.randn(2, 6, 8)}
     with pytest.raises(ValueError, match="Block has no stack of blocks with split layers"):
-        look(model, 2, "auto", example, sequence_parallel=True)
+        analyse(model, 2, "auto", example, sequence_parallel=True)
 
 
 def check_own(tp: ParallelGroup, kind: str) -> None:

@@ -15,7 +15,7 @@ import torch
 import colrow
 from colrow.comm.group import ParallelGroup
 from colrow.comm.mesh import Mesh
-from colrow.inplace.meta import model_of
+from colrow.inplace.weights.meta import model_of
 from colrow.verification.comparison import relative_error
 from colrow.verification.reference import load_reference, precision
 from tests.ranks import RankPool, run_world

@@ -1,8 +1,6 @@
-"""Any ``nn.Module`` made tensor-parallel in place.
+"""Any ``nn.Module`` made tensor-parallel in place. Each room imports only from those to its left.
 
-``capture`` runs the model once and keeps what each module was called with; ``probe`` finds, with
-gradients, which outputs of one layer reach which inputs of another; ``atoms`` makes from that the
-pieces that cannot be torn and gives them to the ranks; ``simulate`` runs every rank's part in one
-process and ``prove`` compares it with the whole; ``modules`` are the layers that take over;
-``api`` puts it together.
+``observe`` (what a model does when it runs) <- ``find`` (what can be split, and the proof) <-
+``apply`` (how a split is carried out) <- ``weights`` (reading, making up and saving them) <- here:
+``analysis`` finds everything, ``split`` carries it out, ``check`` compares, ``api`` is the entry.
 """

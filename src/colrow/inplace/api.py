@@ -8,23 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from colrow.comm.mesh import Mesh
-from colrow.inplace.attempt import split_checked
-from colrow.inplace.capture import evaluating
-from colrow.inplace.check import Observation, observe
-from colrow.inplace.equal_weights import check_equal_weights
-from colrow.inplace.fused import without_fused_kernels
-from colrow.inplace.inputs import compare_inputs
-from colrow.inplace.load import checked_names, fill, open_weights
-from colrow.inplace.look import Look, carry_out, look
-from colrow.inplace.meta import give_buffers, is_on_meta, model_of
+from colrow.inplace.analysis import Analysis, analyse
+from colrow.inplace.apply.agreement import check_equal_weights, find_alike
+from colrow.inplace.apply.inputs import compare_inputs
+from colrow.inplace.apply.record import SplitRecord, check_whole, record_of
+from colrow.inplace.check import Evaluation, evaluate
+from colrow.inplace.observe.modes import evaluating, without_fused_kernels
 from colrow.inplace.plan import Plan
-from colrow.inplace.record import Record, check_whole, record_of
-from colrow.inplace.stand_in import StandIn
-from colrow.inplace.together import look_together
-from colrow.inplace.vocabulary import knows_loss
+from colrow.inplace.split import carry_out, split_checked
+from colrow.inplace.weights.load import checked_names, fill, open_weights
+from colrow.inplace.weights.meta import give_buffers, is_on_meta, model_of
+from colrow.inplace.weights.stand_in import StandIn
 from colrow.shards.steps import watch
 
 
@@ -47,7 +45,7 @@ def parallelize(
     layers are split, and how their features go to the ranks, is inferred from the model itself:
     nothing is split that was not proven to give the same values and gradients.
 
-    A model on the meta device is looked at with made-up weights, and split without values; then
+    A model on the meta device is analysed with made-up weights, and split without values; then
     each rank reads its part of ``weights``, or of what :func:`load_weights` is given later. No
     rank holds a whole large weight at any time.
 
@@ -78,7 +76,7 @@ def parallelize(
         RuntimeError: another rank failed, or this rank alone did while the others compute.
     """
     options = _Options(plan, example_inputs, sequence_parallel, check)
-    # The proof takes gradients, and looks at layers one by one.
+    # The proof takes gradients, and runs layers one by one.
     with torch.inference_mode(False), torch.enable_grad(), without_fused_kernels():
         split = _parallelize(model, mesh, options, weights, dtype)
     if (record := record_of(split)) is not None:
@@ -125,34 +123,35 @@ class _Options:
     sequence_parallel: bool
     check: bool
 
-    def look(self, model: nn.Module, mesh: Mesh, by: Callable[..., Look]) -> Look:
-        """What all ranks find, each with ``by``; see :func:`look_together`."""
-        return look_together(
-            lambda: by(
+    def analyse(self, model: nn.Module, mesh: Mesh, stand_in: StandIn | None = None) -> Analysis:
+        """What every rank finds, the same on all; as :func:`find_alike`."""
+        return find_alike(
+            lambda: analyse(
                 model,
                 mesh.tp.size,
                 self.plan,
                 self.example_inputs,
+                stand_in=stand_in,
                 sequence_parallel=self.sequence_parallel,
             ),
+            Analysis.described,
             mesh.tp,
             mesh.device,
         )
 
 
 def _with_values(model: nn.Module, mesh: Mesh, options: _Options) -> nn.Module:
-    found = options.look(model, mesh, look)
+    found = options.analyse(model, mesh)
     if not options.check:
         carry_out(model, mesh.tp, found, found.vocabulary).settle()
         return model
-    batch = found.batches[0]
-    labels = "input_ids" in batch and knows_loss(model, found.vocabulary)
-    whole = observe(model, batch, with_labels=labels, results=found.results)
+    labels = found.has_loss
+    whole = evaluate(model, found.batch, with_labels=labels, results=found.results)
 
-    def observed(_: Record) -> Observation:
-        return observe(model, batch, with_labels=labels, drops=whole.drops)
+    def evaluated(_: SplitRecord) -> Evaluation:
+        return evaluate(model, found.batch, with_labels=labels, drops=whole.drops)
 
-    split_checked(model, mesh, found, whole, observed)
+    split_checked(model, mesh, found, whole, evaluated)
     return model
 
 
@@ -164,32 +163,61 @@ def _without_values(
         names = None if reader is None else checked_names(model, reader)
         give_buffers(model, names, mesh.device)
         if mesh.tp.size > 1:
-            stand_in = StandIn(model)
-            found = options.look(model, mesh, stand_in.look)
-            if options.check:
-                labels = "input_ids" in found.batches[0] and knows_loss(model, found.vocabulary)
-                whole = stand_in.observe(found, with_labels=labels)
-                emptied: list[Callable[[], None]] = []
-
-                def observed(record: Record) -> Observation:
-                    emptied[:] = stand_in.fill(model, record, mesh.device)
-                    batch = found.batches[0]
-                    return stand_in.observe_split(
-                        model, batch, with_labels=labels, drops=whole.drops
-                    )
-
-                split_checked(model, mesh, found, whole, observed)
-                if reader is None:
-                    for step in emptied:
-                        step()
-            else:
-                carry_out(model, mesh.tp, found, found.vocabulary).settle()
+            _split_without_values(model, mesh, options, stays_empty=reader is None)
         if reader is not None and names is not None:
             fill(model, names, reader, mesh.device)
     finally:
         if reader is not None:
             reader.close()
     return model
+
+
+def _split_without_values(
+    model: nn.Module, mesh: Mesh, options: _Options, *, stays_empty: bool
+) -> None:
+    """Splits a model on the meta device; the check fills it with made-up weights.
+
+    Args:
+        stays_empty: whether it is on the meta device again afterwards.
+    """
+    stand_in = StandIn(model)
+    found = options.analyse(model, mesh, stand_in)
+    if not options.check:
+        carry_out(model, mesh.tp, found, found.vocabulary).settle()
+        return
+    labels = found.has_loss
+    with stand_in.running():
+        whole = evaluate(
+            stand_in.model,
+            found.batch,
+            with_labels=labels,
+            of=stand_in.small,
+            results=found.results,
+        )
+    finite = [y[torch.isfinite(y)] for y in whole.results]
+    if not any(y.numel() and float(y.std()) > 0 for y in finite):
+        raise ValueError(
+            f"{type(model).__name__} on the meta device: with made-up weights it gives nothing "
+            "that could be compared; load its weights first"
+        )
+    emptied: list[Callable[[], None]] = []
+
+    def evaluated(record: SplitRecord) -> Evaluation:
+        emptied[:] = stand_in.fill(model, record, mesh.device)
+        first = next(model.parameters())
+        batch = pytree.tree_map(lambda leaf: _placed(leaf, first), dict(found.batch))
+        return evaluate(model, batch, with_labels=labels, of=stand_in.small, drops=whole.drops)
+
+    split_checked(model, mesh, found, whole, evaluated)
+    if stays_empty:
+        for step in emptied:
+            step()
+
+
+def _placed(leaf: Any, like: Tensor) -> Any:
+    if not isinstance(leaf, Tensor):
+        return leaf
+    return leaf.to(like) if leaf.is_floating_point() else leaf.to(like.device)
 
 
 def plan_for(
@@ -216,6 +244,6 @@ def plan_for(
     check_whole(model)
     with torch.inference_mode(False), torch.enable_grad(), without_fused_kernels():
         if not is_on_meta(model):
-            return look(model, tp or 2, "auto", example_inputs).plan
+            return analyse(model, tp or 2, "auto", example_inputs).plan
         give_buffers(model, None, torch.device("cpu"))
-        return StandIn(model).look(model, tp or 2, "auto", example_inputs).plan
+        return analyse(model, tp or 2, "auto", example_inputs, stand_in=StandIn(model)).plan

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,27 +13,83 @@ from torch import Tensor, nn
 
 from colrow.comm import primitives
 from colrow.comm.group import ParallelGroup
-from colrow.inplace.atoms import indices_of
-from colrow.inplace.calls import tensors_of
-from colrow.inplace.capture import arithmetic_of, evaluating, without_cache
-from colrow.inplace.dropout import NoDropout
-from colrow.inplace.generation import Steps, generated
-from colrow.inplace.record import Record, record_of
-from colrow.inplace.together import all_come
+from colrow.inplace.apply.agreement import all_arrive
+from colrow.inplace.apply.record import SplitRecord, record_of
+from colrow.inplace.find.shard_groups import indices_of
+from colrow.inplace.observe.calls import tensors_of
+from colrow.inplace.observe.modes import NoDropout, arithmetic_of, evaluating, without_cache
 from colrow.verification.comparison import (
     SMALL_GRADIENT,
     largest_norm,
     relative_error,
     worst_of,
 )
+from colrow.verification.reference import quiet_transformers
 
 _LIMITS = {torch.float64: 1e-9, torch.float32: 1e-3}
 _LOW_PRECISION_LIMIT = 0.2
 _MOST_ELEMENTS = 1 << 28
+_STEPS = 3
+_STARTS = ("input_ids", "pixel_values", "input_features")
+
+
+@dataclass
+class GenerationSteps:
+    """The first steps of ``model.generate``, where a model with a cache takes other ways.
+
+    Attributes:
+        logits: of each step; empty where the model does not generate.
+        problem: what it raised instead.
+    """
+
+    logits: list[Tensor] = field(default_factory=list)
+    problem: str = ""
+
+
+def generated(model: Any, inputs: Mapping[str, Any]) -> GenerationSteps:
+    """Logits of the first steps of ``model.generate``, with tokens that do not depend on them.
+
+    Args:
+        inputs: of a forward pass; generation starts from its tokens, images or sound.
+    """
+    if not callable(getattr(model, "generate", None)) or not _can_generate(model):
+        return GenerationSteps()
+    start = {name: inputs[name] for name in _STARTS if isinstance(inputs.get(name), Tensor)}
+    if not start:
+        return GenerationSteps()
+    try:
+        with quiet_transformers():
+            result: Any = model.generate(
+                **start,
+                max_new_tokens=_STEPS,
+                do_sample=False,
+                num_beams=1,
+                use_cache=True,
+                eos_token_id=None,
+                pad_token_id=0,
+                output_logits=True,
+                return_dict_in_generate=True,
+                logits_processor=[_forced],
+            )
+    except Exception as error:  # whatever the model's code raises
+        return GenerationSteps(problem=f"{type(error).__name__}: {error}")
+    return GenerationSteps([step.detach().clone() for step in result.logits or ()])
+
+
+def _can_generate(model: nn.Module) -> bool:
+    can = getattr(model, "can_generate", None)
+    return bool(can()) if callable(can) else False
+
+
+def _forced(ids: Tensor, scores: Tensor) -> Tensor:
+    """Scores by which the next token follows from how many there are, whatever the logits."""
+    chosen = torch.full_like(scores, -1.0)
+    chosen[:, 3 + 7 * ids.shape[-1] % max(1, scores.shape[-1] - 8)] = 1.0
+    return chosen
 
 
 @dataclass(frozen=True)
-class Observation:
+class Evaluation:
     """What a model gave for a batch.
 
     Attributes:
@@ -47,11 +103,11 @@ class Observation:
     results: list[Tensor]
     loss: Tensor | None
     grads: dict[str, Tensor]
-    steps: Steps
+    steps: GenerationSteps
     drops: bool = False
 
 
-def observe(
+def evaluate(
     model: nn.Module,
     inputs: Mapping[str, Any],
     *,
@@ -59,8 +115,8 @@ def observe(
     of: Collection[str] | None = None,
     results: list[Tensor] | None = None,
     drops: bool = True,
-) -> Observation:
-    """Runs the model, in eval mode; its parameters' own gradients are left alone.
+) -> Evaluation:
+    """What the model gives for a batch in eval mode; its parameters' ``grad`` stays as it was.
 
     Args:
         of: the parameters whose gradients to take; all by default.
@@ -68,13 +124,13 @@ def observe(
         drops: False where it is known that the model's loss takes no dropout in eval mode.
 
     Raises:
-        LeftAloneError: as :func:`colrow.inplace.together.all_come`, for a model that is split.
+        LeftAloneError: as :func:`all_arrive`, for a model that is split.
     """
     with evaluating(model), arithmetic_of(model):
         with torch.no_grad():
             steps = generated(model, inputs)
         if (record := record_of(model)) is not None:
-            all_come(steps.problem, record.tp)
+            all_arrive(steps.problem, record.tp)
         with without_cache(model):
             if results is None:
                 with torch.no_grad():
@@ -84,7 +140,7 @@ def observe(
                 for n, p in model.named_parameters()
                 if p.requires_grad and (of is None or n in of)
             }
-            seen = Observation(results, None, {}, steps)
+            seen = Evaluation(results, None, {}, steps)
             size = sum(p.numel() for p in named.values())
             if not named or size > _MOST_ELEMENTS or next(model.parameters()).element_size() < 4:
                 return seen
@@ -144,8 +200,12 @@ def _loss(model: nn.Module, inputs: Mapping[str, Any], *, with_labels: bool) -> 
     return total
 
 
-def difference(split: Observation, whole: Observation, record: Record) -> tuple[float, str]:
-    """The largest relative error of this rank, and of what."""
+def difference(split: Evaluation, whole: Evaluation, record: SplitRecord) -> tuple[float, str]:
+    """The largest relative error of this rank, and of what.
+
+    Args:
+        record: how the model is split, which says what of a whole gradient the rank should have.
+    """
     if len(split.results) != len(whole.results):
         return math.inf, "the number of results"
     errors = {

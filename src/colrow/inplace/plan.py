@@ -8,11 +8,10 @@ from typing import Any
 
 from torch import nn
 
-from colrow.inplace.atoms import spec_of_rows
-from colrow.inplace.gathered import GatheredLayers
-from colrow.inplace.infer import Inference
-from colrow.inplace.prove import Proof
-from colrow.inplace.styles import (
+from colrow.inplace.find.infer import Inference
+from colrow.inplace.find.proof import Proof
+from colrow.inplace.find.shard_groups import spec_of_rows
+from colrow.inplace.find.styles import (
     COLUMN,
     EXPERTS,
     ROW,
@@ -22,8 +21,9 @@ from colrow.inplace.styles import (
     check_styles,
     pattern_of,
 )
-from colrow.inplace.unit import linear_kind, output_dim
-from colrow.inplace.vocabulary import VocabularyLayers
+from colrow.inplace.find.whole_results import GatheredLayers, VocabularyLayers
+from colrow.inplace.observe.calls import full_name
+from colrow.inplace.observe.linear_layers import linear_kind, output_dim
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class PlanRow:
 
     Attributes:
         module: its name, with ``*`` for the layer's number.
-        style: see :mod:`colrow.inplace.styles`.
+        style: see :mod:`colrow.inplace.find.styles`.
         why: where the choice comes from, or why it is not split.
         parameters: elements of all layers of this kind.
         share: the part of them that a rank holds, on average.
@@ -72,7 +72,7 @@ def make_plan(
     gathered: GatheredLayers,
     ranks: int,
 ) -> Plan:
-    """The plan that was found, compared with the one that came with the model."""
+    """What was found as a plan; its rows say where transformers' own plan says the same or not."""
     entries = _entries(model, inference, vocabulary, ranks)
     for name in gathered.linears:
         reason = inference.reasons.get(name, "not in a pair of layers that can be split")
@@ -146,7 +146,7 @@ def _entries(
             if id(proof) not in known:
                 known[id(proof)] = _of_proof(module, proof, ranks)
             for inner, entry in known[id(proof)].items():
-                entries[f"{name}.{inner}" if name else inner] = entry
+                entries[full_name(name, inner)] = entry
     for name in vocabulary.embeddings:
         entries[name] = "embedding_rowwise", 1 / ranks, "the vocabulary"
     for name in vocabulary.heads:
@@ -181,7 +181,7 @@ def _of_proof(module: nn.Module, proof: Proof, ranks: int) -> dict[str, tuple[st
 
 
 def check_plan(model: nn.Module, plan: Mapping[str, str]) -> Matcher:
-    """The plan, ready to be asked.
+    """The plan as a matcher of names.
 
     Raises:
         ValueError: for an unknown style, or a pattern that matches nothing in the model.
@@ -199,7 +199,7 @@ def check_plan(model: nn.Module, plan: Mapping[str, str]) -> Matcher:
 
 
 def check_followed(matcher: Matcher, found: Plan, model: nn.Module, inference: Inference) -> None:
-    """Raises ValueError when a layer that the plan splits was not split, or otherwise."""
+    """Raises ValueError where the plan that was asked for and the one that was found differ."""
     mine = Matcher(found)
     for name, module in model.named_modules():
         wanted = matcher.style(name)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from colrow.checkpoint.opening import open_reader
-from colrow.inplace.meta import model_of
+from colrow.inplace.weights.meta import model_of
 from colrow.models.hf_config import read_config
 from colrow.verification.reference import prepare_reference, quiet_transformers
 from colrow.zoo.overrides import OVERRIDES
