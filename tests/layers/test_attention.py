@@ -362,6 +362,12 @@ def check_refusals(tp: ParallelGroup) -> None:
         layer(torch.zeros(1, 2, HIDDEN), context=restarted, cache=cache)
     with raises(ValueError, "positions should be [batch or 1, 4]", "(1, 3)"):
         AttentionContext(4, positions=torch.zeros(1, 3, dtype=torch.int64))
+    norm = NormSpec(HEAD_DIM)
+    with raises(ValueError, "queries and keys have norms both, or neither has one"):
+        ParallelAttention(HIDDEN, heads, HEAD_DIM, tp, query_norm=norm)
+    other = NormSpec(HEAD_DIM, "layernorm")
+    with raises(ValueError, "a kind of layer that attention cannot handle", "layernorm"):
+        ParallelAttention(HIDDEN, heads, HEAD_DIM, tp, query_norm=other, key_norm=other)
     for parts in (tp.size - 1, tp.size + 1):
         with raises(ValueError, f"over {parts} ranks", f"tp group of {tp.size}"):
             ParallelAttention(HIDDEN, HeadPartition.create(8, 2, parts), HEAD_DIM, tp)

@@ -40,7 +40,7 @@ from colrow.layers.describe import (
     parameters_of,
 )
 from colrow.layers.experts import Router
-from colrow.layers.norm import DividedRMSNorm, head_norm, hidden_norm
+from colrow.layers.norm import head_norm, hidden_norm
 from colrow.layers.options import RopeConfig
 from colrow.layers.shared import SharedLayers
 from colrow.models.compose import decoder
@@ -76,6 +76,7 @@ BLOCKS: dict[str, dict[str, Any]] = {
     },
     "norms of each head": {"qk_norm": "each_head", "attention_scale": 0.3},
     "norms of all heads": {"qk_norm": "all_heads", "norms": "after", "norm_wide": True},
+    "norms of all heads, one KV head": {"qk_norm": "all_heads", "num_kv_heads": 1},
     "norms around": {"norms": "around", "norm_centred": True, "norm_wide": True},
     "experts": {"experts": 4, "active_experts": 2, "num_heads": 4, "num_kv_heads": 4},
 }
@@ -111,12 +112,15 @@ def parts_alone(tp: ParallelGroup, sequence_parallel: bool) -> list[tuple[nn.Mod
     for norm in forms:
         layer = hidden_norm(norm, tp, divided_sequence=sequence_parallel, layer="", dtype=FP64)
         found.append((layer, norm))
-    for norm in (NormSpec(HEAD_DIM, by_head=True), NormSpec(5 * HEAD_DIM, partition=query)):
-        found.append((head_norm(norm, HEAD_DIM, query, tp, layer="", dtype=FP64), norm))
-    norm = NormSpec(HEAD_DIM, partition=key_value)
+    for norm in (
+        NormSpec(HEAD_DIM, by_head=True),
+        NormSpec(5 * HEAD_DIM, partition=query),
+        NormSpec(HEAD_DIM, partition=key_value),
+    ):
+        layer = head_norm(norm, tp, features=norm.partition, layer="", dtype=FP64)
+        found.append((layer, norm))
     return [
         *found,
-        (DividedRMSNorm(norm, tp, dtype=FP64), norm),
         (
             VocabParallelEmbedding(VOCABULARY, HIDDEN, tp, **options),
             EmbeddingSpec(vocab, HIDDEN),
@@ -200,6 +204,7 @@ def check_compositions(tp: ParallelGroup, name: str) -> None:
     spec, division = config.blocks[0], config.divide(tp.size)
     assert isinstance(spec.attention, AttentionSpec)
     for sp in (False, True):
+        torch.manual_seed(0)
         sharding, device = Sharding(sp), torch.get_default_device()
         block = DecoderParts(config, division, tp, sharding, device, FP64).block(0)
         for prefix, described, layer in (
@@ -209,8 +214,8 @@ def check_compositions(tp: ParallelGroup, name: str) -> None:
         ):
             parameters = parameters_of(described.parts(division))
             check_parameters(tp, layer, parameters, sp)
-            for parameter in layer.parameters():
-                nn.init.normal_(parameter, 1.0, 0.1)
+            for number, parameter in enumerate(layer.parameters()):
+                nn.init.constant_(parameter, 0.1 + 0.01 * number)
             summed = sum(p.summed_elements(sequence_parallel=sp) for p in parameters.values())
             expected = sent(described, prefix, tp.size, sp)
             check_sent(tp, layer, expected, summed, sp, f"{name} {prefix} {sp=}")

@@ -63,8 +63,8 @@ class ParallelAttention(Sharded, nn.Module):
         layer: name for messages and the ledger.
 
     Raises:
-        ValueError: heads that are divided over another number of ranks; what the two linear layers
-            refuse.
+        ValueError: heads that are divided over another number of ranks; one norm of the two, or
+            one that is no RMS norm; what the two linear layers refuse.
     """
 
     def __init__(
@@ -121,15 +121,23 @@ class ParallelAttention(Sharded, nn.Module):
             dtype=dtype,
         )
         self.query_norm = self.key_norm = None
+        if (query_norm is None) != (key_norm is None):
+            raise ValueError(f"{layer}: queries and keys have norms both, or neither has one")
         if query_norm is not None and key_norm is not None:
-            owned = heads.query.scaled(head_dim), heads.key_value.scaled(head_dim)
+            # The queries' says which: of a single KV head both have the same size.
+            over_all = query_norm.size != head_dim
             self.query_norm, self.key_norm = (
                 head_norm(
-                    norm, head_dim, part, tp, layer=f"{prefix}{name}", device=device, dtype=dtype
+                    norm,
+                    tp,
+                    features=part.scaled(head_dim) if over_all else None,
+                    layer=f"{prefix}{name}",
+                    device=device,
+                    dtype=dtype,
                 )
                 for name, norm, part in (
-                    ("query_norm", query_norm, owned[0]),
-                    ("key_norm", key_norm, owned[1]),
+                    ("query_norm", query_norm, heads.query),
+                    ("key_norm", key_norm, heads.key_value),
                 )
             )
         self.dropout = ParallelDropout(dropout)

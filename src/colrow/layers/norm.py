@@ -246,10 +246,9 @@ def normed_together(
 
 def head_norm(
     norm: NormSpec,
-    head_dim: int,
-    features: Partition,
     tp: ParallelGroup,
     *,
+    features: Partition | None,
     layer: str,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
@@ -257,13 +256,19 @@ def head_norm(
     """The norm of queries or keys: of each head, or of all heads' features.
 
     Args:
-        features: how the features of all heads are divided.
+        features: how the features of all heads are divided, for a norm over them; None for a norm
+            over each head's.
+
+    Raises:
+        ValueError: a norm that is no RMS norm.
     """
-    if norm.size != head_dim:
+    if norm.kind != "rmsnorm":
+        unknown(norm, "attention")
+    if features is not None:
         divided = replace(norm, partition=features)
         return DividedRMSNorm(divided, tp, layer=layer, device=device, dtype=dtype)
     return RMSNorm(
-        head_dim,
+        norm.size,
         tp,
         eps=norm.eps,
         applied_to="shard",
