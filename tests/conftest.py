@@ -70,7 +70,7 @@ def ranks(pytestconfig: pytest.Config) -> Iterator[RankPool]:
     """``ranks(n, function, *args, timeout=60)``: see :class:`tests.ranks.RankPool`."""
     pool = RankPool(pytestconfig.getoption("--device"))
     yield pool
-    pool.stop()
+    pool.close()
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -19,6 +20,7 @@ from tests import devices
 
 POOL_SIZE = 4
 _SECONDS_TO_START = 120
+_SECONDS_TO_END = 10
 # How long the others may go on after a rank raised, before they count as waiting for it.
 _SECONDS_TO_FOLLOW = 2.0
 # Imported once, in the server that the ranks are forked from: a rank begins in milliseconds.
@@ -168,6 +170,15 @@ class RankPool:
             self.stop()
             raise RankError(f"the pool did not start: {lost}", raised)
 
+    def close(self) -> None:
+        """Lets the workers end by themselves, as a measurement of coverage needs."""
+        for connection in self._connections:
+            connection.close()
+        if self._context is not None:
+            for process in self._context.processes:
+                process.join(_SECONDS_TO_END)
+        self.stop()
+
     def stop(self) -> None:
         """Ends the workers; the next call starts new ones."""
         if self._context is None:
@@ -212,6 +223,8 @@ def _work(rank: int, connections: list[Connection], store: str, device: devices.
         if other != rank:
             connection.close()
     connection, size = connections[rank], len(connections)
+    for category in (DeprecationWarning, FutureWarning):  # as in pyproject.toml
+        warnings.filterwarnings("error", category=category, module=r"(colrow|tests)\b")
     stay_on_loopback()
     dist.init_process_group("gloo", store=FileStore(store, size), rank=rank, world_size=size)
     groups = {
