@@ -25,12 +25,14 @@ _SECONDS_TO_END = 10
 _SECONDS_TO_FOLLOW = 2.0
 # Imported once, in the server that the ranks are forked from: a rank begins in milliseconds.
 _PRELOADED = [
-    "tests.devices",
-    "torch.distributed.fsdp",
+    "pytest",
     "transformers.generation.utils",
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama",
+    "colrow.pipeline.runner",
+    "colrow.train.loop",
     "colrow.zoo.compare",
+    "tests.devices",
 ]
 
 
@@ -72,6 +74,8 @@ class RankPool:
         self._connections: list[Connection] = []
         self._context: Any = None
         self._directory = ""
+        # A process that has used CUDA, if only to count the GPUs, must not be forked.
+        self._method = "spawn" if device == "cuda" else "forkserver"
 
     def __call__(
         self, n: int, function: Callable[..., Any], *args: Any, timeout: float = 60
@@ -146,8 +150,6 @@ class RankPool:
 
         self._directory = tempfile.mkdtemp(prefix="colrow-tests-")
         pipes = [multiprocessing.Pipe() for _ in range(self._size)]
-        # A process that has used CUDA, if only to count the GPUs, must not be forked.
-        method = "spawn" if self.device == "cuda" else "forkserver"
         multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
         with inherited_environment({"OMP_NUM_THREADS": "1"}):
             self._context = start_processes(  # type: ignore[no-untyped-call]
@@ -160,7 +162,7 @@ class RankPool:
                 nprocs=self._size,
                 join=False,
                 daemon=True,
-                start_method=method,
+                start_method=self._method,
             )
         for _, theirs in pipes:
             theirs.close()  # so that a worker's death is an end of file here
@@ -169,6 +171,13 @@ class RankPool:
         if raised or lost:
             self.stop()
             raise RankError(f"the pool did not start: {lost}", raised)
+
+    def renew(self) -> None:
+        """Ends workers that are cheap to start: process groups and caches that tests have left in
+        them would slow later ones down, by half and more.
+        """
+        if self._method == "forkserver":
+            self.close()
 
     def close(self) -> None:
         """Lets the workers end by themselves, as a measurement of coverage needs."""
