@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu fuzz lint format bench-peers bench-gpu clean
+.PHONY: help demo test test-slow test-gpu coverage fuzz lint format bench-peers bench-gpu clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +38,12 @@ GPU_TESTS := tests/layers tests/comm tests/models tests/generation tests/cli/tes
 	tests/verification/test_verify.py tests/train/test_step.py tests/integration/test_with_torch.py
 test-gpu: $(INSTALLED) $(MODEL) ## run the tests of layers, models, generation and training on GPUs
 	$(BIN)/python -m pytest -m "not slow" --device cuda $(GPU_TESTS) $(PYTEST_ARGS)
+
+coverage: $(INSTALLED) $(MODEL) ## run the tests and print which lines and branches of each file they reach
+	rm -f .coverage .coverage.*
+	-$(BIN)/python -m coverage run -m pytest -m "not slow" $(SIDE_BY_SIDE) $(PYTEST_ARGS)
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage report
 
 fuzz: $(INSTALLED) ## split random models and compare (FUZZ_ARGS="--seconds 300 --ranks 3 --seed 7")
 	$(BIN)/python -m tests.fuzz $(FUZZ_ARGS)
@@ -66,7 +72,7 @@ bench-gpu: $(INSTALLED) ## time one rank's work on a GPU (GPU_ARGS="--only loss"
 	$(BIN)/python -m benchmarks.gpu $(GPU_ARGS)
 
 clean: ## remove .venv, .cache and everything built
-	rm -rf .venv .cache build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .cache .coverage .coverage.* build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(INSTALLED): pyproject.toml

@@ -66,11 +66,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def ranks(pytestconfig: pytest.Config) -> Iterator[RankPool]:
-    """``ranks(n, function, *args, timeout=60)``: see :class:`tests.ranks.RankPool`."""
+def pool(pytestconfig: pytest.Config) -> Iterator[RankPool]:
+    """The ranks of all files of tests."""
     pool = RankPool(pytestconfig.getoption("--device"))
     yield pool
-    pool.stop()
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def ranks(pool: RankPool) -> Iterator[RankPool]:
+    """``ranks(n, function, *args, timeout=60)``: see :class:`tests.ranks.RankPool`."""
+    yield pool
+    pool.renew()
 
 
 @pytest.fixture(scope="session")

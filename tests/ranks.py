@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -19,16 +20,19 @@ from tests import devices
 
 POOL_SIZE = 4
 _SECONDS_TO_START = 120
+_SECONDS_TO_END = 10
 # How long the others may go on after a rank raised, before they count as waiting for it.
 _SECONDS_TO_FOLLOW = 2.0
 # Imported once, in the server that the ranks are forked from: a rank begins in milliseconds.
 _PRELOADED = [
-    "tests.devices",
-    "torch.distributed.fsdp",
+    "pytest",
     "transformers.generation.utils",
     "transformers.models.auto.modeling_auto",
     "transformers.models.llama.modeling_llama",
+    "colrow.pipeline.runner",
+    "colrow.train.loop",
     "colrow.zoo.compare",
+    "tests.devices",
 ]
 
 
@@ -70,6 +74,8 @@ class RankPool:
         self._connections: list[Connection] = []
         self._context: Any = None
         self._directory = ""
+        # A process that has used CUDA, if only to count the GPUs, must not be forked.
+        self._method = "spawn" if device == "cuda" else "forkserver"
 
     def __call__(
         self, n: int, function: Callable[..., Any], *args: Any, timeout: float = 60
@@ -144,8 +150,6 @@ class RankPool:
 
         self._directory = tempfile.mkdtemp(prefix="colrow-tests-")
         pipes = [multiprocessing.Pipe() for _ in range(self._size)]
-        # A process that has used CUDA, if only to count the GPUs, must not be forked.
-        method = "spawn" if self.device == "cuda" else "forkserver"
         multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
         with inherited_environment({"OMP_NUM_THREADS": "1"}):
             self._context = start_processes(  # type: ignore[no-untyped-call]
@@ -158,7 +162,7 @@ class RankPool:
                 nprocs=self._size,
                 join=False,
                 daemon=True,
-                start_method=method,
+                start_method=self._method,
             )
         for _, theirs in pipes:
             theirs.close()  # so that a worker's death is an end of file here
@@ -167,6 +171,22 @@ class RankPool:
         if raised or lost:
             self.stop()
             raise RankError(f"the pool did not start: {lost}", raised)
+
+    def renew(self) -> None:
+        """Ends workers that are cheap to start: process groups and caches that tests have left in
+        them would slow later ones down, by half and more.
+        """
+        if self._method == "forkserver":
+            self.close()
+
+    def close(self) -> None:
+        """Lets the workers end by themselves, as a measurement of coverage needs."""
+        for connection in self._connections:
+            connection.close()
+        if self._context is not None:
+            for process in self._context.processes:
+                process.join(_SECONDS_TO_END)
+        self.stop()
 
     def stop(self) -> None:
         """Ends the workers; the next call starts new ones."""
@@ -212,6 +232,8 @@ def _work(rank: int, connections: list[Connection], store: str, device: devices.
         if other != rank:
             connection.close()
     connection, size = connections[rank], len(connections)
+    for category in (DeprecationWarning, FutureWarning):  # as in pyproject.toml
+        warnings.filterwarnings("error", category=category, module=r"(colrow|tests)\b")
     stay_on_loopback()
     dist.init_process_group("gloo", store=FileStore(store, size), rank=rank, world_size=size)
     groups = {

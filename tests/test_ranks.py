@@ -2,17 +2,15 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from colrow.comm.group import ParallelGroup
 from tests.ranks import RankError, RankPool
-
-if TYPE_CHECKING:
-    from colrow.comm.group import ParallelGroup
 
 
 def add_up(tp: ParallelGroup, number: float) -> tuple[int, int, float, int]:
@@ -49,6 +47,17 @@ def test_an_error_of_all_ranks_keeps_the_pool(ranks: RankPool) -> None:
         ranks(2, reject)
     assert sorted(caught.value.errors) == [0, 1]
     assert ranks(1, add_up, 0.0) == before
+
+
+def call_what_is_deprecated(tp: ParallelGroup) -> None:
+    warnings.warn("use the new name", FutureWarning, stacklevel=1)
+
+
+def test_what_others_have_given_up_is_an_error_in_the_ranks(ranks: RankPool) -> None:
+    with pytest.raises(RankError, match="FutureWarning: use the new name"):
+        ranks(1, call_what_is_deprecated)
+    with pytest.raises(FutureWarning, match="use the new name"):
+        call_what_is_deprecated(ParallelGroup.single())
 
 
 @pytest.fixture(scope="module")
