@@ -17,9 +17,9 @@ from colrow.comm import primitives
 from colrow.comm.agreement import assert_on_device, different_seeds, require_same
 from colrow.comm.group import ParallelGroup
 from colrow.comm.mesh import Mesh
-from colrow.generation.cache import KeyValueCache
 from colrow.generation.sampling import next_tokens
 from colrow.models.build import from_config
+from colrow.models.cache import KeyValueCache
 from colrow.models.config import ModelConfig
 from colrow.models.decoder import Decoder
 from colrow.pipeline.runner import PipelineRunner

@@ -15,10 +15,10 @@ from colrow.checkpoint.pretrained import from_pretrained
 from colrow.comm import collectives
 from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import Call, record
-from colrow.generation.cache import KeyValueCache
 from colrow.layers.block import ParallelBlock
 from colrow.layers.column import QKVParallelLinear
 from colrow.layers.norm import RMSNorm
+from colrow.models.cache import KeyValueCache
 from colrow.models.decoder import Decoder
 from colrow.verification.reference import precision
 from tests.generate import models

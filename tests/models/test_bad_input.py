@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import colrow
 from colrow.comm.group import ParallelGroup
-from colrow.generation.cache import KeyValueCache
+from colrow.models.cache import KeyValueCache
 from colrow.models.hf_config import config_from_hf
 from tests.ranks import RankError, RankPool
 

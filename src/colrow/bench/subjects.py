@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from colrow.bench.result import BenchSettings
 from colrow.comm.mesh import Mesh
-from colrow.generation.cache import KeyValueCache
 from colrow.generation.sampling import next_tokens
 from colrow.layers.block import ParallelBlock
 from colrow.layers.row import RowParallelLinear
 from colrow.models.build import from_config
+from colrow.models.cache import KeyValueCache
 from colrow.models.decoder import Decoder
 from colrow.partition import Partition
 from colrow.train.optimizer import adamw

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from colrow.comm import primitives
 from colrow.comm.primitives import Pending
-from colrow.generation.cache import KeyValueCache
+from colrow.models.cache import KeyValueCache
 from colrow.models.decoder import Decoder
 from colrow.partition import Partition
 

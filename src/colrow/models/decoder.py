@@ -11,6 +11,7 @@ from colrow.layers.fused import column_linear
 from colrow.layers.linear import divides_sequence
 from colrow.layers.loss import Reduction, vocab_parallel_cross_entropy
 from colrow.layers.shared import SharedWeights
+from colrow.models.cache import KeyValueCache as Cache
 from colrow.models.inputs import (
     check_labels,
     check_next_token,
@@ -163,6 +164,10 @@ class Decoder(StagedLayers):
             stage, input_ids, None, attention_mask, None, cache, key
         )
         return self.logits(hidden[:, -1:], sequence, shared)[:, 0]
+
+    def make_cache(self, batch: int, capacity: int) -> Cache:
+        """An empty cache for this rank's stage, with memory for so many positions."""
+        return Cache.for_model(self, batch, capacity)
 
     def _hidden(
         self,

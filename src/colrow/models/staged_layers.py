@@ -15,11 +15,26 @@ from colrow.layers.decoding import Kernel, has_fast_blas, lay_out_
 from colrow.layers.dropout import ParallelDropout
 from colrow.layers.row import RowParallelLinear
 from colrow.layers.shared import SharedLayers, sum_gradients_
+from colrow.models.communication import predict_step
 from colrow.models.config import Layout, ModelConfig, parameter_specs
 from colrow.models.decoder_parts import DecoderParts, allocate
+from colrow.models.interface import Description, Prediction
 from colrow.models.one_token import OneToken
 from colrow.models.pipeline import Blocks, Pipeline
 from colrow.models.stages import Stage
+from colrow.partition import Partition, ShardSpec
+
+
+def describe(config: ModelConfig) -> Description:
+    """What commands know of a decoder before it is there."""
+    return Description(
+        "decoder",
+        config.family,
+        config.vocab_size,
+        config.max_positions,
+        config.eos_token_ids,
+        config.pad_token_id,
+    )
 
 
 class StagedLayers(nn.Module):
@@ -91,6 +106,51 @@ class StagedLayers(nn.Module):
         self.one_token: OneToken | None = None
         allocate(self, torch.device(device))
         self._shared_layers = [SharedLayers(self.layers_of(stage)) for stage in self.stages]
+
+    @property
+    def description(self) -> Description:
+        """Its kind, its vocabulary, its context and its special tokens."""
+        return describe(self.config)
+
+    @property
+    def module(self) -> nn.Module:
+        """Itself, see :class:`colrow.models.interface.TensorParallelModel`."""
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def vocabulary(self) -> Partition:
+        """Which tokens' logits each rank has."""
+        return self.layout.vocab
+
+    @property
+    def takes_padding(self) -> bool:
+        """Rows may be padded on the left."""
+        return True
+
+    def shards(self) -> dict[str, tuple[nn.Parameter, ShardSpec]]:
+        """Every parameter of this rank with how it is divided, by its name in the whole model."""
+        return {name: (p, self.specs[name]) for name, p in self.named_parameters()}
+
+    def predicted_calls(self, batch: int, sequence: int) -> Prediction:
+        """Every collective of ``loss(...).backward()`` on this rank; see :func:`predict_step`."""
+        if self.pipeline.split.ranks > 1:
+            return Prediction((), "in a pipeline they follow from its schedule too")
+        calls = predict_step(
+            self.config,
+            self.layout,
+            batch=batch,
+            sequence=sequence,
+            sequence_parallel=self.sequence_parallel,
+            keep_gathered_input=self.keep_gathered_input,
+            chunk_bytes=self.chunk_bytes,
+            dtype=str(next(self.parameters()).dtype).removeprefix("torch."),
+        )
+        return Prediction(tuple(calls))
 
     def one_stage(self, stage: Stage | None) -> Stage:
         """The stage that is meant.

@@ -12,7 +12,6 @@ import torch.distributed as dist
 
 from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import record, summarize
-from colrow.models.communication import predict_step
 from colrow.models.config import ModelConfig
 from colrow.models.decoder import Decoder
 
@@ -58,19 +57,9 @@ def record_step(model: Decoder, *, batch: int, sequence: int) -> Traffic:
     ids = torch.zeros(batch, sequence, dtype=torch.int64, device=parameter.device)
     with record(tp) as ledger:
         model.loss(ids, ids).backward()
-    predicted = predict_step(
-        model.config,
-        model.layout,
-        batch=batch,
-        sequence=sequence,
-        sequence_parallel=model.sequence_parallel,
-        keep_gathered_input=model.keep_gathered_input,
-        chunk_bytes=model.chunk_bytes,
-        dtype=str(parameter.dtype).removeprefix("torch."),
-    )
     real = not parameter.is_meta
     return Traffic(
-        summarize(predicted),
+        summarize(model.predicted_calls(batch, sequence).calls),
         summarize(ledger.calls),
         ledger.seconds() if real else None,
         ledger.seconds(exposed=True) if real else None,

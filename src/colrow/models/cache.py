@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from colrow.models.decoder import Decoder
+if TYPE_CHECKING:
+    from colrow.models.decoder import Decoder
 
 
 class KeyValueCache:

@@ -5,7 +5,7 @@ import torch
 
 from colrow.checkpoint.pretrained import from_pretrained
 from colrow.comm.group import ParallelGroup
-from colrow.generation.cache import KeyValueCache
+from colrow.models.cache import KeyValueCache
 from tests.generate import models
 from tests.ranks import RankPool
 
