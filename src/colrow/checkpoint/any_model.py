@@ -14,10 +14,12 @@ from colrow.comm.mesh import Mesh
 from colrow.inplace.api import parallelize
 from colrow.inplace.meta import model_of, transformers_config
 from colrow.inplace.model import InPlaceModel, describe_config
+from colrow.models.config import Layout
 from colrow.models.families import FAMILIES
 from colrow.models.hf_config import read_config
 from colrow.models.interface import Description, TensorParallelModel
 from colrow.models.staged_layers import describe
+from colrow.models.stages import LayerSplit
 
 
 def known_to_decoder(path: str | Path) -> bool:
@@ -38,19 +40,47 @@ def known_to_decoder(path: str | Path) -> bool:
 
 
 def describe_model(
-    path: str | Path, *, in_place: bool = False, trust_remote_code: bool = False
+    path: str | Path,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    in_place: bool = False,
+    tensor_split: str | Sequence[float] | None = None,
+    layer_split: str | Sequence[float] | None = None,
+    keep_gathered_input: bool = True,
+    trust_remote_code: bool = False,
 ) -> Description:
-    """What :func:`load_model` will make of a checkpoint, from its configuration; reads no weights.
+    """What :func:`load_model` will make of a checkpoint, without its weights, before ranks start.
+
+    Args:
+        tp, pp: sizes of the mesh.
+        The others as for :func:`load_model`.
 
     Raises:
-        ValueError: no weights there, or a configuration that neither of the two can use.
+        ValueError: no weights there, a configuration that neither of the two can use, or one that
+            cannot be divided so.
     """
     file = resolve_model_path(path)
     find_weights(file)
     if not in_place and known_to_decoder(path):
-        return describe(pretrained_config(path))
+        config = pretrained_config(path)
+        Layout.create(config, tp, tensor_split)
+        LayerSplit.create(config, pp, layer_split)
+        return describe(config)
     _refuse_gguf(file)
-    return describe_config(transformers_config(file, trust_remote_code=trust_remote_code))
+    found = describe_config(transformers_config(file, trust_remote_code=trust_remote_code))
+    asked = {
+        f"a pipeline of {pp} stages": pp > 1,
+        "a layer split": layer_split is not None,
+        "a tensor split": tensor_split is not None,
+        "gathering inputs again in backward": not keep_gathered_input,
+    }
+    if refused := [name for name, value in asked.items() if value]:
+        raise ValueError(
+            f"{' and '.join(refused)}: for the described families only ({', '.join(FAMILIES)}), "
+            f"and this {found.name} is split in place, over equal tensor-parallel ranks (--tp)"
+        )
+    return found
 
 
 def load_model(
@@ -95,42 +125,20 @@ def load_model(
             layer_split=layer_split,
             keep_gathered_input=keep_gathered_input,
         )
-    file = resolve_model_path(path)
-    _refuse_gguf(file)
-    refuse_in_place(
-        describe_config(transformers_config(file, trust_remote_code=trust_remote_code)),
+    describe_model(
+        path,
         pp=mesh.pp.size,
+        in_place=in_place,
         tensor_split=tensor_split,
         layer_split=layer_split,
-        recompute_gather=not keep_gathered_input,
+        keep_gathered_input=keep_gathered_input,
+        trust_remote_code=trust_remote_code,
     )
     model: Any = model_of(path, dtype, trust_remote_code=trust_remote_code)
     if model.dtype == torch.float64:
         model.set_experts_implementation("eager")  # the fused kernels for experts know no fp64
     parallelize(model, mesh, weights=path, sequence_parallel=sequence_parallel)
     return InPlaceModel(model, mesh.tp)
-
-
-def refuse_in_place(
-    model: Description,
-    *,
-    pp: int = 1,
-    tensor_split: object = None,
-    layer_split: object = None,
-    recompute_gather: bool = False,
-) -> None:
-    """Raises ValueError for options that only the decoder's families have; None of them is set."""
-    asked = {
-        f"a pipeline of {pp} stages": pp > 1,
-        "a layer split": layer_split is not None,
-        "a tensor split": tensor_split is not None,
-        "gathering inputs again in backward": recompute_gather,
-    }
-    if refused := [name for name, value in asked.items() if value]:
-        raise ValueError(
-            f"{' and '.join(refused)}: for the described families only ({', '.join(FAMILIES)}), "
-            f"and this {model.name} is split in place, over equal tensor-parallel ranks (--tp)"
-        )
 
 
 def _refuse_gguf(file: Path) -> None:

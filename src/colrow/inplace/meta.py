@@ -108,6 +108,12 @@ def model_of(
             except Exception as error:  # of many classes, for values that make no sense
                 raise ValueError(f"{generation}: {error}") from error
     check_shapes(file, model, sizes)
+    for module in model.modules():  # some make a parameter on the CPU, wherever the others are
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                module._parameters[name] = nn.Parameter(
+                    parameter.to("meta"), parameter.requires_grad
+                )
     return model.eval()  # type: ignore[no-any-return]
 
 

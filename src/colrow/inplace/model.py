@@ -43,6 +43,7 @@ def describe_config(config: Any) -> Description:
     if not isinstance(vocabulary, int):
         raise ValueError(f"the configuration of this {config.model_type} names no vocab_size")
     longest = getattr(text, "max_position_embeddings", None)
+    longest = longest if isinstance(longest, int) and longest > 0 else None
     ends = getattr(config, "eos_token_id", None) or getattr(text, "eos_token_id", None)
     listed = ends if isinstance(ends, list | tuple) else [ends]
     padding = getattr(text, "pad_token_id", None)
@@ -50,7 +51,8 @@ def describe_config(config: Any) -> Description:
         "in place",
         config.model_type,
         vocabulary,
-        longest if isinstance(longest, int) and longest > 0 else None,
+        longest,
+        longest is not None,  # what its own code does beyond is not known
         tuple(token for token in listed if isinstance(token, int)),
         padding if isinstance(padding, int) and padding >= 0 else None,
     )
@@ -128,9 +130,14 @@ class InPlaceModel:
         with torch.no_grad(), self._evaluating():
             for given, valid in batches:
                 cache = self.make_cache(given.shape[0], given.shape[1] + 1)
-                first = self.last_logits(given, attention_mask=valid, cache=cache)
-                again = ids[:, :1].expand(given.shape[0], 1)
-                second = self.last_logits(again, attention_mask=None, cache=cache)
+                try:
+                    first = self.last_logits(given, attention_mask=valid, cache=cache)
+                    again = ids[:, :1].expand(given.shape[0], 1)
+                    second = self.last_logits(again, attention_mask=None, cache=cache)
+                except (RuntimeError, NotImplementedError):  # shapes, on all ranks alike
+                    if valid is None:
+                        raise
+                    return False
                 results.append(torch.stack([first[-1], second[-1]]).double())
         error = (results[0] - results[1]).norm() / results[1].norm()
         worst = primitives.all_reduce(error.reshape(1), self.tp, op="max", layer="padding")

@@ -13,6 +13,7 @@ from torch import nn
 from colrow.leftovers import scratch_directory
 from colrow.zoo.architectures import Architecture
 from colrow.zoo.compare import Outcome, compare
+from colrow.zoo.generate import generates
 from colrow.zoo.pool import TaskFailure, Workers
 
 SECONDS_PER_MODEL = 60.0
@@ -31,7 +32,7 @@ def run_zoo(
 
     Args:
         tp: at least 2.
-        system: "colrow" or "transformers".
+        system: "colrow", "transformers", or "generate" for the tokens of ``colrow generate``.
         progress: told of each outcome.
         seconds_per_model: after which an architecture counts as failed.
         tamper: for testing the comparison: applied to the split model, with the rank.
@@ -60,9 +61,13 @@ def _one(
 ) -> Outcome:
     directory = str(scratch_directory("zoo-model"))
     try:
-        outcome: Outcome = workers.run(
-            compare, architecture, tp, system, directory, tamper, timeout_seconds=seconds
-        )
+        outcome: Outcome
+        if system == "generate":
+            outcome = workers.run(generates, architecture, tp, directory, timeout_seconds=seconds)
+        else:
+            outcome = workers.run(
+                compare, architecture, tp, system, directory, tamper, timeout_seconds=seconds
+            )
         return outcome
     except TaskFailure as failure:
         raised = failure.raised
