@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from colrow.checkpoint.locate import find_weights, resolve_model_path
 from colrow.checkpoint.pretrained import from_pretrained, pretrained_config
 from colrow.comm.mesh import Mesh
 from colrow.inplace.api import parallelize
+from colrow.inplace.describe import describe_config
 from colrow.inplace.meta import model_of, transformers_config
-from colrow.inplace.model import InPlaceModel, describe_config
+from colrow.inplace.model import InPlaceModel
 from colrow.models.config import Layout
 from colrow.models.families import FAMILIES
 from colrow.models.hf_config import read_config
@@ -135,10 +137,21 @@ def load_model(
         trust_remote_code=trust_remote_code,
     )
     model: Any = model_of(path, dtype, trust_remote_code=trust_remote_code)
-    if model.dtype == torch.float64:
-        model.set_experts_implementation("eager")  # the fused kernels for experts know no fp64
+    if not _kernels_take_experts(model, mesh.tp.size):
+        model.set_experts_implementation("eager")
     parallelize(model, mesh, weights=path, sequence_parallel=sequence_parallel)
     return InPlaceModel(model, mesh.tp)
+
+
+def _kernels_take_experts(model: nn.Module, ranks: int) -> bool:
+    """Whether fused kernels take the ranks' shares of stacked experts: no fp64, even strides."""
+    stacks = [p for p in model.parameters() if p.dim() == 3]
+    widths = {
+        width for p in stacks for length in p.shape[1:] for width in (length, length // ranks)
+    }
+    uneven = any(length % ranks for p in stacks for length in p.shape[1:])
+    size = stacks[0].element_size() if stacks else 0
+    return not stacks or (size < 8 and not uneven and not any(w * size % 16 for w in widths))
 
 
 def _refuse_gguf(file: Path) -> None:
