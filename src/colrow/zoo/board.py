@@ -127,6 +127,14 @@ def summary(outcomes: Sequence[Outcome]) -> list[str]:
             if not group:
                 continue
             count = Counter(o.verdict for o in group)
+            if column.system == "generate":
+                lines.append(
+                    f"{column.title}, {what}: {count['passed']} of "
+                    f"{len(group) - count['not run']} continue texts with transformers' tokens; "
+                    f"{count['refused']} refused, {count['failed']} failed, {count['not run']} "
+                    "continue none whole"
+                )
+                continue
             passed = [o for o in group if o.verdict == "passed"]
             wide = sum((o.share or 0.0) >= 0.9 for o in passed)
             lines.append(
@@ -162,8 +170,9 @@ def greedy(row: Row) -> str:
 
 
 def reasons(row: Row) -> str:
-    """Why colrow did not pass."""
-    return "; ".join(dict.fromkeys(o.reason for o in _ours(row) if o.reason))
+    """Why colrow did not pass, or did not generate."""
+    theirs = [o for o in row if o is not None and o.system != "transformers"]
+    return "; ".join(dict.fromkeys(o.reason for o in theirs if o.reason))
 
 
 def _ours(row: Row) -> list[Outcome]:

@@ -135,7 +135,7 @@ def _compare(
     counted = counted_parameters(model)
     begin = time.perf_counter()
     try:
-        split = splitter.split(model, directory, mesh)
+        split = splitter.split(model, saved or architecture.directory, mesh)
     except (ValueError, NotImplementedError) as error:
         raise Refused(" ".join(str(error).split())) from error
     seconds = time.perf_counter() - begin

@@ -71,7 +71,11 @@ def _whole(architecture: Architecture, directory: str) -> list[Any]:
     if architecture.model_type in MUSIC:
         return ["continues streams of sound, not a text", [], []]
     try:
+        from transformers import GenerationConfig
+
         model: Any = build(architecture).eval()
+        # Without what some models do to logits besides: tokens that are forced, or forbidden.
+        model.generation_config = GenerationConfig(pad_token_id=0)
         start = prompt(architecture, model)
         if start is None or not model.can_generate():
             return ["does not continue a text", [], []]
