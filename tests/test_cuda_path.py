@@ -17,7 +17,6 @@ from colrow.comm import primitives
 from colrow.comm.agreement import assert_on_device, different_seeds, require_same
 from colrow.comm.group import ParallelGroup
 from colrow.comm.mesh import Mesh
-from colrow.generation.cache import KeyValueCache
 from colrow.generation.sampling import next_tokens
 from colrow.models import compose
 from colrow.models.build import from_config
@@ -60,7 +59,7 @@ def test_a_token_is_computed_without_the_host_waiting(name: str) -> None:
     with pretend_cuda.pretending(), torch.inference_mode():
         model = decoder(tiny(name)).eval()
         ids = torch.zeros(2, 1, dtype=torch.int64, device="cuda:0")
-        growing = KeyValueCache.for_model(model, 2, 8)
+        growing = model.make_cache(2, 8)
         pretend_cuda.waits.clear()
         for cache in (FixedCache(model, 2, 5), growing, growing):
             logits = model.last_logits(ids, attention_mask=None, cache=cache)

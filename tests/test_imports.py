@@ -41,6 +41,7 @@ ROOMS = (
     "colrow.inplace.apply",
     "colrow.inplace.weights",
     "colrow.inplace",
+    "colrow.any_model",
     # What is done with a model.
     "colrow.generation",
     "colrow.pipeline",

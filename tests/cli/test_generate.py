@@ -69,7 +69,8 @@ def test_a_real_model_on_two_ranks(smollm2: Path, tmp_path: Path) -> None:
     assert unsplit <= first + second < 1.03 * unsplit  # norms, and a KV head that both hold
     assert first < 0.53 * unsplit
     statistics = (
-        rf"{len(expected)} tokens, [\d.]+ tokens/s, first token after [\d.]+ s, float32 weights "
+        rf"llama: {len(expected)} tokens, [\d.]+ tokens/s, first token after [\d.]+ s, "
+        r"float32 weights "
     )
     assert re.fullmatch(statistics + r"\d+ \+ \d+ MB on 2 ranks, engine \w+\n", err.decode())
 

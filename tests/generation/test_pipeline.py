@@ -15,9 +15,9 @@ from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import Call, record
 from colrow.comm.mesh import Mesh
 from colrow.generation.answer import Writer, padded
-from colrow.generation.cache import KeyValueCache
 from colrow.generation.engine import Generation, generate
 from colrow.generation.options import Sampling
+from colrow.models.cache import KeyValueCache
 from colrow.models.config import common_attention
 from colrow.models.decoder import Decoder
 from tests.generation import models

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 import colrow
 from colrow.comm.group import ParallelGroup
-from colrow.generation.cache import KeyValueCache
 from colrow.models.hf_config import config_from_hf
 from tests.ranks import RankError, RankPool
 
@@ -134,7 +133,10 @@ def test_learned_positions_end() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mamba"}, "unknown architecture 'mamba': the decoder knows bloom, gemma3_text"),
+        (
+            {"model_type": "mamba"},
+            "unknown architecture 'mamba': the decoder knows bloom, gemma",
+        ),
         ({"vocab_size": None}, "no integer 'vocab_size'"),
         ({"hidden_act": "mish"}, "activation 'mish': the decoder knows gelu"),
         ({"hidden_size": 41}, "hidden_size=41 is not a multiple of num_heads=5"),
@@ -225,5 +227,5 @@ def test_cache_and_sequence_parallelism_have_no_gradients(ranks: RankPool) -> No
 
 def with_cache(tp: ParallelGroup) -> None:
     model = colrow.from_config(LLAMA, tp, sequence_parallel=True)
-    cache = KeyValueCache.for_model(model, 1, 4)
+    cache = model.make_cache(1, 4)
     model(torch.ones(1, 4, dtype=torch.long), cache=cache)

@@ -15,7 +15,6 @@ from colrow.checkpoint.pretrained import from_pretrained
 from colrow.comm import collectives
 from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import Call, record
-from colrow.generation.cache import KeyValueCache
 from colrow.layers.block import ParallelBlock
 from colrow.layers.column import QKVParallelLinear
 from colrow.layers.norm import RMSNorm
@@ -72,7 +71,7 @@ def decoded(tp: ParallelGroup, paths: dict[str, str]) -> dict[str, tuple[bool, T
 @torch.no_grad()
 def one_by_one(model: Decoder, tp: ParallelGroup) -> tuple[Tensor, list[Call]]:
     """Whole logits of the tokens behind the prompt, and what was sent for them."""
-    cache = KeyValueCache.for_model(model, 1, 5)  # grows on the way
+    cache = model.make_cache(1, 5)  # grows on the way
     model.last_logits(IDS[:, :PROMPT], attention_mask=None, cache=cache)
     local = []
     with record(tp) as ledger:
@@ -106,9 +105,9 @@ def against_modules(
             for mode in modes:
                 with mode():
                     model.one_token = flat
-                    logits = decode(model, KeyValueCache.for_model(model, 1, 9)).double()
+                    logits = decode(model, model.make_cache(1, 9)).double()
                     model.one_token = None
-                    slow = decode(model, KeyValueCache.for_model(model, 1, 9)).double()
+                    slow = decode(model, model.make_cache(1, 9)).double()
                 found.append(((logits - slow).norm() / slow.norm()).item())
             errors.setdefault(dtype, []).extend(found)
     return errors
@@ -148,12 +147,12 @@ def test_threads_and_caches_that_keep_what_they_are_given(
     alone = ParallelGroup.single()
     model = from_pretrained(cases["llama"][0], alone, dtype=torch.float64).for_decoding().eval()
     assert model.config.num_layers == 2
-    expected = decode(model, KeyValueCache.for_model(model, 1, 9))
+    expected = decode(model, model.make_cache(1, 9))
     assert torch.equal(decode(model, Referring()), expected)
 
     def run(_: int) -> float:
         with torch.no_grad():
-            found = decode(model, KeyValueCache.for_model(model, 1, 9))
+            found = decode(model, model.make_cache(1, 9))
         return ((found - expected).norm() / expected.norm()).item()
 
     with ThreadPoolExecutor(2) as pool:
@@ -357,7 +356,7 @@ class Counted:
 
 def decoded_by(model: Decoder) -> Tensor:
     with torch.no_grad():
-        return decode(model, KeyValueCache.for_model(model, 1, 9))
+        return decode(model, model.make_cache(1, 9))
 
 
 def test_patched_classes_global_hooks_and_mixed_dtypes_take_the_ordinary_way(

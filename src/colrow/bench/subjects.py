@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from colrow.bench.result import BenchSettings
 from colrow.comm.mesh import Mesh
-from colrow.generation.cache import KeyValueCache
 from colrow.generation.sampling import next_tokens
 from colrow.layers.block import ParallelBlock
 from colrow.layers.mlp import ParallelMLP
 from colrow.layers.row import RowParallelLinear
 from colrow.models.build import from_config
+from colrow.models.cache import KeyValueCache
 from colrow.models.config import common_attention
 from colrow.models.decoder import Decoder
 from colrow.partition import Partition
@@ -130,9 +130,7 @@ def _generation(model: Decoder, settings: BenchSettings) -> Subject:
         tokens[:] = [next_tokens(logits, model.tp, model.vocab)]
 
     def prompt() -> None:
-        caches[:] = [
-            KeyValueCache.for_model(model, settings.batch, settings.sequence + TOKENS_PER_RUN)
-        ]
+        caches[:] = [model.make_cache(settings.batch, settings.sequence + TOKENS_PER_RUN)]
         step(ids)
 
     phases = (
@@ -172,7 +170,7 @@ def _part_decoding(name: str, part: nn.Module, model: Decoder, settings: BenchSe
     caches: list[KeyValueCache] = []
 
     def refill() -> None:
-        cache = KeyValueCache.for_model(model, settings.batch, settings.sequence + TOKENS_PER_RUN)
+        cache = model.make_cache(settings.batch, settings.sequence + TOKENS_PER_RUN)
         attention = common_attention(model.config)
         heads = attention.heads(model.division).key_value.size(model.tp.rank)
         past = x.new_zeros(settings.batch, heads, settings.sequence, attention.head_dim)

@@ -19,7 +19,12 @@ def check_batch(
     past: int,
     longest: int | None,
 ) -> None:
-    """Raises ValueError for shapes that the decoder cannot use."""
+    """Raises ValueError for shapes that a model cannot use.
+
+    Args:
+        past: cached positions before it.
+        longest: sequence that the model can take; None where there is no such limit.
+    """
     if input_ids.dim() != 2 or 0 in input_ids.shape:
         raise ValueError(
             f"input_ids should be [batch, sequence] with at least one token, "

@@ -18,12 +18,29 @@ from colrow.layers.dropout import ParallelDropout
 from colrow.layers.linear import Sharded
 from colrow.layers.row import RowParallelLinear
 from colrow.layers.shared import SharedLayers, sum_gradients_
-from colrow.models.config import ModelConfig
+from colrow.models.cache import KeyValueCache
+from colrow.models.communication import predict_step
+from colrow.models.config import ModelConfig, common_attention
 from colrow.models.decoder_parts import DecoderParts, allocate
+from colrow.models.interface import Description, Prediction
 from colrow.models.one_token import OneToken
 from colrow.models.pipeline import Blocks, Pipeline
 from colrow.models.stages import Stage
+from colrow.partition import Partition, ShardSpec
 from colrow.sharding import Sharding
+
+
+def describe(config: ModelConfig) -> Description:
+    """What commands know of a decoder before it is there."""
+    return Description(
+        "decoder",
+        config.family,
+        config.vocab_size,
+        config.max_positions,
+        config.longest is not None,
+        config.eos_token_ids,
+        config.pad_token_id,
+    )
 
 
 class StagedLayers(Sharded, nn.Module):
@@ -93,6 +110,50 @@ class StagedLayers(Sharded, nn.Module):
         allocate(self, torch.device(device))
         self._shared_layers = [SharedLayers(self.layers_of(stage)) for stage in self.stages]
 
+    @property
+    def description(self) -> Description:
+        """Its kind, its vocabulary, its context and its special tokens."""
+        return describe(self.config)
+
+    @property
+    def module(self) -> nn.Module:
+        """Itself, see :class:`colrow.models.interface.TensorParallelModel`."""
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """Where its parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def vocabulary(self) -> Partition:
+        """Which tokens' logits each rank has."""
+        return self.vocab
+
+    @property
+    def takes_padding(self) -> bool:
+        """Rows may be padded on the left."""
+        return True
+
+    def shards(self) -> dict[str, tuple[nn.Parameter, ShardSpec]]:
+        """Every parameter of this rank with how it is divided, by its name in the whole model."""
+        return {name: (p, self.specs[name]) for name, p in self.named_parameters()}
+
+    def predicted_calls(self, batch: int, sequence: int) -> Prediction:
+        """Every collective of ``loss(...).backward()`` on this rank; see :func:`predict_step`."""
+        if self.pipeline.split.ranks > 1:
+            return Prediction((), "in a pipeline they follow from its schedule too")
+        calls = predict_step(
+            self.config,
+            self.division,
+            batch=batch,
+            sequence=sequence,
+            sequence_parallel=self.sequence_parallel,
+            keep_gathered_input=self.sharding.keep_gathered_input,
+            dtype=str(next(self.parameters()).dtype).removeprefix("torch."),
+        )
+        return Prediction(tuple(calls))
+
     def one_stage(self, stage: Stage | None) -> Stage:
         """The stage that is meant.
 
@@ -144,6 +205,25 @@ class StagedLayers(Sharded, nn.Module):
         if on_cpu and alone and OneToken.fits(self.blocks):
             self.one_token = OneToken(self.blocks, self.stages[0].blocks)
         return self
+
+    def make_cache(self, batch: int, capacity: int) -> KeyValueCache:
+        """An empty cache for this rank's stage, with memory for so many positions.
+
+        Raises:
+            ValueError: several stages on this rank, or blocks whose heads differ.
+        """
+        stage, attention = self.one_stage(None), common_attention(self.config)
+        parameter = next(self.parameters())
+        return KeyValueCache(
+            len(stage.blocks),
+            batch,
+            attention.heads(self.division).key_value.size(self.tp.rank),
+            attention.head_dim,
+            capacity,
+            dtype=parameter.dtype,
+            device=parameter.device,
+            first_layer=stage.start,
+        )
 
     def weight_bytes_per_rank(self) -> list[int]:
         """Bytes of parameters on each rank of the pipeline, tp innermost; nothing is sent."""

@@ -43,17 +43,13 @@ def is_on_meta(model: nn.Module) -> bool:
     return True in places
 
 
-def model_of(path: str | Path, dtype: torch.dtype | None) -> nn.Module:
-    """The model of a directory that transformers saved, on the meta device, in eval mode.
-
-    Args:
-        dtype: by default the one that the configuration names, or fp32.
+def transformers_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
+    """transformers' configuration of a directory that it saved.
 
     Raises:
-        ValueError: no directory, no transformers, a configuration that it refuses, an
-            architecture that it does not have, or quantised weights.
+        ValueError: no configuration there, no transformers, one that it refuses, or quantised
+            weights.
     """
-    directory = resolve_model_path(path)
     if not (directory / "config.json").exists():
         raise ValueError(f"no config.json in {directory}: give a directory that transformers saved")
     file, values = read_config(directory)
@@ -61,20 +57,43 @@ def model_of(path: str | Path, dtype: torch.dtype | None) -> nn.Module:
         check_any_config(values)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    sizes = stored_shapes(directory)
-    check_layers(file, values, sizes)
+    check_layers(file, values, stored_shapes(directory))
     try:
         import transformers
     except ImportError as error:
         raise ValueError("transformers is needed: pip install 'colrow[models]'") from error
     with quiet_transformers():
         try:
-            config = transformers.AutoConfig.from_pretrained(directory, trust_remote_code=False)
+            config = transformers.AutoConfig.from_pretrained(
+                directory, trust_remote_code=trust_remote_code
+            )
         except Exception as error:  # of many classes, for files that are no JSON, or make no sense
             raise ValueError(f"{directory}/config.json: {error}") from error
-        if getattr(config, "quantization_config", None) is not None:
-            raise ValueError(f"{directory} holds quantised weights, which cannot be split in place")
-        cls = _class_of(directory, values.get("architectures"))
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{directory} holds quantised weights, which cannot be split in place")
+    return config
+
+
+def model_of(
+    path: str | Path, dtype: torch.dtype | None, *, trust_remote_code: bool = False
+) -> nn.Module:
+    """The model of a directory that transformers saved, on the meta device, in eval mode.
+
+    Args:
+        dtype: by default the one that the configuration names, or fp32.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        ValueError: no directory, no transformers, a configuration that it refuses, an
+            architecture that it does not have, or quantised weights.
+    """
+    directory = resolve_model_path(path)
+    config = transformers_config(directory, trust_remote_code=trust_remote_code)
+    file, sizes = directory / "config.json", stored_shapes(directory)
+    import transformers
+
+    with quiet_transformers():
+        cls = _class_of(directory, config, trust_remote_code=trust_remote_code)
         try:
             with torch.device("meta"), few_parameters(len(sizes)):
                 model: Any = cls._from_config(config, dtype=dtype or config.dtype or torch.float32)
@@ -89,18 +108,31 @@ def model_of(path: str | Path, dtype: torch.dtype | None) -> nn.Module:
             except Exception as error:  # of many classes, for values that make no sense
                 raise ValueError(f"{generation}: {error}") from error
     check_shapes(file, model, sizes)
+    for module in model.modules():  # some make a parameter on the CPU, wherever the others are
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                module._parameters[name] = nn.Parameter(
+                    parameter.to("meta"), parameter.requires_grad
+                )
     return model.eval()  # type: ignore[no-any-return]
 
 
-def _class_of(directory: Path, architectures: object) -> Any:
-    """The class of transformers that a configuration names."""
+def _class_of(directory: Path, config: Any, *, trust_remote_code: bool) -> Any:
+    """The class of transformers that a configuration names, or of the code beside it."""
     import transformers
 
+    code = getattr(config, "auto_map", None) or {}
+    if trust_remote_code and "AutoModelForCausalLM" in code:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        return get_class_from_dynamic_module(code["AutoModelForCausalLM"], directory)
+    architectures = config.architectures
     names = architectures if isinstance(architectures, list) and architectures else ["none"]
     found = getattr(transformers, names[0], None) if isinstance(names[0], str) else None
     if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
         raise ValueError(
             f"{directory} is a model of class {shown(names[0])}, which transformers lacks"
+            + ("; trust_remote_code runs the code that comes with it" if code else "")
         )
     return found
 

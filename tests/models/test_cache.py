@@ -5,7 +5,7 @@ import torch
 
 from colrow.checkpoint.pretrained import from_pretrained
 from colrow.comm.group import ParallelGroup
-from colrow.generation.cache import KeyValueCache
+from colrow.models.cache import KeyValueCache
 from tests.generation import models
 from tests.ranks import RankPool
 
@@ -41,7 +41,7 @@ def compare(tp: ParallelGroup, path: str) -> float:
     ids = torch.cat([ids, ids.flip(0).clamp(min=1)], dim=1)  # [3, 18]
     mask = torch.cat([mask, torch.ones_like(mask)], dim=1)
     full = model(ids, attention_mask=mask)
-    cache = KeyValueCache.for_model(model, 3, capacity=9)
+    cache = model.make_cache(3, capacity=9)
     worst, past = 0.0, 0
     for new in (9, 1, 1, 3, 4):
         past += new

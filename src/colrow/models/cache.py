@@ -5,9 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from colrow.models.config import common_attention
-from colrow.models.decoder import Decoder
-
 
 class KeyValueCache:
     """Keys and values of this rank's KV heads, in memory that is allocated once.
@@ -45,22 +42,6 @@ class KeyValueCache:
             for _ in range(2)
         )
         self._length, self._first_layer = 0, first_layer
-
-    @classmethod
-    def for_model(cls, model: Decoder, batch: int, capacity: int) -> KeyValueCache:
-        """A cache for this rank's part of a decoder, which is one stage of it at most."""
-        stage, attention = model.one_stage(None), common_attention(model.config)
-        parameter = next(model.parameters())
-        return cls(
-            len(stage.blocks),
-            batch,
-            attention.heads(model.division).key_value.size(model.tp.rank),
-            attention.head_dim,
-            capacity,
-            dtype=parameter.dtype,
-            device=parameter.device,
-            first_layer=stage.start,
-        )
 
     @property
     def length(self) -> int:

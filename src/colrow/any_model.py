@@ -1,0 +1,165 @@
+"""A tensor-parallel model of any architecture, from files: the decoder, or transformers' own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from colrow.checkpoint.locate import find_weights, resolve_model_path
+from colrow.checkpoint.pretrained import from_pretrained, pretrained_config
+from colrow.comm.mesh import Mesh
+from colrow.inplace.api import parallelize
+from colrow.inplace.configuration import describe_config
+from colrow.inplace.model import InPlaceModel
+from colrow.inplace.weights.meta import model_of, transformers_config
+from colrow.models.families import families
+from colrow.models.hf_config import read_config
+from colrow.models.interface import Description, TensorParallelModel
+from colrow.models.staged_layers import describe
+from colrow.models.stages import LayerSplit
+from colrow.sharding import Sharding
+
+
+def known_to_decoder(path: str | Path) -> bool:
+    """Whether the checkpoint is of a family that the decoder computes itself.
+
+    Raises:
+        ValueError: when there is no such checkpoint.
+    """
+    file = resolve_model_path(path)
+    config = (file if file.is_dir() else file.parent) / "config.json"
+    if file.suffix == ".gguf" or not config.is_file():
+        return True
+    try:
+        _, values = read_config(config)
+    except ValueError:
+        return True  # whose reader says what is wrong with the file
+    return values.get("model_type") in families()
+
+
+def describe_model(
+    path: str | Path,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    in_place: bool = False,
+    tensor_split: str | Sequence[float] | None = None,
+    layer_split: str | Sequence[float] | None = None,
+    sharding: Sharding | None = None,
+    trust_remote_code: bool = False,
+) -> Description:
+    """What :func:`load_model` will make of a checkpoint, without its weights, before ranks start.
+
+    Args:
+        tp, pp: sizes of the mesh.
+        The others as for :func:`load_model`.
+
+    Raises:
+        ValueError: no weights there, a configuration that neither of the two can use, or one that
+            cannot be divided so.
+    """
+    file = resolve_model_path(path)
+    find_weights(file)
+    if not in_place and known_to_decoder(path):
+        config = pretrained_config(path)
+        config.divide(tp, tensor_split)
+        LayerSplit.create(config, pp, layer_split)
+        return describe(config)
+    _refuse_gguf(file)
+    found = describe_config(transformers_config(file, trust_remote_code=trust_remote_code))
+    asked = {
+        f"a pipeline of {pp} stages": pp > 1,
+        "a layer split": layer_split is not None,
+        "a tensor split": tensor_split is not None,
+        "gathering inputs again in backward": not Sharding.of(sharding).keep_gathered_input,
+    }
+    if refused := [name for name, value in asked.items() if value]:
+        raise ValueError(
+            f"{' and '.join(refused)}: for the described families only ({', '.join(families())}), "
+            f"and this {found.name} is split in place, over equal tensor-parallel ranks (--tp)"
+        )
+    return found
+
+
+def load_model(
+    path: str | Path,
+    mesh: Mesh,
+    *,
+    dtype: torch.dtype | None = None,
+    in_place: bool = False,
+    sequence_parallel: bool = False,
+    tensor_split: str | Sequence[float] | None = None,
+    layer_split: str | Sequence[float] | None = None,
+    sharding: Sharding | None = None,
+    trust_remote_code: bool = False,
+) -> TensorParallelModel:
+    """The decoder where the checkpoint is of one of its families, else transformers' model, split.
+
+    Its ``description`` says which. It comes in evaluation mode, and every rank reads its part.
+
+    Args:
+        path: a Hugging Face directory, a hub id that is in the local cache, or a ``.gguf`` file.
+        dtype: of the parameters; by default the one that the configuration names.
+        in_place: take transformers' model also where the decoder knows the family.
+        tensor_split, layer_split: of the decoder, see
+            :func:`colrow.from_pretrained`; in place they are refused, and so is a pipeline.
+        sequence_parallel: divide the tokens between the split layers too.
+        sharding: this and more; in place nothing else is possible.
+        trust_remote_code: run the Python code that comes with the checkpoint, for an architecture
+            that transformers lacks.
+
+    Raises:
+        ValueError: as :func:`colrow.from_pretrained` and :func:`colrow.parallelize` do, and for
+            what is not possible in place.
+
+    Communicates: in place what :func:`colrow.parallelize` sends, and two small forward passes.
+    """
+    if not in_place and known_to_decoder(path):
+        return from_pretrained(
+            path,
+            mesh,
+            dtype=dtype,
+            sequence_parallel=sequence_parallel,
+            tensor_split=tensor_split,
+            layer_split=layer_split,
+            sharding=sharding,
+        )
+    describe_model(
+        path,
+        pp=mesh.pp.size,
+        in_place=in_place,
+        tensor_split=tensor_split,
+        layer_split=layer_split,
+        sharding=sharding,
+        trust_remote_code=trust_remote_code,
+    )
+    model: Any = model_of(path, dtype, trust_remote_code=trust_remote_code)
+    if not _kernels_take_experts(model, mesh.tp.size):
+        model.set_experts_implementation("eager")
+    sequence_parallel = Sharding.of(sharding, sequence_parallel).sequence_parallel
+    parallelize(model, mesh, weights=path, sequence_parallel=sequence_parallel)
+    return InPlaceModel(model, mesh.tp)
+
+
+def _kernels_take_experts(model: nn.Module, ranks: int) -> bool:
+    """Whether fused kernels take the ranks' shares of stacked experts: no fp64, even strides."""
+    stacks = [p for p in model.parameters() if p.dim() == 3]
+    widths = {
+        width for p in stacks for length in p.shape[1:] for width in (length, length // ranks)
+    }
+    uneven = any(length % ranks for p in stacks for length in p.shape[1:])
+    size = stacks[0].element_size() if stacks else 0
+    return not stacks or (size < 8 and not uneven and not any(w * size % 16 for w in widths))
+
+
+def _refuse_gguf(file: Path) -> None:
+    if file.suffix == ".gguf":
+        raise ValueError(
+            f"{file} is a GGUF file, which only the described families are read from "
+            f"({', '.join(families())}); for transformers' own model write a directory first: "
+            "colrow convert FILE DIRECTORY --to hf"
+        )
