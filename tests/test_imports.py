@@ -41,6 +41,13 @@ ROOMS = (
     "colrow.inplace.apply",
     "colrow.inplace.weights",
     "colrow.inplace",
+    # Tiny models of every architecture; then a model of any of them as the commands take it.
+    "colrow.zoo.overrides",
+    "colrow.zoo.sizes",
+    "colrow.zoo.shrink",
+    "colrow.zoo.architectures",
+    "colrow.zoo.example_batch",
+    "colrow.zoo.model_run",
     "colrow.any_model",
     # What is done with a model.
     "colrow.generation",

@@ -122,7 +122,7 @@ def _described(args: argparse.Namespace) -> ModelConfig | None:
     Raises:
         ValueError: a model that is not there or cannot be divided, or one that cannot run dry.
     """
-    from colrow.any_model import describe_model, known_to_decoder
+    from colrow.any_model.loading import describe_model, known_to_decoder
 
     try:
         in_place = args.in_place or not known_to_decoder(args.model)
@@ -150,7 +150,7 @@ def _sharding(args: argparse.Namespace) -> Sharding:
 
 
 def _record(args: argparse.Namespace) -> Traffic:
-    from colrow.any_model import load_model
+    from colrow.any_model.loading import load_model
     from colrow.comm.mesh import init_mesh
     from colrow.verification.traffic import record_step
 

@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     prompts = _prompts(args)
 
-    from colrow.any_model import describe_model
+    from colrow.any_model.loading import describe_model
     from colrow.generation.answer import Request, answer
     from colrow.generation.template import RENDERER
     from colrow.generation.tokenizer import encode_prompt, end_tokens, load_tokenizer

@@ -89,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Verifies and prints the report."""
-    from colrow.any_model import describe_model, known_to_decoder
+    from colrow.any_model.loading import describe_model, known_to_decoder
 
     if (args.model is None) == (args.architecture is None):
         raise ValueError("give either MODEL or --architecture NAME")

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from colrow.any_model import load_model
+from colrow.any_model.loading import load_model
 from colrow.comm import primitives
 from colrow.comm.mesh import init_mesh
 from colrow.generation.engine import generate
@@ -34,7 +34,7 @@ class Request:
         max_new_tokens, sampling, eos_token_ids: see :func:`colrow.generation.engine.generate`.
         tp, pp: number of ranks along each dimension.
         tensor_split, layer_split, in_place, trust_remote_code: see
-            :func:`colrow.any_model.load_model`.
+            :func:`colrow.any_model.loading.load_model`.
         dtype: None for bf16 on CUDA and fp32 elsewhere.
         device: None for the mesh's choice.
         engine: see :func:`colrow.init_mesh`.

@@ -2,8 +2,8 @@
 
 Two things are one: :class:`colrow.models.decoder.Decoder`, which colrow computes itself for the
 families that it describes (fast; pipelines, GGUF files, uneven shares), and
-:class:`colrow.inplace.model.InPlaceModel`, any causal language model of transformers whose own code
-runs on shards. :func:`colrow.any_model.load_model` makes either and says which.
+:class:`colrow.any_model.in_place.InPlaceModel`, any causal language model of transformers whose
+own code runs on shards. :func:`colrow.any_model.loading.load_model` makes either and says which.
 """
 
 from __future__ import annotations

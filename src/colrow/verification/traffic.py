@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from colrow.any_model.configuration import plain_tokens
 from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import record, summarize
-from colrow.inplace.configuration import plain_tokens
 from colrow.models.config import ModelConfig
 from colrow.models.decoder import Decoder
 from colrow.models.interface import Kind, TensorParallelModel

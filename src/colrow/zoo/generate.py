@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from colrow.any_model import load_model
+from colrow.any_model.loading import load_model
 from colrow.comm.mesh import Mesh
 from colrow.generation.answer import padded
 from colrow.generation.engine import generate

@@ -33,11 +33,11 @@ class System:
 
 def _parallelize(model: nn.Module, directory: str, mesh: Mesh) -> nn.Module:
     """What the commands load from a saved text model; any other one is split as it is."""
-    import colrow
-    from colrow.any_model import load_model
+    from colrow.any_model.loading import load_model
+    from colrow.inplace.api import parallelize
 
     if not directory or type(model) not in _text_models():
-        split: nn.Module = colrow.parallelize(model, mesh)
+        split: nn.Module = parallelize(model, mesh)
         return split
     dtype = next(model.parameters()).dtype
     loaded = load_model(directory, mesh, dtype=dtype, in_place=True).module

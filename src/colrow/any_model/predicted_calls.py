@@ -16,9 +16,9 @@ from fractions import Fraction
 import torch
 from torch import nn
 
+from colrow.any_model.senders import UnknownError, Watcher
 from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import Call
-from colrow.inplace.senders import UnknownError, Watcher
 from colrow.models.communication import INPUT_CHECK_ELEMENTS
 from colrow.models.interface import Prediction
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from colrow.inplace.configuration import plain_tokens
-from colrow.inplace.continuation import Continuation
+from colrow.any_model.configuration import plain_tokens
+from colrow.any_model.continuation import Continuation
 from colrow.verification.reference import quiet_transformers
 from colrow.zoo.architectures import Architecture, build
 from colrow.zoo.model_run import full_precision

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from colrow.any_model.configuration import describe_config
+from colrow.any_model.in_place import InPlaceModel
 from colrow.checkpoint.locate import find_weights, resolve_model_path
 from colrow.checkpoint.pretrained import from_pretrained, pretrained_config
 from colrow.comm.mesh import Mesh
 from colrow.inplace.api import parallelize
-from colrow.inplace.configuration import describe_config
-from colrow.inplace.model import InPlaceModel
 from colrow.inplace.weights.meta import model_of, transformers_config
 from colrow.models.families import families
 from colrow.models.hf_config import read_config

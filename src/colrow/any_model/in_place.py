@@ -12,14 +12,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from colrow.any_model.configuration import describe_config, plain_tokens
+from colrow.any_model.continuation import Continuation
+from colrow.any_model.predicted_calls import predict
 from colrow.comm import primitives
 from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import Call
 from colrow.inplace.apply.layers import HeadMixin
 from colrow.inplace.apply.record import record_of
-from colrow.inplace.configuration import describe_config, plain_tokens
-from colrow.inplace.continuation import Continuation
-from colrow.inplace.predicted_calls import predict
 from colrow.layers.loss import Reduction, vocab_parallel_cross_entropy
 from colrow.models.communication import LOSS_STATISTICS
 from colrow.models.inputs import check_labels, check_next_token
@@ -92,7 +92,7 @@ class InPlaceModel:
 
         Tried with a few tokens, and on a tiny model of the architecture; the ranks decide together.
         """
-        from colrow.zoo.padding import architecture_takes_padding, padding_error
+        from colrow.any_model.padding import architecture_takes_padding, padding_error
 
         def step(ids: Tensor, mask: Tensor | None, text: Continuation) -> Tensor:
             return self.last_logits(ids, attention_mask=mask, cache=text)

@@ -1,0 +1,1 @@
+"""A tensor-parallel model of any architecture, as every command takes it."""
