@@ -62,7 +62,7 @@ class Relay:
                 f"this rank holds {len(model.stages)} pipeline stages: generation needs one on "
                 "each rank, so load the model with a layer split of one number for each rank"
             )
-        self.layout = (model.layout, model.pipeline.split)
+        self.layout = (model.division, model.pipeline.split)
         self.pp, self.stage = model.pipeline.pp, model.stages[0]
 
     def parts(self, batch: int, capacity: int, mask: Tensor | None) -> list[Part]:
