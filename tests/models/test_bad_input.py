@@ -134,7 +134,10 @@ def test_learned_positions_end() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mamba"}, "unknown architecture 'mamba': the decoder knows bloom, gemma3_text"),
+        (
+            {"model_type": "mamba"},
+            "unknown architecture 'mamba': the decoder knows bloom, gemma3_text",
+        ),
         ({"vocab_size": None}, "no integer 'vocab_size'"),
         ({"hidden_act": "mish"}, "activation 'mish': the decoder knows gelu"),
         ({"hidden_size": 41}, "hidden_size=41 is not a multiple of num_heads=5"),
