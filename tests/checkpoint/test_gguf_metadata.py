@@ -119,7 +119,7 @@ def test_end_tokens_of_a_directorys_tokenizer(tmp_path: Path) -> None:
 def test_rotary_scaling(
     tmp_path: Path, fields: dict[str, Any], scaling: str, factor: float
 ) -> None:
-    rope = pretrained_config(file(tmp_path, **fields)).rope
+    rope = fields_of(pretrained_config(file(tmp_path, **fields)))["rope"]
     assert rope is not None and (rope.scaling, rope.factor) == (scaling, factor)
 
 

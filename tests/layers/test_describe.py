@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -150,7 +151,11 @@ def check_parameters(
 
 
 def sent(
-    described: AttentionSpec | MLPSpec | ExpertsSpec | BlockSpec, prefix: str, n: int, sp: bool
+    described: AttentionSpec | MLPSpec | ExpertsSpec | BlockSpec,
+    prefix: str,
+    n: int,
+    sp: bool,
+    keep: bool,
 ) -> Counter[tuple[str, str, str, int]]:
     """(operation, phase, layer, bytes) that the exchanges of a description mean."""
     whole = BATCH * SEQUENCE * HIDDEN * ITEM
@@ -167,6 +172,8 @@ def sent(
         squares = [("all_reduce", phase, size) for phase in ("forward", "backward")]
         for op, phase, size in meaning.get((one.kind, sp), squares):
             found[op, phase, f"{prefix}.{one.layer}", size] += 1
+        if one.kind == "column" and not keep and not one.keeps_input:
+            found["all_gather", "backward", f"{prefix}.{one.layer}", split] += 1
     return found
 
 
@@ -203,9 +210,9 @@ def check_compositions(tp: ParallelGroup, name: str) -> None:
     config = decoder(**{**SIZES, **BLOCKS[name]})
     spec, division = config.blocks[0], config.divide(tp.size)
     assert isinstance(spec.attention, AttentionSpec)
-    for sp in (False, True):
+    for sp, keep in ((False, True), (True, True), (True, False)):
         torch.manual_seed(0)
-        sharding, device = Sharding(sp), torch.get_default_device()
+        sharding, device = Sharding(sp, keep_gathered_input=keep), torch.get_default_device()
         block = DecoderParts(config, division, tp, sharding, device, FP64).block(0)
         for prefix, described, layer in (
             ("blocks.0", spec, block),
@@ -217,8 +224,8 @@ def check_compositions(tp: ParallelGroup, name: str) -> None:
             for number, parameter in enumerate(layer.parameters()):
                 nn.init.constant_(parameter, 0.1 + 0.01 * number)
             summed = sum(p.summed_elements(sequence_parallel=sp) for p in parameters.values())
-            expected = sent(described, prefix, tp.size, sp)
-            check_sent(tp, layer, expected, summed, sp, f"{name} {prefix} {sp=}")
+            expected = sent(described, prefix, tp.size, sp, keep)
+            check_sent(tp, layer, expected, summed, sp, f"{name} {prefix} {sp=} {keep=}")
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -233,11 +240,12 @@ def test_compositions_hold_and_send_what_they_say(ranks: RankPool, n: int, name:
 
 
 def test_what_is_not_known_is_refused() -> None:
-    division = decoder(**SIZES).divide(2)
     latent = LatentAttentionSpec(HIDDEN, 4, 6, 8, nope=4, rope=2, value=4)
-    block = BlockSpec(latent, MLPSpec(HIDDEN, FFN))
-    with pytest.raises(ValueError, match="LatentAttentionSpec is a kind of layer that the layers"):
-        block.parts(division)
+    config = replace(decoder(**SIZES), blocks=(BlockSpec(latent, MLPSpec(HIDDEN, FFN)),))
+    alone, place = ParallelGroup.single(), torch.device("meta")
+    parts = DecoderParts(config, config.divide(1), alone, Sharding(), place, FP64)
+    with pytest.raises(ValueError, match="LatentAttentionSpec is a kind of layer that the decoder"):
+        parts.block(0)
     with pytest.raises(ValueError, match="3 active of 2 experts"):
         ExpertsSpec(MLPSpec(HIDDEN, FFN), 2, 3)
     with pytest.raises(ValueError, match="a norm over 9 features of 4 query heads"):

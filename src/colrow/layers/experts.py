@@ -83,7 +83,8 @@ class ParallelExperts(Sharded, nn.Module):
         spec: the experts.
         tp: the tensor-parallel group.
         partition: how the features of an expert are divided; as evenly as possible by default.
-        sharding: how the sequence and the collectives are treated.
+        sharding: how the sequence and the collectives are treated; the gathered input is always
+            kept, since every expert takes rows of it.
         layer: name for messages and the ledger.
 
     Raises:

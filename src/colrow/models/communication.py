@@ -86,12 +86,12 @@ def predict_stage(
     def add(op: str, phase: Phase, layer: str) -> None:
         calls.append(_call(op, phase, layer, full if op == "all_reduce" else split, width))
 
-    def column(layer: str) -> None:
+    def column(layer: str, keep: bool = keep_gathered_input) -> None:
         if not sequence_parallel:
             add("all_reduce", "backward", layer)
             return
         add("all_gather", "forward", layer)
-        if not keep_gathered_input:
+        if not keep:
             add("all_gather", "backward", layer)
         add("reduce_scatter", "backward", layer)
 
@@ -104,7 +104,7 @@ def predict_stage(
 
     def exchange(sent: Exchange, layer: str) -> None:
         if sent.kind == "column":
-            column(layer)
+            column(layer, keep_gathered_input or sent.keeps_input)
         elif sent.kind == "row":
             row(layer)
         elif sent.kind == "squares":

@@ -114,7 +114,7 @@ class ExpertsSpec:
 
     def exchanges(self) -> tuple[Exchange, ...]:
         """What it sends: all experts share one collective before and one after them."""
-        return (Exchange("up", "column"), Exchange("down", "row"))
+        return (Exchange("up", "column", keeps_input=True), Exchange("down", "row"))
 
     def linears(self, division: Division, rank: int) -> tuple[Linear, ...]:
         """Its matmuls with weights on one rank, without the router's small one."""

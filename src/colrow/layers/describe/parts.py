@@ -232,11 +232,14 @@ class Exchange:
         kind: "column": its input comes to all ranks and the input's gradient is summed. "row": its
             result is summed. "squares": numbers per token that norms over divided features add up.
         numbers: of "squares", how many per token.
+        keeps_input: of "column" under sequence parallelism: the gathered input stays for backward,
+            also where :class:`colrow.Sharding` would have it gathered again.
     """
 
     layer: str
     kind: Literal["column", "row", "squares"]
     numbers: int = 1
+    keeps_input: bool = False
 
 
 def parameters_of(parts: Mapping[str, Part], prefix: str = "") -> dict[str, ParameterSpec]:

@@ -68,7 +68,8 @@ class Gemma3(Family):
 
     def spell(self, values: dict[str, Any], fields: Mapping[str, Any]) -> None:
         """As transformers writes it today."""
-        values["layer_types"] = [_LOCAL if window else _GLOBAL for window in fields["windows"]]
+        windows = fields["windows"] or (None,) * fields["num_layers"]
+        values["layer_types"] = [_LOCAL if window else _GLOBAL for window in windows]
         local = fields["window_rope"] or fields["rope"]
         values["rope_parameters"] = {
             _GLOBAL: spelled_rope(fields["rope"], fields["head_dim"]),
