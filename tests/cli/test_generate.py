@@ -146,7 +146,7 @@ def test_answers_to_several_prompts_through_stages(
     assert found["engine"] == engine and found["layers_per_stage"] == [1, 1]
     assert [answer["prompt_tokens"] for answer in found["answers"]] == [19, 29, 20]
     assert all(len(answer["token_ids"]) == 7 for answer in found["answers"])
-    assert err.startswith(b"21 tokens, ")
+    assert err.startswith(b"llama: 21 tokens, ")
 
 
 def test_a_line_of_a_file_is_a_prompt(
