@@ -41,7 +41,7 @@ class PretendTensor(Tensor):
             strides=held.stride(),
             storage_offset=held.storage_offset(),
             dtype=held.dtype,
-            layout=held.layout,
+            division=held.division,
             device=held.device,
         )
         x.held = held
