@@ -12,7 +12,7 @@ import colrow
 from colrow.checkpoint.export import load_trained
 from colrow.cli import main
 from colrow.train.loop import train
-from colrow.verification.reference import precision, quiet_transformers
+from colrow.verification.reference import precision, prepare_reference, quiet_transformers
 from tests.models import tiny
 from tests.train.curves import logged, reference, settings_for, worst, write_inputs
 
@@ -21,7 +21,7 @@ def transformers_loss(directory: Path, ids: torch.Tensor) -> float:
     with quiet_transformers():
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(directory).double().eval()
+        model = prepare_reference(AutoModelForCausalLM.from_pretrained(directory).double())
     with torch.no_grad(), precision(torch.float64):
         return float(model(input_ids=ids, labels=ids).loss)
 
