@@ -131,7 +131,8 @@ def make(name: str, directory: Path) -> torch.nn.Module:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
         with torch.no_grad():
             for parameter in model.parameters():
-                middle = 1.0 if parameter.dim() == 1 else 0.0
+                # Gemma's norms hold what is added to 1.
+                middle = 1.0 if parameter.dim() == 1 and kind != "gemma3_text" else 0.0
                 parameter.normal_(middle, 0.2)
         model.save_pretrained(directory)
     return prepare_reference(model)
