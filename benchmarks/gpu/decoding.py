@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from benchmarks.gpu.shapes import Share, group, whole_model
 from benchmarks.gpu.timing import Timer
+from colrow.models.config import common_attention
 from colrow.models.decoder import Decoder
 
 
