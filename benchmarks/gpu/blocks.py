@@ -58,8 +58,7 @@ def colrow_block(share: Share, device: torch.device, dtype: torch.dtype) -> Para
     """The first block of the model; the rest of it would only take memory."""
     config = replace(
         share.config,
-        num_layers=1,
-        windows=share.config.windows[:1],
+        blocks=share.config.blocks[:1],
         vocab_size=share.ranks,
         pad_token_id=None,
         freeze_padding=False,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from benchmarks.gpu.shapes import Share
 from colrow.layers.activation import ACTIVATIONS
 from colrow.layers.block import ParallelBlock
+from colrow.layers.describe import MLPSpec, unknown
 
 
 class PlainBlock(nn.Module):
@@ -16,29 +17,34 @@ class PlainBlock(nn.Module):
 
     def __init__(self, share: Share, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
-        config, layout = share.config, share.layout
-        self.head_dim, self.gated = config.head_dim, config.gated
-        self.act = ACTIVATIONS[config.activation]
-        self.heads, self.kv_heads = (
-            p.size(0) for p in (layout.heads.query, layout.heads.key_value)
+        attention, mlp, hidden = (
+            share.attention,
+            share.config.blocks[0].mlp,
+            share.config.hidden_size,
         )
-        ffn = layout.ffn.size(0)
+        if not isinstance(mlp, MLPSpec):
+            unknown(mlp, "the plain block")
+        self.head_dim, self.gated = attention.head_dim, mlp.gated
+        self.act = ACTIVATIONS[mlp.activation]
+        self.heads, self.kv_heads = (p.size(0) for p in (share.heads.query, share.heads.key_value))
+        ffn = share.division.of(mlp.ffn_size).size(0)
         place = {"device": device, "dtype": dtype}
-        norm = nn.RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
-        self.attention_norm = norm(config.hidden_size, eps=config.norm_eps, **place)
-        self.mlp_norm = norm(config.hidden_size, eps=config.norm_eps, **place)
+        spec = share.config.norm
+        norm = nn.RMSNorm if spec.kind == "rmsnorm" else nn.LayerNorm
+        self.attention_norm = norm(hidden, eps=spec.eps, **place)
+        self.mlp_norm = norm(hidden, eps=spec.eps, **place)
         features = (self.heads + 2 * self.kv_heads) * self.head_dim
-        self.qkv = nn.Linear(config.hidden_size, features, bias=config.qkv_bias, **place)
+        self.qkv = nn.Linear(hidden, features, bias=attention.qkv_bias, **place)
         mixed = self.heads * self.head_dim
-        self.output = nn.Linear(mixed, config.hidden_size, bias=config.output_bias, **place)
+        self.output = nn.Linear(mixed, hidden, bias=attention.output_bias, **place)
         wide = ffn * (2 if self.gated else 1)
-        self.up = nn.Linear(config.hidden_size, wide, bias=config.mlp_bias, **place)
-        self.down = nn.Linear(ffn, config.hidden_size, bias=config.mlp_bias, **place)
-        self.rope = config.rope is not None
-        if config.rope is not None:
+        self.up = nn.Linear(hidden, wide, bias=mlp.bias, **place)
+        self.down = nn.Linear(ffn, hidden, bias=mlp.bias, **place)
+        self.rope = attention.rope is not None
+        if attention.rope is not None:
             steps = torch.arange(0, self.head_dim, 2, device=device).float() / self.head_dim
             angles = torch.outer(
-                torch.arange(share.sequence, device=device).float(), config.rope.theta**-steps
+                torch.arange(share.sequence, device=device).float(), attention.rope.theta**-steps
             )
             self.register_buffer("cos", torch.cat([angles, angles], -1).cos().to(dtype))
             self.register_buffer("sin", torch.cat([angles, angles], -1).sin().to(dtype))

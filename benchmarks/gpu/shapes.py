@@ -8,7 +8,10 @@ import torch
 import torch.distributed as dist
 
 from colrow import ParallelGroup
-from colrow.models.config import Layout, ModelConfig
+from colrow.layers.describe import AttentionSpec, Division
+from colrow.models.compose import decoder, fields_of, with_dropout
+from colrow.models.config import ModelConfig, common_attention
+from colrow.partition import HeadPartition
 from colrow.planner.catalog import find_model
 
 
@@ -37,8 +40,17 @@ class Share:
         return self.batch * self.sequence
 
     @property
-    def layout(self) -> Layout:
+    def division(self) -> Division:
         return self.config.divide(self.ranks)
+
+    @property
+    def attention(self) -> AttentionSpec:
+        return common_attention(self.config)
+
+    @property
+    def heads(self) -> HeadPartition:
+        """Which rank computes which heads."""
+        return self.attention.heads(self.division)
 
     @property
     def block_flops(self) -> float:
@@ -46,11 +58,9 @@ class Share:
 
         Of the attention only the half that a causal mask leaves counts.
         """
-        config, layout = self.config, self.layout
-        heads, kv_heads = layout.heads.query.size(0), layout.heads.key_value.size(0)
-        per_token = config.hidden_size * config.head_dim * (2 * heads + 2 * kv_heads)
-        per_token += config.hidden_size * layout.ffn.size(0) * (3 if config.gated else 2)
-        attention = 2 * heads * config.head_dim * self.sequence / 2
+        linears = self.config.blocks[0].linears(self.division, 0)
+        per_token = sum(linear.inputs * linear.outputs for linear in linears)
+        attention = 2 * self.heads.query.size(0) * self.attention.head_dim * self.sequence / 2
         return 2.0 * self.tokens * (per_token + attention)
 
 
@@ -59,12 +69,7 @@ def shares(small: bool) -> list[Share]:
     chosen = (("llama-3-8b", 1, 1, 8192), ("llama-3-70b", 8, 1, 8192), ("gpt3-175b", 8, 4, 2048))
     found = []
     for name, ranks, batch, sequence in chosen:
-        config = replace(
-            find_model(name).config,
-            embedding_dropout=0.0,
-            attention_dropout=0.0,
-            residual_dropout=0.0,
-        )
+        config = with_dropout(find_model(name).config, 0.0)
         if small:
             config = _tiny(config)
             batch, sequence = 1, 8
@@ -97,24 +102,24 @@ def leave() -> None:
 
 def whole_model(share: Share, layers: int) -> ModelConfig:
     """Its configuration with fewer layers."""
-    return replace(share.config, num_layers=layers, windows=share.config.windows[:layers])
+    return replace(share.config, blocks=share.config.blocks[:layers])
 
 
 def _tiny(config: ModelConfig) -> ModelConfig:
-    kv_heads = 8 if config.num_kv_heads < config.num_heads else 16
-    return replace(
-        config,
-        vocab_size=512,
-        hidden_size=64,
-        num_layers=2,
-        num_heads=16,
-        num_kv_heads=kv_heads,
-        head_dim=4,
-        ffn_size=128,
-        max_positions=64,
-        rope=None if config.rope is None else replace(config.rope, dims=4),
-        windows=(),
-    )
+    fields = fields_of(config)
+    sizes = {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "num_layers": 2,
+        "num_heads": 16,
+        "num_kv_heads": 8 if fields["num_kv_heads"] < fields["num_heads"] else 16,
+        "head_dim": 4,
+        "ffn_size": 128,
+        "max_positions": 64,
+    }
+    if fields["rope"] is not None:
+        fields["rope"] = replace(fields["rope"], dims=4)
+    return decoder(**{**fields, **sizes})
 
 
 def dtype_of(name: str) -> torch.dtype:

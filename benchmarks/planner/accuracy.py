@@ -59,7 +59,7 @@ def evaluate(case: Case) -> Result:
     """
     if case.part != "step":
         (layout,) = case.layouts
-        block = block_time(case.model, layout, case.hardware)
+        block = block_time(case.model, case.model.usual_block, layout, case.hardware)
         return Result(case, layout, float(getattr(block, case.part)), 0.0)
     found = [predict(case.model, layout, case.hardware) for layout in case.layouts]
     fitting = [p for p in found if p.fits]

@@ -133,7 +133,7 @@ def _bloom() -> Iterator[Case]:
 def _deepseek_v2(layers: int) -> ModelShape:
     """DeepSeek-V2 with so many layers, the first of them without experts."""
     whole = find_model("deepseek-v2")
-    return replace(whole, config=replace(whole.config, num_layers=layers))
+    return replace(whole, config=replace(whole.config, blocks=whole.config.blocks[:layers]))
 
 
 def _simumax() -> Iterator[Case]:
@@ -146,7 +146,9 @@ def _simumax() -> Iterator[Case]:
         layers, cp = int(row["layers"]), int(row["cp"])
         if row["model"] == "llama3_70b":
             whole = find_model("llama-3-70b")
-            model = replace(whole, config=replace(whole.config, num_layers=layers))
+            model = replace(
+                whole, config=replace(whole.config, blocks=whole.config.blocks[:layers])
+            )
         else:
             model = _deepseek_v2(layers)
         layout = Layout(

@@ -54,7 +54,7 @@ def test_flops_are_those_that_torch_counts() -> None:
         with FlopCounterMode(display=False) as counter:
             block(x)
         heads = share.heads.query.size(0)
-        unseen = 4 * share.tokens * heads * share.config.head_dim * share.sequence / 2
+        unseen = 4 * share.tokens * heads * share.attention.head_dim * share.sequence / 2
         assert share.block_flops == counter.get_total_flops() - unseen
 
 

@@ -19,7 +19,7 @@ H100 = find_hardware("h100")
 def test_adapters_are_those_of_peft() -> None:
     """Llama-3-8B, r=16 on all linear layers: 41,943,040 trainable parameters."""
     layout = replace(BASE, lora_rank=16)
-    assert 32 * lora_elements(find_model("llama-3-8b"), layout, 0) == 41_943_040
+    assert 32 * lora_elements(find_model("llama-3-8b").usual_block, layout, 0) == 41_943_040
     memory = predict("llama-3-8b", layout, H100).memory.fullest
     assert memory.gradients == 4 * 41_943_040
     assert memory.weights == 2 * (8_030_261_248 + 41_943_040)

@@ -30,7 +30,7 @@ BLOCK = Layout(tp=2, global_batch=1, sequence=128, precision="fp32", master_weig
 
 def test_blocks_take_what_they_were_measured_to_take() -> None:
     plain = measured_hardware(MODEL, MACHINE, BLOCK, 1.0)
-    block = block_time(MODEL, BLOCK, plain)
+    block = block_time(MODEL, MODEL.usual_block, BLOCK, plain)
     predicted = block.forward + block.backward
     twice = measured_hardware(MODEL, MACHINE, BLOCK, 2 * predicted)
     once = measured_hardware(MODEL, MACHINE, BLOCK, predicted)

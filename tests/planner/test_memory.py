@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 
 from colrow.comm.ledger import summarize
+from colrow.layers.describe import Division
 from colrow.planner import Layout, ModelShape, find_hardware, find_model, predict
 from colrow.planner.activations import block_bytes
 from colrow.planner.catalog import shape_of_sizes
 from colrow.planner.collective_time import tp_calls
 from colrow.planner.machine_file import machine_from_mapping
 from colrow.planner.memory import RankMemory, training_memory
+from colrow.planner.model import held
 from tests.planner.measure import measured
 from tests.ranks import RankPool
 
@@ -41,7 +43,7 @@ def runs(tp: Any, cases: list[tuple[ModelShape, Layout]]) -> list[dict[str, Any]
     return [measured(tp, shape, layout, 3 if tp.size > 1 else 1) for shape, layout in cases]
 
 
-def held(memory: RankMemory) -> float:
+def in_use(memory: RankMemory) -> float:
     return memory.activations + memory.transient + memory.communication
 
 
@@ -71,7 +73,7 @@ def test_a_real_step_takes_what_is_predicted(ranks: RankPool, tp: int) -> None:
             for part in ("weights", "gradients", "optimizer"):
                 assert found[part] == getattr(memory, part), f"{where}: {part}"
             assert found["calls"] == summarize(tp_calls(shape, layout)), where
-            assert held(memory) == pytest.approx(found["peak"], rel=0.05), where
+            assert in_use(memory) == pytest.approx(found["peak"], rel=0.05), where
 
 
 def test_four_ranks_send_what_is_predicted(ranks: RankPool) -> None:
@@ -97,8 +99,7 @@ def test_activations_are_those_of_korthikanti(
     model = find_model("megatron-22b")
     layout = Layout(microbatch=4, sequence=2048, software="megatron-2022", **options)
     s, b, h, a, t = 2048, 4, 6144, 64, layout.tp
-    division = model.division(t)
-    found = sum(block_bytes(model, layout, division, 0, flash=False).values())
+    found = sum(block_bytes(model.usual_block, layout, 0, flash=False).values())
     assert found == pytest.approx(s * b * h * (constant + divided / t + scores * a * s / (h * t)))
 
 
@@ -123,7 +124,7 @@ def test_schedules_keep_what_their_papers_say() -> None:
     """First stage, in microbatches' worth of the whole model (Korthikanti et al. 2022, 4.2.3)."""
     model, hardware = find_model("megatron-175b"), find_hardware("a100")
     base = Layout(tp=8, pp=8, global_batch=64, software="megatron-2022", recompute="selective")
-    block = block_bytes(model, base, model.division(8), 0, flash=False)
+    block = block_bytes(model.usual_block, base, 0, flash=False)
     whole = 96 * sum(block.values())
 
     def first(layout: Layout) -> float:
@@ -139,7 +140,7 @@ def test_uneven_layers_and_shares_are_counted_per_rank() -> None:
     model = find_model("llama-2-7b")
     layout = Layout(pp=2, stage_layers=(20, 12), global_batch=2)
     first, last = predict(model, layout, "a100").memory.ranks
-    per_block = model.shards(1)[0].block
+    per_block = held(model.usual_block, Division(1), 0).dense
     assert first[0].weights - last[0].weights == 2 * (8 * per_block - 4096)  # the final norm
     uneven = predict(model, Layout(tp=2, tp_weights=(0.75, 0.25)), "a100").memory.ranks[0]
     assert uneven[0].weights > 2.9 * uneven[1].weights

@@ -9,32 +9,40 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.planner.published import read_table
+from colrow.layers.describe import AttentionSpec, ExpertsSpec
+from colrow.models.compose import fields_of
 from colrow.planner import ModelShape, catalog, find_model
+from colrow.planner.model import held
 
 
 def hf_parameters(model: ModelShape, layers: int) -> int:
     """Parameters of transformers' model of this shape with so many layers."""
-    c = model.config
+    c = fields_of(model.config)
     shared: dict[str, Any] = {
-        "vocab_size": c.vocab_size,
-        "hidden_size": c.hidden_size,
+        "vocab_size": c["vocab_size"],
+        "hidden_size": c["hidden_size"],
         "num_hidden_layers": layers,
-        "num_attention_heads": c.num_heads,
-        "tie_word_embeddings": c.tie_embeddings,
+        "num_attention_heads": c["num_heads"],
+        "tie_word_embeddings": c["tie_embeddings"],
     }
-    if c.family in ("gpt2", "bloom"):
-        shared |= {"n_layer": layers, "n_head": c.num_heads, "n_embd": c.hidden_size}
-        shared |= {"n_inner": c.ffn_size, "n_positions": c.max_positions}
+    family = c["family"]
+    if family in ("gpt2", "bloom"):
+        shared |= {"n_layer": layers, "n_head": c["num_heads"], "n_embd": c["hidden_size"]}
+        shared |= {"n_inner": c["ffn_size"], "n_positions": c["max_positions"]}
     else:
-        shared |= {"intermediate_size": c.ffn_size, "max_position_embeddings": c.max_positions}
-        shared |= {"num_key_value_heads": c.num_kv_heads, "head_dim": c.head_dim}
-    family = c.family
-    if model.experts > 1:
-        family = {"mistral": "mixtral", "qwen3": "qwen3_moe"}[family]
-        shared |= {"num_local_experts": model.experts, "num_experts": model.experts}
         shared |= {
-            "moe_intermediate_size": c.ffn_size,
-            "num_experts_per_tok": model.active_experts,
+            "intermediate_size": c["ffn_size"],
+            "max_position_embeddings": c["max_positions"],
+            "num_key_value_heads": c["num_kv_heads"],
+            "head_dim": c["head_dim"],
+        }
+    if c["experts"]:
+        family = {"mistral": "mixtral", "qwen3": "qwen3_moe"}[family]
+        shared |= {
+            "num_local_experts": c["experts"],
+            "num_experts": c["experts"],
+            "moe_intermediate_size": c["ffn_size"],
+            "num_experts_per_tok": c["active_experts"],
         }
     with torch.device("meta"):
         found = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shared))
@@ -45,7 +53,9 @@ def hf_parameters(model: ModelShape, layers: int) -> int:
 SIMPLE = [
     name
     for name, model in sorted(catalog().items())
-    if not model.latent and not model.shared_ffn and not name.startswith("gpt-oss")
+    if isinstance(model.usual_block.attention, AttentionSpec)
+    and len(model.usual_block.mlp.passes) == 1
+    and not name.startswith("gpt-oss")
 ]
 
 
@@ -101,10 +111,12 @@ def test_counts_are_those_that_megatrons_papers_print() -> None:
 )
 def test_active_parameters_are_those_of_the_chosen_experts(name: str, active: int) -> None:
     model = find_model(name)
-    config, idle = model.config, model.experts - model.active_experts
-    per_expert = 3 * config.hidden_size * config.ffn_size
+    config, mlp = model.config, model.usual_block.mlp
+    assert isinstance(mlp, ExpertsSpec)
+    per_expert = 3 * config.hidden_size * mlp.expert.ffn_size
+    idle = (mlp.count - mlp.active) * per_expert
     assert model.active_parameters == active
-    assert model.parameters - active == config.num_layers * idle * per_expert
+    assert model.parameters - active == config.num_layers * idle
 
 
 @pytest.mark.parametrize("tp", [1, 2, 3, 8])
@@ -112,11 +124,15 @@ def test_active_parameters_are_those_of_the_chosen_experts(name: str, active: in
 def test_shards_cover_the_model(name: str, tp: int) -> None:
     """What ranks hold adds up to the model, replicated parameters counted on every rank."""
     model = find_model(name)
-    layers = model.config.num_layers
-    held = sum(s.embedding + layers * s.block + s.head for s in model.shards(tp))
-    assert held >= model.parameters
+    division, layers = model.division(tp), model.config.num_layers
+    found = sum(
+        ends.embedding + layers * held(model.usual_block, division, rank).dense + ends.head
+        for rank in range(tp)
+        for ends in (model.ends(division, rank),)
+    )
+    assert found >= model.parameters
     if tp == 1:
-        assert held == model.parameters
+        assert found == model.parameters
 
 
 def test_names_are_forgiving_and_suggest_near_matches() -> None:

@@ -96,7 +96,7 @@ def test_collectives_are_the_ledgers() -> None:
     model = find_model("gpt2")
     for sequence_parallel in (False, True):
         layout = Layout(tp=4, sequence=1024, sequence_parallel=sequence_parallel)
-        parts = collectives(model, layout)
+        parts = collectives(model, model.usual_block, layout)
         blocks = sum(call.bytes for call in parts.block) * model.config.num_layers
         ends = sum(call.bytes for call in parts.embedding + parts.head)
         calls = [c for c in tp_calls(model, layout) if c.layer not in ("inputs", "shared")]
@@ -106,7 +106,7 @@ def test_collectives_are_the_ledgers() -> None:
 def test_recomputation_repeats_the_forward_collectives() -> None:
     model, layout = find_model("gpt2"), Layout(tp=4, sequence=1024)
     once, again = (
-        collectives(model, replace(layout, recompute=recompute)).block
+        collectives(model, model.usual_block, replace(layout, recompute=recompute)).block
         for recompute in ("none", "full")
     )
     assert len(once) == 4 and len(again) == 6

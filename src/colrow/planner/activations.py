@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from colrow.layers.describe import (
+    Attention,
     AttentionSpec,
     BlockSpec,
     ExpertsSpec,
@@ -119,7 +120,29 @@ def _norms(block: BlockSpec, layout: Layout) -> float:
 def _norm(norm: NormSpec, layout: Layout) -> float:
     """The input; or an fp32 copy of it instead, and what is multiplied with the weight."""
     kept = residual_bytes(norm.size, layout)
-    return (4 / layout.itemsize + 1) * kept if _is_written(norm, layout) else kept
+    return _written(norm, layout) * kept if _is_written(norm, layout) else kept
+
+
+def _written(norm: NormSpec, layout: Layout, copies: int = 1) -> float:
+    """What a norm that is written out keeps, in sizes of its input, of which it makes copies."""
+    return 4 * copies / layout.itemsize + (4 / layout.itemsize if norm.wide else 1)
+
+
+def _normed_heads(attention: Attention, layout: Layout, sizes: Sizes) -> float:
+    """What the norms of queries and keys keep beside the fused tensor that they read.
+
+    Those over all heads widen their input twice, for the squares and for the result, and are
+    written out in fp32 too.
+    """
+    norm = attention.query_norm if isinstance(attention, AttentionSpec) else None
+    if norm is None:
+        return 0.0
+    together = norm.size != attention.key_size
+    if _is_written(norm, layout):
+        times = _written(norm, layout, copies=2 if together else 1)
+    else:
+        times = 1.0 if together or layout.program.fused_elementwise else 0.0
+    return (sizes.query + sizes.key_value) * times
 
 
 def _is_written(norm: NormSpec, layout: Layout) -> bool:
@@ -139,11 +162,7 @@ def _column_input(hidden_size: int, layout: Layout) -> float:
 def _attention(block: BlockSpec, layout: Layout, sizes: Sizes, rank: int, *, flash: bool) -> float:
     """The fused Q, K, V; rotated or normed copies; the scores where they are stored; the output."""
     attention, program = block.attention, layout.program
-    normed = 0.0
-    norms = isinstance(attention, AttentionSpec) and attention.query_norm is not None
-    if norms and (program.fused_elementwise or sizes.item < 4):
-        wide = not program.fused_elementwise
-        normed = (sizes.query + sizes.key_value) * (4 / sizes.item + 1 if wide else 1)
+    normed = _normed_heads(attention, layout, sizes)
     if not flash and program.written_dropout and attention.dropout:
         # Contiguous copies of queries, and of keys and values for every query head, take the place
         # of the fused tensor; softmax is kept in fp32, beside the mask and the product of both.
