@@ -263,7 +263,12 @@ def _work(rank: int, connections: list[Connection], store: str, device: devices.
 
 def child_ranks(parent: int) -> list[int]:
     """Process ids of the ranks that a command started, in their order (Linux)."""
-    children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
-    return sorted(
-        int(pid) for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    )
+    found = []
+    for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:  # it has ended
+            continue
+        if b"spawn_main" in command:
+            found.append(int(pid))
+    return sorted(found)

@@ -106,14 +106,15 @@ def test_ranks_that_take_long_are_only_mentioned(capfd: pytest.CaptureFixture[st
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGTERM])
 def test_a_signal_to_one_rank_of_a_training_run(number: signal.Signals, tmp_path: Path) -> None:
+    from tests.ranks import child_ranks
     from tests.train.curves import write_inputs
-    from tests.train.test_faults import Run, rank_processes
+    from tests.train.test_faults import Run
 
     write_inputs(tmp_path)
     options: dict[str, Any] = {"tp": 2, "steps": 10**6, "save_every": 10**6}
     run = Run(tmp_path, timeout_seconds=8, **options)
     run.until("step 3/")
-    os.kill(rank_processes(run.process.pid)[1], number)
+    os.kill(child_ranks(run.process.pid)[1], number)
     started = time.monotonic()
     code = run.end()
     assert time.monotonic() - started < 8 + 5

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.ranks import child_ranks
 from tests.train.curves import OPTIONS, logged, settings_for, write_inputs
 
 MESSAGE_SECONDS = 20  # within which the others have stopped
@@ -59,24 +60,9 @@ class Run:
 
     def kill_a_rank(self, which: int = -1) -> float:
         """SIGKILL to one of its ranks; when."""
-        ranks = rank_processes(self.process.pid)
+        ranks = child_ranks(self.process.pid)
         os.kill(ranks[which], signal.SIGKILL)
         return time.monotonic()
-
-
-def rank_processes(parent: int) -> list[int]:
-    """The processes that ``parent`` started for its ranks, in the order of their start."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                status = (entry / "stat").read_text().rsplit(")", 1)[1].split()
-                command = (entry / "cmdline").read_text()
-            except OSError:
-                continue
-            if int(status[1]) == parent and "spawn_main" in command:
-                found.append(int(entry.name))
-    return sorted(found)
 
 
 def weights(output: Path, step: int) -> dict[str, torch.Tensor]:

@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from colrow.train.loop import train
-from tests.ranks import run_world
+from tests.ranks import child_ranks, run_world
 from tests.train.curves import CASES, curve, reference, settings_for, worst, write_inputs
-from tests.train.test_faults import Run, rank_processes, weights
+from tests.train.test_faults import Run, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 KILLS = 20
@@ -47,11 +47,11 @@ def test_a_run_killed_at_random_moments_ends_bitwise_equal(tmp_path: Path) -> No
             time.sleep(moments.uniform(0, 3))
         else:
             time.sleep(moments.uniform(0, 5))  # while it starts or loads
-        while not (ranks := [pid for pid in rank_processes(run.process.pid) if pid not in before]):
+        while not (ranks := [pid for pid in child_ranks(run.process.pid) if pid not in before]):
             assert run.process.poll() is None, "it ended before it was killed often enough"
             time.sleep(0.05)
         before |= set(ranks)
-        run.kill_a_rank(moments.randrange(len(rank_processes(run.process.pid))))
+        run.kill_a_rank(moments.randrange(len(child_ranks(run.process.pid))))
     assert run.end() == 0
     expected, found = weights(whole.output, 600), weights(run.output, 600)
     assert expected.keys() == found.keys()
