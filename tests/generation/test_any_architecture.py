@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from colrow.checkpoint.any_model import load_model
+from colrow.inplace.meta import model_of
 from colrow.zoo.measure import full_precision
 from colrow.zoo.padding import architecture_takes_padding
 from torch import Tensor
 
+from colrow.any_model.loading import describe_model, load_model
 from colrow.cli import main
 from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import record
@@ -148,6 +149,42 @@ def test_what_is_not_possible_in_place_is_one_line(
     assert main(["generate", cases["gemma2"].path, "Hi", *options]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_that_comes_with_a_model_runs_only_when_asked(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model: Any = build(Architecture("llama"))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"]}
+    config["auto_map"] = {
+        "AutoConfig": "own.OwnConfig",
+        "AutoModelForCausalLM": "own.OwnForCausalLM",
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text(OWN_CODE)
+    assert main(["generate", str(tmp_path), "Hi"]) == 2
+    error = capsys.readouterr().err
+    assert "comes with code of its own" in error and error.count("\n") == 1
+    known = describe_model(tmp_path, trust_remote_code=True)
+    assert (known.kind, known.name, known.vocab_size) == ("in place", "own", 97)
+    made = model_of(tmp_path, None, trust_remote_code=True)
+    assert type(made).__name__ == "OwnForCausalLM"
 
 
 @pytest.mark.slow

@@ -57,11 +57,16 @@ def transformers_config(directory: Path, *, trust_remote_code: bool = False) -> 
         check_any_config(values)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    check_layers(file, values, stored_shapes(directory))
     try:
         import transformers
     except ImportError as error:
         raise ValueError("transformers is needed: pip install 'colrow[models]'") from error
+    if "auto_map" in values and not trust_remote_code and not _is_known(values):
+        raise ValueError(
+            f"{directory} comes with code of its own, for an architecture that transformers lacks; "
+            "trust_remote_code (--trust-remote-code) runs it, and it can do anything that you can"
+        )
+    check_layers(file, values, stored_shapes(directory))
     with quiet_transformers():
         try:
             config = transformers.AutoConfig.from_pretrained(
@@ -72,6 +77,12 @@ def transformers_config(directory: Path, *, trust_remote_code: bool = False) -> 
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{directory} holds quantised weights, which cannot be split in place")
     return config
+
+
+def _is_known(values: Mapping[str, object]) -> bool:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return values.get("model_type") in CONFIG_MAPPING_NAMES
 
 
 def model_of(
