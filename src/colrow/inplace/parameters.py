@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils import _pytree as pytree
 
 from colrow.comm import collectives
@@ -60,7 +61,8 @@ class ParametersMixin(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         value: Any = super().__getattr__(name)
-        if value is None:
+        # FSDP2 looks for the object that it holds between forward passes, and takes what it gets.
+        if value is None or isinstance(value, DTensor):
             return value
         spread: dict[str, Spread] | None = self.__dict__.get("colrow_spread")
         if spread and name in spread:
