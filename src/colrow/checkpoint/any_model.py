@@ -27,7 +27,9 @@ def known_to_decoder(path: str | Path) -> bool:
         ValueError: when there is no such checkpoint.
     """
     file = resolve_model_path(path)
-    config = (file if file.is_dir() else file.parent) / "config.json"
+    config = file
+    if file.suffix != ".json":
+        config = (file if file.is_dir() else file.parent) / "config.json"
     if file.suffix == ".gguf" or not config.is_file():
         return True
     try:
@@ -42,11 +44,14 @@ def describe_model(
 ) -> Description:
     """What :func:`load_model` will make of a checkpoint, from its configuration; reads no weights.
 
+    A ``config.json`` alone is described as well.
+
     Raises:
         ValueError: no weights there, or a configuration that neither of the two can use.
     """
     file = resolve_model_path(path)
-    find_weights(file)
+    if file.suffix != ".json":
+        find_weights(file)
     if not in_place and known_to_decoder(path):
         return describe(pretrained_config(path))
     _refuse_gguf(file)
@@ -104,11 +109,22 @@ def load_model(
         layer_split=layer_split,
         recompute_gather=not keep_gathered_input,
     )
-    model: Any = model_of(path, dtype, trust_remote_code=trust_remote_code)
-    if model.dtype == torch.float64:
-        model.set_experts_implementation("eager")  # the fused kernels for experts know no fp64
-    parallelize(model, mesh, weights=path, sequence_parallel=sequence_parallel)
-    return InPlaceModel(model, mesh.tp)
+    model = model_of(path, dtype, trust_remote_code=trust_remote_code)
+    return split_in_place(model, mesh, weights=path, sequence_parallel=sequence_parallel)
+
+
+def split_in_place(
+    module: Any,
+    mesh: Mesh,
+    *,
+    weights: str | Path | None = None,
+    sequence_parallel: bool = False,
+) -> InPlaceModel:
+    """A model of transformers, split over ``mesh.tp``; arguments as :func:`colrow.parallelize`."""
+    if module.dtype == torch.float64:
+        module.set_experts_implementation("eager")  # the fused kernels for experts know no fp64
+    parallelize(module, mesh, weights=weights, sequence_parallel=sequence_parallel)
+    return InPlaceModel(module, mesh.tp)
 
 
 def refuse_in_place(

@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Self
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from colrow import rng
 from colrow.comm import primitives
 from colrow.comm.group import ParallelGroup
+from colrow.inplace.capture import arithmetic_of
 from colrow.inplace.continuation import Continuation
 from colrow.inplace.record import record_of
 from colrow.inplace.whole_results import HeadMixin
@@ -113,6 +114,20 @@ class InPlaceModel:
         return Partition.even(self._first_logits(local=False).shape[-1], self.tp.size)
 
     @functools.cached_property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """What the model's outermost lists of modules hold."""
+        return tuple(_blocks(self._module))
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole model."""
+        return sum(math.prod(spec.shape) for _, spec in self.shards().values())
+
+    def arithmetic(self) -> AbstractContextManager[object]:
+        """Inside it what transformers computes in fp32 is fp64 where the parameters are."""
+        return arithmetic_of(self._module)
+
+    @functools.cached_property
     def takes_padding(self) -> bool:
         """Whether rows that are padded on the left get the logits that they get alone.
 
@@ -167,14 +182,19 @@ class InPlaceModel:
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         reduction: Reduction = "mean",
+        dropout_key: int | None = None,
     ) -> Tensor:
         """The next-token loss from the model's logits, without what its own code may add to it.
+
+        ``dropout_key`` seeds torch's generators.
 
         Raises:
             ValueError: labels that do not belong to the ids, or sequences of one token.
         """
         check_labels(input_ids, labels)
         check_next_token(labels)
+        if dropout_key is not None:
+            torch.manual_seed(dropout_key)
         options = {} if attention_mask is None else {"attention_mask": attention_mask}
         with self._local_head():
             logits = self._module(
@@ -228,6 +248,10 @@ class InPlaceModel:
 
     def _range(self, vocabulary: int) -> tuple[int, int]:
         return Partition.even(vocabulary, self.tp.size).bounds[self.tp.rank]
+
+    def example(self, batch: int, sequence: int) -> Tensor:
+        """Some plain tokens, ``[batch, sequence]``, the same on every rank."""
+        return self._example(batch * sequence).view(batch, sequence)
 
     def _example(self, count: int) -> Tensor:
         """Some plain tokens."""
@@ -284,3 +308,11 @@ class InPlaceModel:
             yield
         finally:
             self._module.train(was_training)
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield from _blocks(child)

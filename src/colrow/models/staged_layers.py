@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Self
 
 import torch
@@ -16,7 +17,7 @@ from colrow.layers.dropout import ParallelDropout
 from colrow.layers.row import RowParallelLinear
 from colrow.layers.shared import SharedLayers, sum_gradients_
 from colrow.models.communication import predict_step
-from colrow.models.config import Layout, ModelConfig, parameter_specs
+from colrow.models.config import Layout, ModelConfig, num_parameters, parameter_specs
 from colrow.models.decoder_parts import DecoderParts, allocate
 from colrow.models.interface import Description, Prediction
 from colrow.models.one_token import OneToken
@@ -126,6 +127,15 @@ class StagedLayers(nn.Module):
     def vocabulary(self) -> Partition:
         """Which tokens' logits each rank has."""
         return self.layout.vocab
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole model."""
+        return num_parameters(self.config)
+
+    def arithmetic(self) -> AbstractContextManager[object]:
+        """Nothing to do: every layer computes in the dtype of its parameters."""
+        return nullcontext()
 
     @property
     def takes_padding(self) -> bool:
