@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import colrow
-from colrow.checkpoint.export import load_trained, write_training_run
+from colrow.any_model.export import load_trained, write_training_run
 from colrow.checkpoint.gguf_file import GGUFTensorReader
 from colrow.checkpoint.opening import open_reader
 from colrow.checkpoint.pretrained import pretrained_config

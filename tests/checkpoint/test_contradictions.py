@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import colrow
-from colrow.checkpoint.export import load_any, write_hf_directory
+from colrow.any_model.export import load_any, write_hf_directory
 from colrow.checkpoint.naming import hf_naming
 from colrow.checkpoint.pretrained import pretrained_config
 from colrow.comm.collectives import gather_from_tp

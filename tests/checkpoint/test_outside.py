@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import colrow
+from colrow.any_model.export import write_hf_directory
 from colrow.checkpoint import training_storage
-from colrow.checkpoint.export import write_hf_directory
 from colrow.checkpoint.opening import open_reader
 from colrow.checkpoint.pretrained import pretrained_config, stored_dtype
 from colrow.checkpoint.training import TrainingCheckpoints

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from colrow.inplace.communication import predict
 from huggingface_hub import constants
 
 from colrow.any_model.loading import load_model
+from colrow.any_model.predicted_calls import predict
 from colrow.cli import main
 from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import Call

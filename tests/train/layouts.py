@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from colrow.inplace.capture import exact_arithmetic
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -21,7 +23,7 @@ from colrow.train.optimizer import adamw
 from colrow.train.parallel import parallelize
 from colrow.train.step import Stepper
 from colrow.train.tokens import TokenFile
-from colrow.verification.reference import precision, quiet_transformers
+from colrow.verification.reference import quiet_transformers
 
 STEPS, RATE, CLIP = 3, 1e-2, 0.5
 
@@ -154,9 +156,27 @@ def _reference(
         theirs = AutoConfig.for_model(config["model_type"], **keys)
         model = AutoModelForCausalLM.from_config(theirs, dtype=torch.float64)
         model.load_state_dict(initial, strict=False)
+    found = torch_loop(model, tokens, steps, label_smoothing, z_loss)
+    names = initial.keys()
+    return found, {n: p.detach() for n, p in model.state_dict().items() if n in names}
+
+
+def torch_loop(
+    model: Any,
+    tokens: Path,
+    steps: int,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    optimizers: Sequence[torch.optim.Optimizer] = (),
+) -> list[tuple[float, float]]:
+    """Trains a model of transformers in fp64; each step's loss and gradient norm.
+
+    Args:
+        optimizers: by default AdamW, with weight decay for matrices.
+    """
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW(
+    adamw_alone = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
         lr=RATE,
         betas=(0.9, 0.95),
@@ -164,20 +184,20 @@ def _reference(
     order, found = Order(Windows.of(TokenFile.open(tokens), 17), seed=1), []
     for step in range(steps):
         ids, labels = order.batch(step * 8, 8)
-        with precision(torch.float64):
+        with exact_arithmetic():
             logits = model(input_ids=ids).logits[:, :-1]
         targets = labels[:, 1:]
         loss = nn.functional.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), label_smoothing=label_smoothing
         )
         loss = loss + z_loss * torch.logsumexp(logits, -1).square()[targets != -100].mean()
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
+        for optimizer in optimizers or [adamw_alone]:
+            optimizer.step()
         found.append((loss.item(), norm.item()))
-    names = initial.keys()
-    return found, {n: p.detach() for n, p in model.state_dict().items() if n in names}
+    return found
 
 
 def config_file(directory: Path) -> Path:

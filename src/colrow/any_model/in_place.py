@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Self
 
 import torch
@@ -20,6 +20,7 @@ from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import Call
 from colrow.inplace.apply.layers import HeadMixin
 from colrow.inplace.apply.record import record_of
+from colrow.inplace.observe.modes import arithmetic_of
 from colrow.layers.loss import Reduction, vocab_parallel_cross_entropy
 from colrow.models.communication import LOSS_STATISTICS
 from colrow.models.inputs import check_labels, check_next_token
@@ -87,6 +88,20 @@ class InPlaceModel:
         return Partition.even(self._first_logits(local=False).shape[-1], self.tp.size)
 
     @functools.cached_property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        """What the model's outermost lists of modules hold."""
+        return tuple(_blocks(self._module))
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole model."""
+        return sum(math.prod(spec.shape) for _, spec in self.shards().values())
+
+    def arithmetic(self) -> AbstractContextManager[object]:
+        """Inside it what transformers computes in fp32 is fp64 where the parameters are."""
+        return arithmetic_of(self._module)
+
+    @functools.cached_property
     def takes_padding(self) -> bool:
         """Whether rows that are padded on the left get the logits that they get alone.
 
@@ -139,14 +154,19 @@ class InPlaceModel:
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         reduction: Reduction = "mean",
+        dropout_key: int | None = None,
     ) -> Tensor:
         """The next-token loss from the model's logits, without what its own code may add to it.
+
+        ``dropout_key`` seeds torch's generators.
 
         Raises:
             ValueError: labels that do not belong to the ids, or sequences of one token.
         """
         check_labels(input_ids, labels)
         check_next_token(labels)
+        if dropout_key is not None:
+            torch.manual_seed(dropout_key)
         options = {} if attention_mask is None else {"attention_mask": attention_mask}
         with self._local_head():
             logits = self._module(
@@ -216,6 +236,11 @@ class InPlaceModel:
     def _range(self, vocabulary: int) -> tuple[int, int]:
         return Partition.even(vocabulary, self.tp.size).bounds[self.tp.rank]
 
+    def example(self, batch: int, sequence: int) -> Tensor:
+        """Some plain tokens, ``[batch, sequence]``, the same on every rank."""
+        count, vocab_size = batch * sequence, self._description.vocab_size
+        return plain_tokens(vocab_size, count, self.device).view(batch, sequence)
+
     def _first_logits(self, *, local: bool) -> Tensor:
         with torch.no_grad(), self._evaluating():
             ids = plain_tokens(self._description.vocab_size, 3, self.device).view(1, -1)
@@ -264,3 +289,11 @@ class InPlaceModel:
             yield
         finally:
             self._module.train(was_training)
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield from _blocks(child)

@@ -31,7 +31,9 @@ def known_to_decoder(path: str | Path) -> bool:
         ValueError: when there is no such checkpoint.
     """
     file = resolve_model_path(path)
-    config = (file if file.is_dir() else file.parent) / "config.json"
+    config = file
+    if file.suffix != ".json":
+        config = (file if file.is_dir() else file.parent) / "config.json"
     if file.suffix == ".gguf" or not config.is_file():
         return True
     try:
@@ -58,12 +60,15 @@ def describe_model(
         tp, pp: sizes of the mesh.
         The others as for :func:`load_model`.
 
+    A ``config.json`` alone is described as well.
+
     Raises:
         ValueError: no weights there, a configuration that neither of the two can use, or one that
             cannot be divided so.
     """
     file = resolve_model_path(path)
-    find_weights(file)
+    if file.suffix != ".json":
+        find_weights(file)
     if not in_place and known_to_decoder(path):
         config = pretrained_config(path)
         config.divide(tp, tensor_split)
@@ -71,6 +76,21 @@ def describe_model(
         return describe(config)
     _refuse_gguf(file)
     found = describe_config(transformers_config(file, trust_remote_code=trust_remote_code))
+    refuse_in_place(
+        found, pp=pp, tensor_split=tensor_split, layer_split=layer_split, sharding=sharding
+    )
+    return found
+
+
+def refuse_in_place(
+    model: Description,
+    *,
+    pp: int = 1,
+    tensor_split: str | Sequence[float] | None = None,
+    layer_split: str | Sequence[float] | None = None,
+    sharding: Sharding | None = None,
+) -> None:
+    """Raises ValueError for what only the described families have; arguments as above."""
     asked = {
         f"a pipeline of {pp} stages": pp > 1,
         "a layer split": layer_split is not None,
@@ -80,9 +100,8 @@ def describe_model(
     if refused := [name for name, value in asked.items() if value]:
         raise ValueError(
             f"{' and '.join(refused)}: for the described families only ({', '.join(families())}), "
-            f"and this {found.name} is split in place, over equal tensor-parallel ranks (--tp)"
+            f"and this {model.name} is split in place, over equal tensor-parallel ranks (--tp)"
         )
-    return found
 
 
 def load_model(
@@ -137,12 +156,27 @@ def load_model(
         sharding=sharding,
         trust_remote_code=trust_remote_code,
     )
-    model: Any = model_of(path, dtype, trust_remote_code=trust_remote_code)
-    if not _kernels_take_experts(model, mesh.tp.size):
-        model.set_experts_implementation("eager")
-    sequence_parallel = Sharding.of(sharding, sequence_parallel).sequence_parallel
-    parallelize(model, mesh, weights=path, sequence_parallel=sequence_parallel)
-    return InPlaceModel(model, mesh.tp)
+    model = model_of(path, dtype, trust_remote_code=trust_remote_code)
+    return split_in_place(
+        model,
+        mesh,
+        weights=path,
+        sequence_parallel=Sharding.of(sharding, sequence_parallel).sequence_parallel,
+    )
+
+
+def split_in_place(
+    module: Any,
+    mesh: Mesh,
+    *,
+    weights: str | Path | None = None,
+    sequence_parallel: bool = False,
+) -> InPlaceModel:
+    """A model of transformers, split over ``mesh.tp``; arguments as :func:`colrow.parallelize`."""
+    if not _kernels_take_experts(module, mesh.tp.size):
+        module.set_experts_implementation("eager")
+    parallelize(module, mesh, weights=weights, sequence_parallel=sequence_parallel)
+    return InPlaceModel(module, mesh.tp)
 
 
 def _kernels_take_experts(model: nn.Module, ranks: int) -> bool:

@@ -169,6 +169,11 @@ class TrainingCheckpoints:
         found: torch.dtype = getattr(torch, min(names))
         return found
 
+    def parameters(self, step: int) -> set[str]:
+        """Names of those in the checkpoint of this step."""
+        tensors = read_index(self.path(step))["tensors"]
+        return {name.removeprefix("model.") for name in tensors if name.startswith("model.")}
+
     def check_shapes(self, step: int, config: ModelConfig) -> None:
         """Compares the checkpoint of this step with a configuration, before there is a model.
 

@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Converts, and says what."""
-    from colrow.checkpoint.export import (
+    from colrow.any_model.export import (
         MODEL_FILES,
         is_training_run,
         load_any,
@@ -50,6 +50,12 @@ def run(args: argparse.Namespace) -> int:
     model = load_any(args.source)
     if args.to == "gguf":
         from colrow.checkpoint.export_gguf import write_gguf
+        from colrow.models.decoder import Decoder
+
+        if not isinstance(model, Decoder):
+            raise ValueError(
+                f"--to gguf: {model.description.name} is none of the families that are written so"
+            )
 
         like = args.like or args.source
         if not str(like).endswith(".gguf"):
@@ -65,11 +71,14 @@ def run(args: argparse.Namespace) -> int:
                 from colrow.train.model import copy_model_files
 
                 files.mkdir()
-                copy_model_files(args.source, files)
+                config = getattr(model.module, "config", None)
+                tied = getattr(config, "tie_word_embeddings", None)
+                copy_model_files(args.source, files, tied=tied)
             if args.to == "hf":
                 write_hf_directory(model, args.target, files, dtype)
             else:
-                write_training_run(model.to(dtype), args.target, files)
+                model.module.to(dtype)
+                write_training_run(model, args.target, files)
         finally:
             shutil.rmtree(directory, ignore_errors=True)
     print(f"{args.source} is in {args.target}")

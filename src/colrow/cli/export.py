@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exports, and says what."""
-    from colrow.checkpoint.export import MODEL_FILES, load_trained, write_hf_directory
+    from colrow.any_model.export import MODEL_FILES, load_trained, write_hf_directory
 
     model, step = load_trained(args.run_directory, args.step)
     files = Path(args.run_directory) / MODEL_FILES

@@ -112,7 +112,7 @@ class ParallelBlock(Sharded, nn.Module):
     def _in_dtype(self, x: Tensor, **options: Unpack[BlockOptions]) -> Tensor:
         if self.compute_dtype is None:
             return self._run(x, **options)
-        with cast_parameters([self], self.compute_dtype):
+        with cast_parameters(self.modules(), self.compute_dtype):
             return self._run(x, **options)
 
     def _run(
@@ -182,7 +182,8 @@ def prepare_blocks(
         sharded: FSDP2 swaps their parameters while they run, and casts them itself.
     """
     for block in blocks:
-        assert isinstance(block, ParallelBlock)
+        if not isinstance(block, ParallelBlock):
+            raise TypeError(f"{type(block).__name__} is no block of colrow's decoder")
         block.own_bucket = sharded or compute_dtype is not None
         block.compute_dtype = None if sharded else compute_dtype
         block.recompute = recompute

@@ -8,7 +8,8 @@ own code runs on shards. :func:`colrow.any_model.loading.load_model` makes eithe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, Self
 
@@ -45,6 +46,14 @@ class Description:
     limited: bool
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
+
+    @property
+    def says(self) -> str:
+        """Which of the two it is, for a person."""
+        how = (
+            "colrow's decoder" if self.kind == "decoder" else "transformers' model, split in place"
+        )
+        return f"{self.name}: {how}"
 
 
 @dataclass(frozen=True)
@@ -104,8 +113,22 @@ class TensorParallelModel(Protocol):
         ...
 
     @property
+    def blocks(self) -> Iterable[nn.Module]:
+        """The repeated layers, in order; each is called as a module."""
+        ...
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole model; what is tied counts once."""
+        ...
+
+    @property
     def takes_padding(self) -> bool:
         """Whether rows that are padded on the left get the logits that they get alone."""
+        ...
+
+    def arithmetic(self) -> AbstractContextManager[object]:
+        """Inside it fp64 parameters make all of a forward pass fp64."""
         ...
 
     def for_decoding(self) -> Self:
@@ -139,8 +162,12 @@ class TensorParallelModel(Protocol):
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
         reduction: Reduction = "mean",
+        dropout_key: int | None = None,
     ) -> Tensor:
-        """The next-token loss, the same on every rank; labels are shifted inside."""
+        """The next-token loss, the same on every rank; labels are shifted inside.
+
+        ``dropout_key``: which dropout masks; the same key gives the same ones again.
+        """
         ...
 
     def shards(self) -> Mapping[str, tuple[nn.Parameter, ShardSpec]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Self
 
@@ -20,7 +21,7 @@ from colrow.layers.row import RowParallelLinear
 from colrow.layers.shared import SharedLayers, sum_gradients_
 from colrow.models.cache import KeyValueCache
 from colrow.models.communication import predict_step
-from colrow.models.config import ModelConfig, common_attention
+from colrow.models.config import ModelConfig, common_attention, num_parameters
 from colrow.models.decoder_parts import DecoderParts, allocate
 from colrow.models.interface import Description, Prediction
 from colrow.models.one_token import OneToken
@@ -129,6 +130,15 @@ class StagedLayers(Sharded, nn.Module):
     def vocabulary(self) -> Partition:
         """Which tokens' logits each rank has."""
         return self.vocab
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole model."""
+        return num_parameters(self.config)
+
+    def arithmetic(self) -> AbstractContextManager[object]:
+        """Nothing to do: every layer computes in the dtype of its parameters."""
+        return nullcontext()
 
     @property
     def takes_padding(self) -> bool:

@@ -59,7 +59,8 @@ class StageModule(nn.Module):
         """
         (model,) = self._model
         key = None if dropout_key is None else dropout_key[0]
-        outside = [layer for layer in self.layers if layer not in list(model.blocks)]
+        blocks = list(model.blocks)
+        outside = [m for layer in self.layers if layer not in blocks for m in layer.modules()]
         with cast_parameters(outside, self.compute_dtype):
             if not self.stage.is_last:
                 hidden: Tensor = model(x, stage=self.stage, length=self.length, dropout_key=key)

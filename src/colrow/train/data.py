@@ -7,7 +7,7 @@ from pathlib import Path
 
 from colrow.launch import rank_environment
 from colrow.train.batches import Windows
-from colrow.train.model import model_config, tokenizer_name
+from colrow.train.model import describe, tokenizer_name
 from colrow.train.settings import TrainSettings
 from colrow.train.tokenize import prepare_tokens, token_path, wait_for_tokens
 from colrow.train.tokens import TokenFile
@@ -36,9 +36,9 @@ def training_and_held_out(settings: TrainSettings) -> tuple[Windows, Windows]:
 
 def _tokens(settings: TrainSettings, text: str) -> TokenFile:
     cache = settings.token_cache or str(Path(settings.output) / "tokens")
-    config, name = model_config(settings), tokenizer_name(settings)
-    end = config.eos_token_ids[0] if config.eos_token_ids else None
-    path = token_path(text, name, cache, config.vocab_size, end)
+    model, name = describe(settings), tokenizer_name(settings)
+    end = model.eos_token_ids[0] if model.eos_token_ids else None
+    path = token_path(text, name, cache, model.vocab_size, end)
     if path.exists():
         return TokenFile.open(path)
     if global_rank() > 0:
@@ -53,7 +53,7 @@ def _tokens(settings: TrainSettings, text: str) -> TokenFile:
             text,
             name,
             cache,
-            vocab_size=config.vocab_size,
+            vocab_size=model.vocab_size,
             end_token=end,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )

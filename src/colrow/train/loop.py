@@ -14,8 +14,9 @@ from torch import nn
 from colrow.checkpoint.training import TrainingCheckpoints
 from colrow.comm.ledger import record
 from colrow.comm.mesh import Mesh, init_mesh
-from colrow.models.config import num_parameters
 from colrow.models.decoder import Decoder
+from colrow.models.interface import TensorParallelModel
+from colrow.models.stages import LayerSplit
 from colrow.optim.scaler import GradScaler
 from colrow.pipeline.limits import schedule_named
 from colrow.pipeline.rank_map import rank_map
@@ -83,11 +84,12 @@ def train(settings: TrainSettings) -> TrainingOutcome:
         start = run.resume()
         reporter = Reporter(output, settings.steps, first_step=start, active=global_rank() == 0)
         if global_rank() == 0:
-            save_model_files(settings, output / MODEL_FILES)
+            save_model_files(settings, output / MODEL_FILES, tied=run.tied)
             (output / SETTINGS).write_text(to_toml(settings), encoding="utf-8")
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        reporter.say(run.model.description.says)
         if mesh.world_size > 1:
-            reporter.say(rank_map(mesh.tp.size, mesh.dp.size, run.model.pipeline.split))
+            reporter.say(rank_map(mesh.tp.size, mesh.dp.size, run.split))
         if start or restarts:
             again = f" (restart {restarts} of {settings.max_restarts})" if restarts else ""
             reporter.say(f"continuing after step {start}{again}")
@@ -97,7 +99,9 @@ def train(settings: TrainSettings) -> TrainingOutcome:
             reporter.close()
 
 
-def _loss(settings: TrainSettings, model: Decoder, mesh: Mesh) -> nn.Module | PipelineRunner:
+def make_loss(
+    settings: TrainSettings, model: TensorParallelModel, mesh: Mesh
+) -> nn.Module | PipelineRunner:
     """What takes microbatches to gradients: the model, wrapped, or its pipeline."""
     options: dict[str, Any] = {
         "fsdp": settings.fsdp,
@@ -108,6 +112,7 @@ def _loss(settings: TrainSettings, model: Decoder, mesh: Mesh) -> nn.Module | Pi
     }
     if mesh.pp.size == 1:
         return parallelize(model, mesh, **options)
+    assert isinstance(model, Decoder)
     return PipelineRunner(
         model,
         mesh,
@@ -127,10 +132,10 @@ class _Run:
     ) -> None:
         self.settings, self.mesh, self.order, self.held_out = settings, mesh, order, held_out
         self.model = build_model(settings, mesh)
-        self.loss = _loss(settings, self.model, mesh)
+        self.loss = make_loss(settings, self.model, mesh)
         self.optimizer = make_optimizers(self.model, settings)
         self.stepper = Stepper(
-            self.model,
+            self.model.module,
             self.loss,
             self.optimizer,
             mesh,
@@ -144,7 +149,18 @@ class _Run:
         self.checkpoints = TrainingCheckpoints(
             Path(settings.output) / CHECKPOINTS, mesh, keep=settings.keep
         )
-        self._speed = _Speed(settings, mesh, num_parameters(self.model.config))
+        self._speed = _Speed(settings, mesh, self.model.num_parameters)
+
+    @property
+    def split(self) -> LayerSplit:
+        """Which layers are on which rank of the pipeline."""
+        return self.model.pipeline.split if isinstance(self.model, Decoder) else LayerSplit((1,), 1)
+
+    @property
+    def tied(self) -> bool | None:
+        """Whether embedding and head of a model that was split in place are one matrix."""
+        config: Any = getattr(self.model.module, "config", None)
+        return getattr(config, "tie_word_embeddings", None)
 
     def identity(self) -> dict[str, Any]:
         """What must not change between the parts of a run, or the data would not continue."""
@@ -166,7 +182,7 @@ class _Run:
                     f"{name}={before.get(name)!r}, not {value!r}: continue with that, "
                     "or train in another --output"
                 )
-        self.checkpoints.load(latest, self.model, self.optimizer)
+        self.checkpoints.load(latest, self.model.module, self.optimizer)
         if self.stepper.scaler is not None:
             self.stepper.scaler.load_state_dict(saved["scaler"])
         return latest
@@ -231,7 +247,7 @@ class _Run:
         state: dict[str, Any] = {"identity": self.identity()}
         if self.stepper.scaler is not None:
             state["scaler"] = self.stepper.scaler.state_dict()
-        self.checkpoints.save(step, self.model, self.optimizer, state)
+        self.checkpoints.save(step, self.model.module, self.optimizer, state)
 
     def _evaluate(self) -> float:
         return evaluate(

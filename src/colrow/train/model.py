@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from colrow.any_model.loading import describe_model, known_to_decoder
 from colrow.checkpoint.export_config import config_to_hf
 from colrow.checkpoint.locate import resolve_model_path
 from colrow.checkpoint.pretrained import from_pretrained, pretrained_config
@@ -16,11 +17,12 @@ from colrow.files import check_inside
 from colrow.generation.tokenizer import end_tokens
 from colrow.layers.dropout import ParallelDropout
 from colrow.leftovers import part_of
-from colrow.models.build import from_config
+from colrow.models.build import DecoderOptions, from_config
 from colrow.models.compose import with_dropout
 from colrow.models.config import ModelConfig
 from colrow.models.decoder import Decoder
 from colrow.models.hf_config import config_from_file, read_config
+from colrow.models.interface import Description, TensorParallelModel
 from colrow.models.stages import LayerSplit
 from colrow.pipeline.limits import ZERO_BUBBLE, check_schedule, schedule_named, split_for
 from colrow.planner.stage_costs import planned_costs
@@ -48,34 +50,38 @@ _TOKENIZER_FILES = (
 )
 
 
-def build_model(settings: TrainSettings, mesh: Mesh) -> Decoder:
-    """The decoder, in training mode, with its parameters in fp32 (fp64 for fp64)."""
-    dtype, random = DTYPES[settings.precision], settings.from_random
+def build_model(settings: TrainSettings, mesh: Mesh) -> TensorParallelModel:
+    """The model, in training mode, with its parameters in fp32 (fp64 for fp64).
+
+    The decoder where it knows the family, else transformers' own model, split in place.
+    """
+    dtype = DTYPES[settings.precision]
+    if describe(settings).kind == "in place":
+        from colrow.train.in_place import build_in_place
+
+        in_place = build_in_place(settings, mesh, dtype)
+        in_place.module.train()
+        return in_place
+    return _build_decoder(settings, mesh, dtype).train()
+
+
+def _build_decoder(settings: TrainSettings, mesh: Mesh, dtype: torch.dtype) -> Decoder:
     split = pipeline_split(settings, pretrained_config(settings.model))
     overlap = schedule_named(settings.schedule) not in ZERO_BUBBLE or settings.pp == 1
-    sharding = Sharding(settings.sequence_parallel, overlap=overlap)
+    options: DecoderOptions = {
+        "sharding": Sharding(settings.sequence_parallel, overlap=overlap),
+        "tensor_split": settings.tensor_split,
+    }
+    random = settings.from_random
     if random:
         model = from_config(
-            settings.model,
-            mesh,
-            seed=settings.seed,
-            dtype=dtype,
-            layer_split=split,
-            sharding=sharding,
-            tensor_split=settings.tensor_split,
+            settings.model, mesh, seed=settings.seed, dtype=dtype, layer_split=split, **options
         )
     else:
-        model = from_pretrained(
-            settings.model,
-            mesh,
-            dtype=dtype,
-            layer_split=split,
-            tensor_split=settings.tensor_split,
-            sharding=sharding,
-        )
+        model = from_pretrained(settings.model, mesh, dtype=dtype, layer_split=split, **options)
     if settings.dropout >= 0 or not random:
         set_dropout(model, max(0.0, settings.dropout))
-    return model.train()
+    return model
 
 
 def pipeline_split(settings: TrainSettings, config: ModelConfig) -> LayerSplit:
@@ -114,8 +120,20 @@ def set_dropout(model: Decoder, p: float) -> None:
     model.config = with_dropout(model.config, p)
 
 
+def describe(settings: TrainSettings) -> Description:
+    """What the model is, without its weights; its kind says whether the decoder computes it.
+
+    Raises:
+        ValueError: a model of neither kind, or sequences that are longer than it has positions.
+    """
+    description = describe_model(settings.model, in_place=settings.in_place)
+    if description.kind == "decoder":
+        model_config(settings)
+    return description
+
+
 def model_config(settings: TrainSettings) -> ModelConfig:
-    """The model's shape, without its weights.
+    """The decoder's shape, without its weights.
 
     Raises:
         ValueError: sequences longer than the model has positions.
@@ -145,8 +163,11 @@ def tokenizer_name(settings: TrainSettings) -> str:
     return settings.model
 
 
-def save_model_files(settings: TrainSettings, directory: Path) -> None:
-    """Writes the configuration and the tokenizer as a Hugging Face directory has them, once."""
+def save_model_files(settings: TrainSettings, directory: Path, *, tied: bool | None) -> None:
+    """Writes the configuration and the tokenizer as a Hugging Face directory has them, once.
+
+    ``tied``: as for :func:`copy_model_files`.
+    """
     if directory.exists():
         return
     part = part_of(directory)
@@ -155,14 +176,20 @@ def save_model_files(settings: TrainSettings, directory: Path) -> None:
     if settings.from_random:
         shutil.copyfile(settings.model, part / "config.json")
     else:
-        copy_model_files(settings.model, part)
+        copy_model_files(settings.model, part, tied=tied)
     if settings.tokenizer and settings.tokenizer != BYTES:
         copy_tokenizer(settings.tokenizer, part)
     part.rename(directory)
 
 
-def copy_model_files(model: str | Path, directory: Path) -> None:
-    """The configuration and the tokenizer of a checkpoint; a GGUF file's are translated."""
+def copy_model_files(model: str | Path, directory: Path, *, tied: bool | None = None) -> None:
+    """The configuration and the tokenizer of a checkpoint; a GGUF file's are translated.
+
+    Args:
+        tied: whether the model has one matrix for embedding and head; where the weights and the
+            configuration differ, the copy says what the weights do. Of a model that the decoder
+            knows it is found out here.
+    """
     path = resolve_model_path(model)
     if path.suffix == ".gguf":
         known = pretrained_config(path)
@@ -175,9 +202,14 @@ def copy_model_files(model: str | Path, directory: Path) -> None:
         source = path if path.is_dir() else path.parent
         check_inside(source / "config.json", source)
         shutil.copyfile(source / "config.json", directory / "config.json")
-        tied = pretrained_config(path).tie_embeddings
-        if tied != config_from_file(source).tie_embeddings:  # the weights say otherwise
-            config = {**read_config(source)[1], "tie_word_embeddings": tied}
+        values = read_config(source)[1]
+        if tied is None and known_to_decoder(path):
+            tied = pretrained_config(path).tie_embeddings
+            said: object = config_from_file(source).tie_embeddings
+        else:
+            said = values.get("tie_word_embeddings")
+        if tied is not None and tied != said:  # the weights say otherwise
+            config = {**values, "tie_word_embeddings": tied}
             (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     copy_tokenizer(path, directory)
 
@@ -203,9 +235,15 @@ def check_settings(settings: TrainSettings) -> None:
     Raises:
         ValueError: a model that is not there or cannot be divided, a missing tokenizer or text.
     """
-    config = model_config(settings)
-    config.divide(settings.tp, settings.tensor_split)
-    pipeline_split(settings, config)
+    description = describe(settings)
+    if description.kind == "in place":
+        from colrow.train.in_place import check_in_place
+
+        check_in_place(settings, description)
+    else:
+        config = model_config(settings)
+        config.divide(settings.tp, settings.tensor_split)
+        pipeline_split(settings, config)
     tokenizer_name(settings)
     for text in filter(None, (settings.data, settings.eval_data)):
         if not Path(text).exists():

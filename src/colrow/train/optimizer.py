@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from colrow.models.decoder import Decoder
+from colrow.models.interface import TensorParallelModel
 from colrow.optim.adafactor import Adafactor
 from colrow.optim.muon import Muon
 from colrow.train.settings import TrainSettings
@@ -29,28 +29,31 @@ def adamw(
     return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
 
 
-def make_optimizers(model: Decoder, settings: TrainSettings) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    model: TensorParallelModel, settings: TrainSettings
+) -> list[torch.optim.Optimizer]:
     """Those of ``settings.optimizer``; the learning rate is set before each step.
 
     Matrices decay; norm weights and biases do not. Muon takes the matrices of blocks and has
     AdamW's learning rate (Liu et al. 2025, section 2.2); AdamW takes what is left.
     """
-    parameters, decay = [p for p in model.parameters() if p.requires_grad], settings.weight_decay
+    module, decay = model.module, settings.weight_decay
+    parameters = [p for p in module.parameters() if p.requires_grad]
     betas = settings.beta1, settings.beta2
     if settings.optimizer == "sgd":
         groups = _decayed(parameters, decay)
         return [torch.optim.SGD(groups, lr=0.0, momentum=settings.momentum)]
     if settings.optimizer == "adafactor":
-        return [Adafactor(_decayed(parameters, decay), model, lr=0.0)]
+        return [Adafactor(_decayed(parameters, decay), module, lr=0.0)]
     found: list[torch.optim.Optimizer] = []
     if settings.optimizer == "muon":
-        inside = {id(p) for p in model.blocks.parameters() if p.dim() == 2}
+        inside = {id(p) for block in model.blocks for p in block.parameters() if p.dim() == 2}
         matrices = [p for p in parameters if id(p) in inside]
         parameters = [p for p in parameters if id(p) not in inside]
         found.append(
             Muon(
                 matrices,
-                model,
+                module,
                 lr=0.0,
                 momentum=settings.momentum,
                 weight_decay=decay,

@@ -1,9 +1,10 @@
-"""A decoder made ready for training: number formats, recomputation, data parallelism."""
+"""A model made ready for training: number formats, recomputation, data parallelism."""
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+import warnings
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +13,24 @@ from torch.nn.parallel import DistributedDataParallel
 from colrow.comm.mesh import Mesh
 from colrow.layers.block import prepare_blocks
 from colrow.layers.memory_saving import Recompute, cast_parameters
-from colrow.models.decoder import Decoder
+from colrow.models.interface import TensorParallelModel
 from colrow.shards.over_dp import shard_over_dp
+from colrow.train.foreign_blocks import prepare_foreign_blocks
+
+
+class BlockTraining(TypedDict):
+    """How blocks run in training, see :func:`colrow.layers.block.prepare_blocks`."""
+
+    sharded: bool
+    compute_dtype: torch.dtype | None
+    recompute: Recompute
 
 
 class SummedLoss(nn.Module):
-    """A decoder whose forward pass is its loss, summed over tokens: what DDP and FSDP2 wrap.
+    """The loss of a model, summed over tokens, as a module: what DDP and FSDP2 wrap.
 
     Args:
-        model: the decoder.
+        model: whose parameters it has, as ``module``.
         compute_dtype: matmuls and activations have this dtype, while the parameters, and so their
             gradients and the optimiser, keep their own; None leaves everything as it is.
         label_smoothing, z_loss: of the loss.
@@ -28,24 +38,26 @@ class SummedLoss(nn.Module):
 
     def __init__(
         self,
-        model: Decoder,
+        model: TensorParallelModel,
         *,
         compute_dtype: torch.dtype | None = None,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
     ) -> None:
         super().__init__()
-        self.model, self.compute_dtype = model, compute_dtype
+        self.module, self.compute_dtype = model.module, compute_dtype
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
+        self._loss, self._arithmetic = model.loss, model.arithmetic
+        inside = {id(m) for block in model.blocks for m in block.modules()}
+        self._outside = [m for m in model.module.modules() if id(m) not in inside]
 
     def forward(self, input_ids: Tensor, labels: Tensor, dropout_key: int | None = None) -> Tensor:
         """The sum over the tokens that count; ``[batch, sequence]`` ids and labels.
 
         In evaluation mode without label smoothing and z-loss.
         """
-        outside = [m for m in self.model.children() if m is not self.model.blocks]
-        with cast_parameters(outside, self.compute_dtype):
-            return self.model.loss(
+        with cast_parameters(self._outside, self.compute_dtype), self._arithmetic():
+            return self._loss(
                 input_ids,
                 labels,
                 label_smoothing=self.label_smoothing if self.training else 0.0,
@@ -56,7 +68,7 @@ class SummedLoss(nn.Module):
 
 
 def parallelize(
-    model: Decoder,
+    model: TensorParallelModel,
     mesh: Mesh,
     *,
     fsdp: bool = False,
@@ -77,10 +89,21 @@ def parallelize(
             "selective" recomputes the attention between the projections (Korthikanti et al. 2022,
             section 5), "none" keeps everything.
 
+    Raises:
+        ValueError: what a model that was split in place cannot do, such as selective recomputation.
+
     Communicates: DDP compares and broadcasts the initial parameters over dp; all ranks call it.
     """
     sharded = fsdp and mesh.dp.size > 1
-    prepare_blocks(model.blocks, sharded=sharded, compute_dtype=compute_dtype, recompute=recompute)
+    options: BlockTraining = {
+        "sharded": sharded,
+        "compute_dtype": compute_dtype,
+        "recompute": recompute,
+    }
+    if model.description.kind == "decoder":
+        prepare_blocks(model.blocks, **options)
+    else:
+        prepare_foreign_blocks(model.blocks, model.arithmetic, **options)
     loss = SummedLoss(
         model,
         compute_dtype=None if sharded else compute_dtype,
@@ -95,7 +118,10 @@ def parallelize(
     # Buffers are functions of the configuration; torch 2.13 has another name for not sending them.
     known = inspect.signature(DistributedDataParallel).parameters
     still = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    options: dict[str, Any] = {still: False}
+    ddp: dict[str, Any] = {still: False}
+    if model.description.kind == "in place":  # which experts get tokens differs between dp ranks
+        ddp["find_unused_parameters"] = True
+        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
     return DistributedDataParallel(
-        loss, process_group=mesh.dp.group, gradient_as_bucket_view=True, **options
+        loss, process_group=mesh.dp.group, gradient_as_bucket_view=True, **ddp
     )

@@ -48,7 +48,7 @@ class TrainSettings:
     model: str = _option(
         "",
         "Hugging Face directory, cached hub id or .gguf file to fine-tune, or "
-        "a config.json to train from random weights",
+        "a config.json to train from random weights; of any architecture of transformers",
     )
     data: str = _option(
         "", "text, JSON Lines or Parquet file, a directory of them, or a saved Hugging Face dataset"
@@ -83,6 +83,12 @@ class TrainSettings:
     )
     sequence_parallel: bool = _option(
         False, "divide norms, dropout and residuals over the sequence"
+    )
+    in_place: bool = _option(
+        False,
+        "take transformers' own model, split in place, also for the families that the decoder "
+        "computes itself; other architectures are always trained so (no --pp, --tensor-split and "
+        "--recompute selective)",
     )
     fsdp: bool = _option(False, "divide parameters, gradients and optimiser state over dp (FSDP2)")
     device: str = _option("auto", "cpu, cuda or auto")

@@ -15,7 +15,6 @@ from colrow.checkpoint.training import Optimizers, listed
 from colrow.comm import primitives
 from colrow.comm.mesh import Mesh
 from colrow.launch.watch import moved
-from colrow.models.decoder import Decoder
 from colrow.optim.scaler import GradScaler
 from colrow.pipeline.runner import PipelineRunner
 from colrow.train.batches import IGNORED, Order, Windows
@@ -48,7 +47,7 @@ class Stepper:
     """Takes optimiser steps; the sums over the batch do not depend on how it is divided.
 
     Args:
-        model: the decoder, in training mode.
+        model: the module that has the parameters, in training mode.
         loss: what :func:`colrow.train.parallel.parallelize` made of it, or in a pipeline the
             :class:`colrow.pipeline.runner.PipelineRunner` of its stages.
         optimizer: of its parameters, or several that share them.
@@ -63,7 +62,7 @@ class Stepper:
 
     def __init__(
         self,
-        model: Decoder,
+        model: nn.Module,
         loss: nn.Module | PipelineRunner,
         optimizer: Optimizers,
         mesh: Mesh,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from colrow.comm import collectives
+from colrow.comm.compat import as_dtensor
 from colrow.comm.group import ParallelGroup
 from colrow.inplace.find.shard_groups import take_periodic
 from colrow.inplace.observe.calls import Key, ModuleCall
@@ -61,7 +62,8 @@ class ParametersMixin(nn.Module):
 
     def __getattr__(self, name: str) -> Any:
         value: Any = super().__getattr__(name)
-        if value is None:
+        # FSDP2 looks for the object that it holds between forward passes, and takes what it gets.
+        if value is None or as_dtensor(value) is not None:
             return value
         spread: dict[str, GatheredParameter] | None = self.__dict__.get("colrow_spread")
         if spread and name in spread:

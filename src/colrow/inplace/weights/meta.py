@@ -44,13 +44,14 @@ def is_on_meta(model: nn.Module) -> bool:
 
 
 def transformers_config(directory: Path, *, trust_remote_code: bool = False) -> Any:
-    """transformers' configuration of a directory that it saved.
+    """transformers' configuration of a directory that it saved, or of a ``config.json``.
 
     Raises:
         ValueError: no configuration there, no transformers, one that it refuses, or quantised
             weights.
     """
-    if not (directory / "config.json").exists():
+    file = directory if directory.suffix == ".json" else directory / "config.json"
+    if not file.exists():
         raise ValueError(f"no config.json in {directory}: give a directory that transformers saved")
     file, values = read_config(directory)
     try:
@@ -73,7 +74,7 @@ def transformers_config(directory: Path, *, trust_remote_code: bool = False) -> 
                 directory, trust_remote_code=trust_remote_code
             )
         except Exception as error:  # of many classes, for files that are no JSON, or make no sense
-            raise ValueError(f"{directory}/config.json: {error}") from error
+            raise ValueError(f"{file}: {error}") from error
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{directory} holds quantised weights, which cannot be split in place")
     return config
@@ -128,6 +129,24 @@ def model_of(
     return model.eval()  # type: ignore[no-any-return]
 
 
+def random_model(path: str | Path, dtype: torch.dtype, seed: int) -> nn.Module:
+    """transformers' model of a configuration with the random weights of a seed, on the CPU.
+
+    Raises:
+        ValueError: as for :func:`model_of`.
+    """
+    file = resolve_model_path(path)
+    config = transformers_config(file)
+    with quiet_transformers(), torch.random.fork_rng(devices=[]), few_parameters(0):
+        torch.manual_seed(seed)
+        cls = _class_of(file, config, trust_remote_code=False)
+        try:
+            model: nn.Module = cls._from_config(config, dtype=dtype)
+        except Exception as error:  # of many classes, for sizes that do not go together
+            raise ValueError(f"{file}: transformers cannot make such a model: {error}") from error
+    return model.eval()
+
+
 def _class_of(directory: Path, config: Any, *, trust_remote_code: bool) -> Any:
     """The class of transformers that a configuration names, or of the code beside it."""
     import transformers
@@ -138,6 +157,11 @@ def _class_of(directory: Path, config: Any, *, trust_remote_code: bool) -> Any:
 
         return get_class_from_dynamic_module(code["AutoModelForCausalLM"], directory)
     architectures = config.architectures
+    if architectures is None:
+        causal = transformers.AutoModelForCausalLM._model_mapping
+        if type(config) in causal:
+            known = causal[type(config)]
+            return known[0] if isinstance(known, tuple | list) else known
     names = architectures if isinstance(architectures, list) and architectures else ["none"]
     found = getattr(transformers, names[0], None) if isinstance(names[0], str) else None
     if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):

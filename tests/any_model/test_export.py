@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import colrow
-from colrow.checkpoint.export import load_trained
+from colrow.any_model.export import load_trained
 from colrow.cli import main
 from colrow.train.loop import train
 from colrow.verification.reference import precision, prepare_reference, quiet_transformers

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from colrow.inplace.meta import model_of
-from colrow.zoo.measure import full_precision
 from colrow.zoo.padding import architecture_takes_padding
 from torch import Tensor
 
@@ -21,7 +19,9 @@ from colrow.comm.ledger import record
 from colrow.comm.mesh import Mesh
 from colrow.generation.engine import generate
 from colrow.generation.options import Sampling
+from colrow.inplace.weights.meta import model_of
 from colrow.zoo.architectures import Architecture, build
+from colrow.zoo.model_run import full_precision
 from tests.generation import models
 from tests.ranks import RankPool
 

@@ -1,0 +1,201 @@
+"""Training transformers' own models, split in place, against transformers' models and torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from colrow.checkpoint.training import TrainingCheckpoints
+from colrow.comm.group import ParallelGroup
+from colrow.optim.scaler import GradScaler
+from colrow.train.batches import Order, Windows
+from colrow.train.loop import make_loss
+from colrow.train.model import build_model
+from colrow.train.optimizer import make_optimizers
+from colrow.train.settings import TrainSettings
+from colrow.train.step import Stepper
+from colrow.train.tokens import TokenFile
+from colrow.verification.reference import quiet_transformers
+from colrow.zoo.architectures import Architecture, build
+from tests.ranks import RankPool
+from tests.train.layouts import CLIP, RATE, Layout, make_mesh, torch_loop
+
+ARCHITECTURES = ["olmo2", "phi3", "gemma3_text", "mixtral", "falcon"]
+STEPS = 6
+
+
+def make_settings(model: Path | str, **options: Any) -> TrainSettings:
+    """Of a run of the loop in :mod:`tests.train.layouts`."""
+    values = {"precision": "fp64", "global_batch": 8, "clip": CLIP, "tokenizer": "bytes"}
+    values |= {"sequence": 17, "data": "-", "output": "-", "model": str(model)}
+    return TrainSettings(**{**values, **options})
+
+
+def make_run(world: ParallelGroup, settings: TrainSettings, tokens: Path) -> Stepper:
+    """The model, its optimisers and the order of the text."""
+    mesh = make_mesh(world, Layout(settings.tp, settings.dp))
+    model = build_model(settings, mesh)
+    assert model.description.kind == "in place"
+    loss = make_loss(settings, model, mesh)
+    return Stepper(
+        model.module,
+        loss,
+        make_optimizers(model, settings),
+        mesh,
+        Order(Windows.of(TokenFile.open(tokens), 17), seed=1),
+        microbatch=settings.microbatch,
+        global_batch=settings.global_batch,
+        clip=settings.clip,
+        dropout_seed=settings.seed,
+        scaler=GradScaler(mesh) if settings.precision == "fp16" else None,
+    )
+
+
+def curve(
+    world: ParallelGroup,
+    settings: TrainSettings,
+    tokens: Path,
+    first: int,
+    last: int,
+    checkpoints: Path | None = None,
+) -> list[tuple[float, float]]:
+    """Steps from ``first``, which continue from its checkpoint, to ``last``, which is saved."""
+    run = make_run(world, settings, tokens)
+    saved = None
+    if checkpoints is not None:
+        saved = TrainingCheckpoints(checkpoints, run.mesh, group=world.group)
+        if first:
+            saved.load(first, run.model, run.optimizers)
+    results = [run.step(index, RATE) for index in range(first, last)]
+    if saved is not None:
+        saved.save(last, run.model, run.optimizers, {})
+        saved.wait()
+    return [(result.loss, result.grad_norm) for result in results]
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny models of every architecture, in files; no weight is 0 or 1."""
+    root = tmp_path_factory.mktemp("architectures")
+    for name in ARCHITECTURES:
+        model: Any = build(Architecture(name, fields=(("vocab_size", 257),)))
+        with quiet_transformers():
+            model.save_pretrained(root / name)
+    return root
+
+
+@cache
+def expected(directory: Path, tokens: Path) -> list[tuple[float, float]]:
+    """The curve of one process of transformers and torch."""
+    return torch_loop(load(directory), tokens, STEPS)
+
+
+def load(directory: Path) -> Any:
+    with quiet_transformers():
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float64, experts_implementation="eager"
+        )
+    return model.train()
+
+
+def assert_same(found: list[tuple[float, float]], wanted: list[tuple[float, float]]) -> None:
+    assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in wanted], rel=1e-11)
+    assert [norm for _, norm in found] == pytest.approx([norm for _, norm in wanted], rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_curve_is_transformers_across_a_reshard(
+    ranks: RankPool, directories: Path, tokens: Path, tmp_path: Path, name: str
+) -> None:
+    """Two steps on each of 2, 1 and 3 ranks, from checkpoint to checkpoint."""
+    found = []
+    for first, tp in ((0, 2), (2, 1), (4, 3)):
+        settings = make_settings(directories / name, tp=tp, microbatch=4)
+        found += ranks(
+            tp, curve, settings, tokens, first, first + 2, tmp_path / "run", timeout=300
+        )[0]
+    assert_same(found, expected(directories / name, tokens))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dp": 2},
+        {"dp": 2, "fsdp": True, "recompute": "full"},
+        {"tp": 2, "sequence_parallel": True},
+        {"tp": 2, "dp": 2, "fsdp": True, "sequence_parallel": True},
+        {"tp": 2, "recompute": "full", "in_place": True},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_every_layout_has_the_same_curve(
+    ranks: RankPool, directories: Path, tokens: Path, options: dict[str, Any]
+) -> None:
+    """Two microbatches on every rank."""
+    name = "gemma3_text" if "sequence_parallel" in options else "mixtral"
+    dp = options.get("dp", 1)
+    settings = make_settings(directories / name, microbatch=4 // dp, **options)
+    found = ranks(settings.ranks, curve, settings, tokens, 0, 2, timeout=300)[0]
+    assert_same(found, expected(directories / name, tokens)[:2])
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adafactor"])
+def test_optimisers_of_whole_tensors_are_torchs(
+    ranks: RankPool, directories: Path, tokens: Path, optimizer: str
+) -> None:
+    settings = make_settings(directories / "phi3", tp=2, microbatch=4, optimizer=optimizer)
+    found = ranks(2, curve, settings, tokens, 0, 3, timeout=300)[0]
+    model = load(directories / "phi3")
+    named = dict(model.named_parameters())
+    inside = [p for n, p in named.items() if ".layers." in n and p.dim() == 2]
+    matrices, vectors = ([p for p in named.values() if (p.dim() > 1) == flag] for flag in (1, 0))
+    if optimizer == "muon":
+        others = [p for p in matrices if not any(p is q for q in inside)]
+        made = [
+            torch.optim.Muon(
+                inside, lr=RATE, weight_decay=0.1, adjust_lr_fn="match_rms_adamw", nesterov=True
+            ),
+            torch.optim.AdamW(
+                [
+                    {"params": others, "weight_decay": 0.1},
+                    {"params": vectors, "weight_decay": 0.0},
+                ],
+                lr=RATE,
+                betas=(0.9, 0.95),
+            ),
+        ]
+    else:
+        groups = [
+            {"params": matrices, "weight_decay": 0.1},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+        made = [torch.optim.Adafactor(groups, lr=RATE)]
+    assert_same(found, torch_loop(model, tokens, 3, optimizers=made))
+
+
+def test_dropout_and_recomputation(ranks: RankPool, directories: Path, tokens: Path) -> None:
+    """The same masks when a block runs again; other ones in every step, none in evaluation."""
+    settings = make_settings(directories / "falcon", tp=2, microbatch=4, dropout=0.1)
+    kept = ranks(2, curve, settings, tokens, 0, 2, timeout=300)
+    again = ranks(2, curve, replace(settings, recompute="full"), tokens, 0, 2, timeout=300)
+    assert again == kept and kept[0] == kept[1]
+    whole = expected(directories / "falcon", tokens)
+    assert abs(kept[0][0][0] / whole[0][0] - 1) > 1e-4
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_precisions(ranks: RankPool, directories: Path, tokens: Path, precision: str) -> None:
+    settings = make_settings(directories / "phi3", tp=2, microbatch=4, precision=precision)
+    found = ranks(2, curve, settings, tokens, 0, 2, timeout=300)[0]
+    limit = {"fp32": 1e-5}.get(precision, 2e-2)
+    wanted = expected(directories / "phi3", tokens)
+    for (loss, norm), (exact, exact_norm) in zip(found, wanted, strict=False):
+        assert loss == pytest.approx(exact, rel=limit)
+        assert norm == pytest.approx(exact_norm, rel=10 * limit)
