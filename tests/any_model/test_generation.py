@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from colrow.zoo.padding import architecture_takes_padding
 from torch import Tensor
 
 from colrow.any_model.loading import describe_model, load_model
+from colrow.any_model.padding import architecture_takes_padding
 from colrow.cli import main
 from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import record

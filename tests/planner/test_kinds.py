@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from colrow.planner.communication import collectives, tp_calls
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, Olmo2Config
 
 from colrow.comm.ledger import summarize
@@ -17,6 +16,7 @@ from colrow.layers.options import RopeConfig
 from colrow.models.compose import decoder, fields_of
 from colrow.models.stages import LayerSplit
 from colrow.planner import Layout, ModelShape, find_hardware, find_model, predict, predict_serving
+from colrow.planner.collective_time import collectives, tp_calls
 from colrow.planner.memory import training_memory
 from colrow.planner.serving import Serving
 from colrow.planner.time import block_time

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from colrow.inplace.capture import exact_arithmetic
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 import colrow
 from colrow.comm.group import ParallelGroup
 from colrow.comm.mesh import Mesh
+from colrow.inplace.observe.modes import exact_arithmetic
 from colrow.models.decoder import Decoder
 from colrow.train.batches import Order, Windows
 from colrow.train.optimizer import adamw

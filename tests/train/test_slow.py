@@ -73,7 +73,7 @@ def test_fine_tuning_a_real_model_lowers_held_out_loss_and_exports_it(
     from colrow.cli import main
     from colrow.train.batches import Order
     from colrow.train.data import training_and_held_out
-    from tests.train.test_export import transformers_loss
+    from tests.any_model.test_export import transformers_loss
 
     write_inputs(tmp_path)
     settings = settings_for(
