@@ -69,7 +69,7 @@ def answers(
     """The tokens, and whether the rows shared a batch."""
     ids, mask = models.prompts()
     with full_precision() if dtype == torch.float64 else torch.no_grad():
-        model = load_model(path, mesh_of(tp), dtype=dtype).for_decoding()
+        model = load_model(path, mesh_of(tp), dtype=dtype, in_place=True).for_decoding()
         assert model.description.kind == "in place"
         result = generate(model, ids, attention_mask=mask, max_new_tokens=NEW, sampling=sampling)
     return result.token_ids, model.takes_padding
@@ -113,7 +113,7 @@ def test_draws_are_the_same_at_every_size(cases: dict[str, Case], ranks: RankPoo
 
 def one_step(tp: ParallelGroup, path: str) -> tuple[tuple[int, ...], list[tuple[str, int]]]:
     """How the vocabulary is divided, and what one more token sends."""
-    model = load_model(path, mesh_of(tp), dtype=torch.float32).for_decoding()
+    model = load_model(path, mesh_of(tp), dtype=torch.float32, in_place=True).for_decoding()
     cache = model.make_cache(1, 9)
     prompt: Tensor = torch.tensor([[5, 6, 7]])
     with torch.inference_mode():

@@ -32,7 +32,7 @@ STEPS = 6
 def make_settings(model: Path | str, **options: Any) -> TrainSettings:
     """Of a run of the loop in :mod:`tests.train.layouts`."""
     values = {"precision": "fp64", "global_batch": 8, "clip": CLIP, "tokenizer": "bytes"}
-    values |= {"sequence": 17, "data": "-", "output": "-", "model": str(model)}
+    values |= {"sequence": 17, "data": "-", "output": "-", "model": str(model), "in_place": True}
     return TrainSettings(**{**values, **options})
 
 
