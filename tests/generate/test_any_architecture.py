@@ -68,8 +68,8 @@ def answers(
 ) -> tuple[list[list[int]], bool]:
     """The tokens, and whether the rows shared a batch."""
     ids, mask = models.prompts()
+    model = load_model(path, mesh_of(tp), dtype=dtype).for_decoding()
     with full_precision() if dtype == torch.float64 else torch.no_grad():
-        model = load_model(path, mesh_of(tp), dtype=dtype).for_decoding()
         assert model.description.kind == "in place"
         result = generate(model, ids, attention_mask=mask, max_new_tokens=NEW, sampling=sampling)
     return result.token_ids, model.takes_padding
