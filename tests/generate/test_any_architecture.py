@@ -90,9 +90,12 @@ def test_in_fp32_too(cases: dict[str, Case], ranks: RankPool) -> None:
     assert found[0][0] == cases["gemma2"].expected
 
 
-def test_rows_take_turns_where_padding_changes_them(tmp_path: Path, ranks: RankPool) -> None:
-    """RWKV's state takes up padding as it does tokens."""
-    recurrent = case("rwkv", tmp_path)
+@pytest.mark.parametrize("name", ["rwkv", "recurrent_gemma"])
+def test_rows_come_one_by_one_where_padding_changes_them(
+    name: str, tmp_path: Path, ranks: RankPool
+) -> None:
+    """Their states take up padding as they do tokens; RecurrentGemma's is in its modules."""
+    recurrent = case(name, tmp_path)
     found = ranks(2, answers, recurrent.path, torch.float64, Sampling(), timeout=240)
     assert found == [(recurrent.expected, False)] * 2
 
