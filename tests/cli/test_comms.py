@@ -5,12 +5,36 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from huggingface_hub import constants
 
+from colrow.checkpoint.any_model import load_model
 from colrow.cli import main
+from colrow.comm.group import ParallelGroup
+from colrow.comm.ledger import Call
+from colrow.comm.mesh import Mesh
+from colrow.inplace.communication import predict
+from colrow.models.interface import Prediction
+from colrow.verification.traffic import Traffic, record_step
+from colrow.zoo.architectures import Architecture, build
+from tests.ranks import RankPool
 
+# Each in place: fused and separate projections, soft caps, experts, one KV head, latents, biases.
+IN_PLACE = (
+    "olmo2",
+    "phi3",
+    "gemma2",
+    "gemma3_text",
+    "mixtral",
+    "falcon",
+    "gpt_bigcode",
+    "cohere",
+    "opt",
+    "deepseek_v3",
+)
 FIELDS = {"op", "phase", "layer", "bytes", "dtype", "group", "count"}
 
 
@@ -24,6 +48,62 @@ def test_a_checkpoint_on_real_ranks(tiny_models: Path, tmp_path: Path, flags: li
     assert report["predicted"] == report["recorded"]
     assert all(row.keys() == FIELDS for row in report["recorded"])
     assert report["seconds"] > 0
+
+
+def steps(tp: ParallelGroup, path: str, sequence_parallel: bool) -> list[Traffic]:
+    single = ParallelGroup.single
+    mesh = Mesh(tp, single("dp"), single("pp"), None, torch.device("cpu"))
+    model = load_model(
+        path, mesh, dtype=torch.float32, in_place=True, sequence_parallel=sequence_parallel
+    )
+    return [record_step(model, batch=b, sequence=s) for b, s in ((1, 9), (3, 14))]
+
+
+@pytest.mark.cpu_only("tiny models of transformers, on the CPU")
+@pytest.mark.parametrize("name", [*IN_PLACE, "gemma2+sequence", "cohere+sequence"])
+def test_a_model_in_place(name: str, tmp_path: Path, ranks: RankPool) -> None:
+    name, _, sequence = name.partition("+")
+    model: Any = build(Architecture(name))
+    model.save_pretrained(tmp_path)
+    n = 2 + len(name) % 2
+    for found in ranks(n, steps, str(tmp_path), bool(sequence), timeout=240):
+        for traffic in found:
+            assert traffic.kind == "in place" and not traffic.unknown
+            assert traffic.predicted == traffic.recorded and len(traffic.recorded) > 5
+
+
+def foretold(tp: ParallelGroup, changes: str) -> Prediction:
+    def forward(batch: int, sequence: int, seed: int) -> list[Call]:
+        size = 4 * batch * sequence
+        if changes == "sizes":
+            size += seed % 2 * sequence**2
+        kinds = 1 + (changes == "kinds" and seed == 3)
+        return [Call("all_reduce", "forward", "expert", size, "float32")] * kinds
+
+    return predict(torch.nn.Linear(2, 2), tp, forward, 4, 10)
+
+
+def test_what_depends_on_the_tokens_is_not_foretold(ranks: RankPool) -> None:
+    assert ranks(2, foretold, "")[0].calls[0].bytes == 4 * 4 * 10
+    for changes in ("kinds", "sizes"):
+        (found, _) = ranks(2, foretold, changes)
+        assert found.calls == () and "depend" in found.unknown
+
+
+def test_other_architectures_by_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "comms.json"
+    model: Any = build(Architecture("opt"))
+    model.save_pretrained(tmp_path)
+    command = ["comms", str(tmp_path), "--tp", "2", "--sequence", "9"]
+    assert main([*command, "--json", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert report["equal"] is True and report["kind"] == "in place"
+    text = capsys.readouterr().out
+    assert "split in place" in text and "model.decoder.layers.*.fc2" in text
+    assert main([*command, "--dry-run"]) == 2
+    assert "this opt is split in place, which takes real ranks" in capsys.readouterr().err
 
 
 def test_a_model_far_too_large_for_this_machine(capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,7 +69,8 @@ def test_a_real_model_on_two_ranks(smollm2: Path, tmp_path: Path) -> None:
     assert unsplit <= first + second < 1.03 * unsplit  # norms, and a KV head that both hold
     assert first < 0.53 * unsplit
     statistics = (
-        rf"{len(expected)} tokens, [\d.]+ tokens/s, first token after [\d.]+ s, float32 weights "
+        rf"llama: {len(expected)} tokens, [\d.]+ tokens/s, first token after [\d.]+ s, "
+        r"float32 weights "
     )
     assert re.fullmatch(statistics + r"\d+ \+ \d+ MB on 2 ranks, engine \w+\n", err.decode())
 
@@ -145,7 +146,7 @@ def test_answers_to_several_prompts_through_stages(
     assert found["engine"] == engine and found["layers_per_stage"] == [1, 1]
     assert [answer["prompt_tokens"] for answer in found["answers"]] == [19, 29, 20]
     assert all(len(answer["token_ids"]) == 7 for answer in found["answers"])
-    assert err.startswith(b"21 tokens, ")
+    assert err.startswith(b"llama: 21 tokens, ")
 
 
 def test_a_line_of_a_file_is_a_prompt(

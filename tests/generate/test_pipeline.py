@@ -161,7 +161,7 @@ def traffic(world: ParallelGroup, pipe: Pipe, path: str) -> tuple[list[Call], di
     heads = model.layout.heads.key_value.size(model.tp.rank)
     blocks = model.pipeline.split.sizes[model.pipeline.pp.rank]
     per_position = 2 * blocks * heads * model.config.head_dim * 8
-    assert result.cache_bytes == 3 * (9 + NEW) * per_position
+    assert result.cache_bytes == (9 + 4 + 1 + 3 * NEW) * per_position
     held = sum(parameter.numel() for parameter in model.parameters())
     assert model.weight_bytes_per_rank()[world.rank] == 8 * held
     return ledger.calls, {"hidden": model.config.hidden_size}
@@ -179,7 +179,8 @@ def test_messages_and_memory_are_what_the_sizes_say(
             assert (call.group, call.phase) == ("pp", "forward")
             count[call.op, call.layer] += 1
             total[call.op, call.layer] += call.bytes
-        hidden = 3 * (9 + NEW - 1) * sizes["hidden"] * 8  # rows, positions
+        # Each row is a part of its own, and goes without the padding of the longest.
+        hidden = (9 + 4 + 1 + 3 * (NEW - 1)) * sizes["hidden"] * 8
         turns, tokens = 3 * NEW, 3 * NEW * 8
         expected = {("all_reduce", "inputs"): (1, 16)}
         if rank == 2:

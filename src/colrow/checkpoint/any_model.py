@@ -7,17 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from colrow.checkpoint.locate import find_weights, resolve_model_path
 from colrow.checkpoint.pretrained import from_pretrained, pretrained_config
 from colrow.comm.mesh import Mesh
 from colrow.inplace.api import parallelize
+from colrow.inplace.describe import describe_config
 from colrow.inplace.meta import model_of, transformers_config
-from colrow.inplace.model import InPlaceModel, describe_config
+from colrow.inplace.model import InPlaceModel
+from colrow.models.config import Layout
 from colrow.models.families import FAMILIES
 from colrow.models.hf_config import read_config
 from colrow.models.interface import Description, TensorParallelModel
 from colrow.models.staged_layers import describe
+from colrow.models.stages import LayerSplit
 
 
 def known_to_decoder(path: str | Path) -> bool:
@@ -40,22 +44,50 @@ def known_to_decoder(path: str | Path) -> bool:
 
 
 def describe_model(
-    path: str | Path, *, in_place: bool = False, trust_remote_code: bool = False
+    path: str | Path,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    in_place: bool = False,
+    tensor_split: str | Sequence[float] | None = None,
+    layer_split: str | Sequence[float] | None = None,
+    keep_gathered_input: bool = True,
+    trust_remote_code: bool = False,
 ) -> Description:
-    """What :func:`load_model` will make of a checkpoint, from its configuration; reads no weights.
+    """What :func:`load_model` will make of a checkpoint, without its weights, before ranks start.
+
+    Args:
+        tp, pp: sizes of the mesh.
+        The others as for :func:`load_model`.
 
     A ``config.json`` alone is described as well.
 
     Raises:
-        ValueError: no weights there, or a configuration that neither of the two can use.
+        ValueError: no weights there, a configuration that neither of the two can use, or one that
+            cannot be divided so.
     """
     file = resolve_model_path(path)
     if file.suffix != ".json":
         find_weights(file)
     if not in_place and known_to_decoder(path):
-        return describe(pretrained_config(path))
+        config = pretrained_config(path)
+        Layout.create(config, tp, tensor_split)
+        LayerSplit.create(config, pp, layer_split)
+        return describe(config)
     _refuse_gguf(file)
-    return describe_config(transformers_config(file, trust_remote_code=trust_remote_code))
+    found = describe_config(transformers_config(file, trust_remote_code=trust_remote_code))
+    asked = {
+        f"a pipeline of {pp} stages": pp > 1,
+        "a layer split": layer_split is not None,
+        "a tensor split": tensor_split is not None,
+        "gathering inputs again in backward": not keep_gathered_input,
+    }
+    if refused := [name for name, value in asked.items() if value]:
+        raise ValueError(
+            f"{' and '.join(refused)}: for the described families only ({', '.join(FAMILIES)}), "
+            f"and this {found.name} is split in place, over equal tensor-parallel ranks (--tp)"
+        )
+    return found
 
 
 def load_model(
@@ -100,14 +132,14 @@ def load_model(
             layer_split=layer_split,
             keep_gathered_input=keep_gathered_input,
         )
-    file = resolve_model_path(path)
-    _refuse_gguf(file)
-    refuse_in_place(
-        describe_config(transformers_config(file, trust_remote_code=trust_remote_code)),
+    describe_model(
+        path,
         pp=mesh.pp.size,
+        in_place=in_place,
         tensor_split=tensor_split,
         layer_split=layer_split,
-        recompute_gather=not keep_gathered_input,
+        keep_gathered_input=keep_gathered_input,
+        trust_remote_code=trust_remote_code,
     )
     model = model_of(path, dtype, trust_remote_code=trust_remote_code)
     return split_in_place(model, mesh, weights=path, sequence_parallel=sequence_parallel)
@@ -121,32 +153,21 @@ def split_in_place(
     sequence_parallel: bool = False,
 ) -> InPlaceModel:
     """A model of transformers, split over ``mesh.tp``; arguments as :func:`colrow.parallelize`."""
-    if module.dtype == torch.float64:
-        module.set_experts_implementation("eager")  # the fused kernels for experts know no fp64
+    if not _kernels_take_experts(module, mesh.tp.size):
+        module.set_experts_implementation("eager")
     parallelize(module, mesh, weights=weights, sequence_parallel=sequence_parallel)
     return InPlaceModel(module, mesh.tp)
 
 
-def refuse_in_place(
-    model: Description,
-    *,
-    pp: int = 1,
-    tensor_split: object = None,
-    layer_split: object = None,
-    recompute_gather: bool = False,
-) -> None:
-    """Raises ValueError for options that only the decoder's families have; None of them is set."""
-    asked = {
-        f"a pipeline of {pp} stages": pp > 1,
-        "a layer split": layer_split is not None,
-        "a tensor split": tensor_split is not None,
-        "gathering inputs again in backward": recompute_gather,
+def _kernels_take_experts(model: nn.Module, ranks: int) -> bool:
+    """Whether fused kernels take the ranks' shares of stacked experts: no fp64, even strides."""
+    stacks = [p for p in model.parameters() if p.dim() == 3]
+    widths = {
+        width for p in stacks for length in p.shape[1:] for width in (length, length // ranks)
     }
-    if refused := [name for name, value in asked.items() if value]:
-        raise ValueError(
-            f"{' and '.join(refused)}: for the described families only ({', '.join(FAMILIES)}), "
-            f"and this {model.name} is split in place, over equal tensor-parallel ranks (--tp)"
-        )
+    uneven = any(length % ranks for p in stacks for length in p.shape[1:])
+    size = stacks[0].element_size() if stacks else 0
+    return not stacks or (size < 8 and not uneven and not any(w * size % 16 for w in widths))
 
 
 def _refuse_gguf(file: Path) -> None:

@@ -60,6 +60,21 @@ def add_layer_split(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -
     )
 
 
+def add_in_place(parser: argparse.ArgumentParser) -> None:
+    """``--in-place`` and ``--trust-remote-code``."""
+    parser.add_argument(
+        "--in-place",
+        action="store_true",
+        help="split transformers' own model in place, also where the decoder knows the family",
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the Python code that comes with MODEL, for an architecture that transformers "
+        "lacks: it can do anything that you can (default: such a model is refused)",
+    )
+
+
 def add_tensor_split(parser: argparse.ArgumentParser) -> None:
     """``--tensor-split``; ``args.tensor_split`` is None for even shares."""
     parser.add_argument(

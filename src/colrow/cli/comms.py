@@ -10,6 +10,7 @@ from colrow.cli.common import (
     add_device,
     add_dtype,
     add_engine,
+    add_in_place,
     add_json,
     add_sequence_parallel,
     add_tensor_split,
@@ -24,13 +25,18 @@ from colrow.cli.common import (
 from colrow.launch import rank_environment
 
 if TYPE_CHECKING:
+    from colrow.models.config import ModelConfig
     from colrow.verification.traffic import Traffic
 
 HELP = "list every collective of a training step, predicted and recorded"
 DESCRIPTION = """\
-Predicts from MODEL's configuration alone which collectives one training step of a rank issues, with
+Predicts from MODEL's configuration which collectives one training step of a rank issues, with
 the layer, the direction and the bytes of each; then runs the step, records what was really issued,
 and compares call for call and byte for byte. Exits with 1 when they are not equal.
+
+A MODEL of an architecture that colrow does not describe is transformers' own, split in place: there
+the record of the split foretells the calls. Where they depend on the tokens (experts that are
+called one by one), the command says so and shows what was recorded.
 
 A checkpoint is run on --tp real ranks. A config.json or the name of a public model is run dry: the
 same layers on tensors without memory and over a process group that only pretends, so any size
@@ -54,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_tp(parser, default=2)
     add_tensor_split(parser)
+    add_in_place(parser)
     add_sequence_parallel(parser)
     parser.add_argument(
         "--batch", type=positive_int, default=1, metavar="N", help="rows (default 1)"
@@ -82,11 +89,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--sequence must be at least 2: the loss compares a token with the next")
     if args.recompute_gather and not args.sequence_parallel:
         raise ValueError("--recompute-gather changes --sequence-parallel alone: give both")
-    from colrow.models.config import Layout
-
-    config, has_weights = model_configuration(args.model)
-    Layout.create(config, args.tp, args.tensor_split)
-    if has_weights and not args.dry_run:
+    config = _described(args)
+    if config is None:
         traffic = run_on_ranks(_record, args, ranks=args.tp)
     elif (rank := rank_environment()) is not None and rank.rank > 0:
         return 0  # a dry run needs no ranks: where a launcher started some, one reports
@@ -109,20 +113,52 @@ def run(args: argparse.Namespace) -> int:
         write_json(traffic.as_dict(), args.json)
     if args.json != "-":
         show(traffic, args)
-    return 0 if traffic.equal else 1
+    return 1 if traffic.equal is False else 0
+
+
+def _described(args: argparse.Namespace) -> ModelConfig | None:
+    """The configuration to run dry; None for a checkpoint that is to run on ranks.
+
+    Raises:
+        ValueError: a model that is not there or cannot be divided, or one that cannot run dry.
+    """
+    from colrow.checkpoint.any_model import describe_model, known_to_decoder
+    from colrow.models.config import Layout
+
+    try:
+        in_place = args.in_place or not known_to_decoder(args.model)
+    except ValueError:  # no checkpoint: a public model's name, or one that nobody knows
+        in_place = False
+    if not in_place:
+        config, has_weights = model_configuration(args.model)
+        Layout.create(config, args.tp, args.tensor_split)
+        return None if has_weights and not args.dry_run else config
+    known = describe_model(
+        args.model,
+        tp=args.tp,
+        in_place=True,
+        tensor_split=args.tensor_split,
+        keep_gathered_input=not args.recompute_gather,
+        trust_remote_code=args.trust_remote_code,
+    )
+    if args.dry_run:
+        raise ValueError(f"--dry-run: this {known.name} is split in place, which takes real ranks")
+    return None
 
 
 def _record(args: argparse.Namespace) -> Traffic:
-    from colrow.checkpoint.pretrained import from_pretrained
+    from colrow.checkpoint.any_model import load_model
     from colrow.comm.mesh import init_mesh
     from colrow.verification.traffic import record_step
 
     mesh = init_mesh(tp=args.tp, device=args.device, engine=args.engine)
     announce(mesh)
-    model = from_pretrained(
+    model = load_model(
         args.model,
         mesh,
         dtype=torch_dtype(args.dtype),
+        in_place=args.in_place,
+        trust_remote_code=args.trust_remote_code,
         sequence_parallel=args.sequence_parallel,
         tensor_split=args.tensor_split,
         keep_gathered_input=not args.recompute_gather,
@@ -138,9 +174,10 @@ def show(traffic: Traffic, args: argparse.Namespace) -> None:
 
     console = Console()
     sequence = ", sequence parallel" if args.sequence_parallel else ""
+    kind = ", split in place" if traffic.kind == "in place" else ""
     table = Table(
         title=f"Collectives of one step: tp={args.tp}, batch {args.batch} x {args.sequence}, "
-        f"{DTYPES[args.dtype]}{sequence}",
+        f"{DTYPES[args.dtype]}{sequence}{kind}",
         box=SIMPLE_HEAD,
         collapse_padding=True,
         pad_edge=False,
@@ -167,10 +204,10 @@ def show(traffic: Traffic, args: argparse.Namespace) -> None:
             layer,
             op.replace("_", "-"),
             _bytes(size),
-            str(expected),
+            "?" if traffic.unknown else str(expected),
             str(count),
             _bytes(wire),
-            style=None if expected == count else "red",
+            style=None if traffic.unknown or expected == count else "red",
         )
     table.add_section()
     table.add_row("all", "", "", str(sum(predicted.values())), str(total_calls), _bytes(total_wire))
@@ -180,19 +217,23 @@ def show(traffic: Traffic, args: argparse.Namespace) -> None:
             f"Time in collectives: {traffic.seconds * 1e3:.1f} ms, of which "
             f"{traffic.exposed_seconds * 1e3:.1f} ms not hidden behind computing (rank 0)."
         )
-    if traffic.equal:
+    if traffic.unknown:
+        console.print(f"Not predicted: {traffic.unknown}.")
+    elif traffic.equal:
         console.print("Predicted and recorded are equal, call for call and byte for byte.")
     else:
         console.print("[red]Predicted and recorded differ.[/]")
 
 
 def _grouped(rows: list[dict[str, object]], every: bool) -> dict[tuple[str, str, str, int], int]:
-    """Counts by phase, layer (blocks as one unless ``every``), operation and size."""
+    """Counts by phase, layer (numbers as ``*`` unless ``every``), operation and size."""
+    from colrow.inplace.styles import pattern_of
+
     counts: dict[tuple[str, str, str, int], int] = {}
     for row in rows:
         layer = str(row["layer"])
-        if layer.startswith("blocks.") and not every:
-            layer = "blocks.*." + layer.split(".", 2)[2]
+        if not every:
+            layer = pattern_of(layer)
         key = (str(row["phase"]), layer, str(row["op"]), int(str(row["bytes"])))
         counts[key] = counts.get(key, 0) + int(str(row["count"]))
     return counts

@@ -11,6 +11,7 @@ from colrow.cli.common import (
     add_device,
     add_dtype,
     add_engine,
+    add_in_place,
     add_json,
     add_pipeline,
     add_tensor_split,
@@ -39,14 +40,20 @@ message in a chat where the model has a chat template, and is continued where it
 The text goes to standard output, a line of statistics to standard error. No rank ever holds the
 logits of the whole vocabulary, and all ranks choose the same token without being told by one.
 
+MODEL may be any causal language model. Those of the families that colrow describes (LLaMA, Mistral,
+Qwen2, Qwen3, GPT-2, GPT-NeoX, BLOOM; GGUF files of them too) run in its decoder. Every other one is
+transformers' own, split in place, with the cache that its class wants, for directories with
+safetensors and --tp alone. The line of statistics and the JSON say which of the two ran.
+
 With --pp the layers are divided over stages, and several prompts (--prompts) keep all of them busy:
 while one stage works on some prompts, the next works on others.
 
 JSON (--json): text, token_ids, finish_reason ("stop" at an end-of-sequence token, "length" at
 --max-new-tokens or the end of the context), tokens_per_second (after the first token),
 time_to_first_token_seconds (the prompt's forward pass), load_seconds, weight_bytes_per_rank and
-cache_bytes_per_rank (a list, by rank, tp innermost), prompt_tokens, model, tp, pp,
-tensor_split, layers_per_stage, dtype, device, engine, sampling. With --prompts text, token_ids,
+cache_bytes_per_rank (a list, by rank, tp innermost), prompt_tokens, model, architecture, kind
+("decoder" or "in place"), tp, pp, tensor_split, layers_per_stage (null in place), dtype, device,
+engine, sampling. With --prompts text, token_ids,
 finish_reason and prompt_tokens are in answers, a list with one object for each prompt.
 """
 
@@ -71,6 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_tp(parser)
     add_tensor_split(parser)
     add_pipeline(parser)
+    add_in_place(parser)
     parser.add_argument(
         "--max-new-tokens",
         type=positive_int,
@@ -128,18 +136,20 @@ def run(args: argparse.Namespace) -> int:
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
     prompts = _prompts(args)
 
-    from colrow.checkpoint.locate import find_weights, resolve_model_path
-    from colrow.checkpoint.pretrained import pretrained_config
+    from colrow.checkpoint.any_model import describe_model
     from colrow.generation.answer import Request, answer
     from colrow.generation.template import RENDERER
     from colrow.generation.tokenizer import encode_prompt, end_tokens, load_tokenizer
-    from colrow.models.config import Layout
-    from colrow.models.stages import LayerSplit
 
-    find_weights(resolve_model_path(args.model))
-    config = pretrained_config(args.model)
-    Layout.create(config, args.tp, args.tensor_split)
-    LayerSplit.create(config, args.pp, args.layer_split)
+    known = describe_model(
+        args.model,
+        tp=args.tp,
+        pp=args.pp,
+        in_place=args.in_place,
+        tensor_split=args.tensor_split,
+        layer_split=args.layer_split,
+        trust_remote_code=args.trust_remote_code,
+    )
     tokenizer = load_tokenizer(args.model)
     tokens = [
         encode_prompt(tokenizer, prompt, system=args.system, chat=not args.no_chat)
@@ -147,16 +157,16 @@ def run(args: argparse.Namespace) -> int:
     ]
     RENDERER.close()
     largest = max(max(prompt, default=0) for prompt in tokens)
-    if largest >= config.vocab_size:
+    if largest >= known.vocab_size:
         raise ValueError(
             f"the prompt has token {largest}, and the model's vocabulary ends at "
-            f"{config.vocab_size - 1}: tokenizer and weights do not belong together"
+            f"{known.vocab_size - 1}: tokenizer and weights do not belong together"
         )
     longest = max(len(prompt) for prompt in tokens)
-    room = config.max_positions - longest
+    room = args.max_new_tokens if known.max_positions is None else known.max_positions - longest
     if room < 1:
         raise ValueError(
-            f"the prompt has {longest} tokens and the model's context {config.max_positions}: "
+            f"the prompt has {longest} tokens and the model's context {known.max_positions}: "
             "there is no room for an answer; shorten the prompt"
         )
     request = Request(
@@ -165,11 +175,13 @@ def run(args: argparse.Namespace) -> int:
         tokenizer=pickle.dumps(tokenizer),
         max_new_tokens=min(args.max_new_tokens, room),
         sampling=sampling,
-        eos_token_ids=end_tokens(args.model, config.eos_token_ids, tokenizer),
+        eos_token_ids=end_tokens(args.model, known.eos_token_ids, tokenizer),
         tp=args.tp,
         pp=args.pp,
         layer_split=args.layer_split,
         tensor_split=args.tensor_split,
+        in_place=args.in_place,
+        trust_remote_code=args.trust_remote_code,
         dtype=torch_dtype(args.dtype) if args.dtype else None,
         device=args.device,
         engine=args.engine,
@@ -226,8 +238,10 @@ def _statistics(result: dict[str, object]) -> str:
     answers = cast(list[dict[str, list[int]]], result.get("answers", [result]))
     tokens = sum(len(answer["token_ids"]) for answer in answers)
     megabytes = [f"{size / 1e6:.0f}" for size in cast(list[int], result["weight_bytes_per_rank"])]
-    layers = cast(list[int], result["layers_per_stage"])
+    layers = cast(list[int], result["layers_per_stage"] or [])
+    kind = "" if result["kind"] == "decoder" else ", split in place"
     return (
+        f"{result['architecture']}{kind}: "
         f"{tokens} tokens, {result['tokens_per_second']:.1f} tokens/s, first token after "
         f"{result['time_to_first_token_seconds']:.2f} s, {result['dtype']} weights "
         f"{' + '.join(megabytes)} MB on {len(megabytes)} rank{'s' if len(megabytes) > 1 else ''}"

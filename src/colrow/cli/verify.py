@@ -89,9 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Verifies and prints the report."""
-    from colrow.checkpoint.locate import find_weights, resolve_model_path
-    from colrow.checkpoint.pretrained import pretrained_config
-    from colrow.models.config import Layout
+    from colrow.checkpoint.any_model import describe_model, known_to_decoder
 
     if (args.model is None) == (args.architecture is None):
         raise ValueError("give either MODEL or --architecture NAME")
@@ -99,13 +97,11 @@ def run(args: argparse.Namespace) -> int:
         return _run_in_place(args)
     if args.sequence < 2:
         raise ValueError("--sequence must be at least 2: the loss compares a token with the next")
-    find_weights(resolve_model_path(args.model))
-    config = pretrained_config(args.model)
-    Layout.create(config, args.tp, args.tensor_split)
-    if args.sequence > config.max_positions:
+    known = describe_model(args.model, tp=args.tp, tensor_split=args.tensor_split)
+    if known.max_positions is not None and args.sequence > known.max_positions:
         raise ValueError(
             f"--sequence {args.sequence} is longer than the model's context of "
-            f"{config.max_positions} positions: use at most that"
+            f"{known.max_positions} positions: use at most that"
         )
     report = run_on_ranks(_verify, args, ranks=args.tp)
     if report is None:
@@ -149,27 +145,6 @@ def _compare(args: argparse.Namespace, architecture: Architecture) -> Outcome | 
     from colrow.zoo.compare import compare
 
     return compare(architecture, args.tp, dtype=torch_dtype(args.dtype))
-
-
-def known_to_decoder(model: str) -> bool:
-    """Whether the checkpoint is of a family that the decoder computes itself.
-
-    Raises:
-        ValueError: when there is no such checkpoint.
-    """
-    from colrow.checkpoint.locate import resolve_model_path
-    from colrow.models.families import FAMILIES
-    from colrow.models.hf_config import read_config
-
-    file = resolve_model_path(model)
-    config = (file if file.is_dir() else file.parent) / "config.json"
-    if file.suffix == ".gguf" or not config.is_file():
-        return True
-    try:
-        _, values = read_config(config)
-    except ValueError:
-        return True  # whose reader says what is wrong with the file
-    return values.get("model_type") in FAMILIES
 
 
 def _verify(args: argparse.Namespace) -> Report | None:

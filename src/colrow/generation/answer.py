@@ -12,12 +12,14 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from colrow.checkpoint.pretrained import from_pretrained
+from colrow.checkpoint.any_model import load_model
+from colrow.comm import primitives
 from colrow.comm.mesh import init_mesh
 from colrow.generation.engine import generate
 from colrow.generation.options import Sampling
 from colrow.generation.tokenizer import TextStream, Tokenizer
 from colrow.models.decoder import Decoder
+from colrow.models.interface import TensorParallelModel
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Request:
         tokenizer: pickled, for rank 0 alone: loading it a second time takes longer.
         max_new_tokens, sampling, eos_token_ids: see :func:`colrow.generation.engine.generate`.
         tp, pp: number of ranks along each dimension.
-        tensor_split, layer_split: see :func:`colrow.from_pretrained`.
+        tensor_split, layer_split, in_place, trust_remote_code: see
+            :func:`colrow.checkpoint.any_model.load_model`.
         dtype: None for bf16 on CUDA and fp32 elsewhere.
         device: None for the mesh's choice.
         engine: see :func:`colrow.init_mesh`.
@@ -49,6 +52,8 @@ class Request:
     pp: int
     tensor_split: str | None
     layer_split: str | None
+    in_place: bool
+    trust_remote_code: bool
     dtype: torch.dtype | None
     device: str | None
     engine: str
@@ -60,12 +65,14 @@ def answer(request: Request) -> dict[str, object]:
     started = time.perf_counter()
     mesh = init_mesh(tp=request.tp, pp=request.pp, device=request.device, engine=request.engine)
     dtype = request.dtype or (torch.bfloat16 if mesh.device.type == "cuda" else torch.float32)
-    model = from_pretrained(
+    model = load_model(
         request.model,
         mesh,
         dtype=dtype,
+        in_place=request.in_place,
         tensor_split=request.tensor_split,
         layer_split=request.layer_split,
+        trust_remote_code=request.trust_remote_code,
     ).for_decoding()
     load_seconds = time.perf_counter() - started
     writer = None
@@ -96,12 +103,17 @@ def answer(request: Request) -> dict[str, object]:
             request.prompts, texts, result.token_ids, result.finished, strict=True
         )
     ]
+    cache = torch.tensor([result.cache_bytes], device=mesh.device)
+    caches: list[int] = primitives.all_gather(cache, mesh.world, 0, layer="cache").tolist()
+    known = model.description
     return {
         "model": request.model,
+        "architecture": known.name,
+        "kind": known.kind,
         "tp": request.tp,
         "pp": request.pp,
         "tensor_split": request.tensor_split,
-        "layers_per_stage": list(model.pipeline.split.sizes),
+        "layers_per_stage": layers_per_stage(model),
         "dtype": str(dtype).removeprefix("torch."),
         "device": mesh.device.type,
         "engine": mesh.engine.name,
@@ -111,8 +123,13 @@ def answer(request: Request) -> dict[str, object]:
         "time_to_first_token_seconds": result.time_to_first_token_seconds,
         "load_seconds": load_seconds,
         "weight_bytes_per_rank": model.weight_bytes_per_rank(),
-        "cache_bytes_per_rank": _cache_bytes_per_rank(model, result.cache_bytes),
+        "cache_bytes_per_rank": caches,
     }
+
+
+def layers_per_stage(model: TensorParallelModel) -> list[int] | None:
+    """The sizes of a decoder's pipeline stages; None in place, where there is no pipeline."""
+    return list(model.pipeline.split.sizes) if isinstance(model, Decoder) else None
 
 
 def padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
@@ -121,13 +138,6 @@ def padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     ids = [[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     return torch.tensor(ids), torch.tensor(mask)
-
-
-def _cache_bytes_per_rank(model: Decoder, here: int) -> list[int]:
-    """From the bytes on this rank: a cache grows with KV heads and with layers."""
-    heads, layers = model.layout.heads.key_value.sizes, model.pipeline.split.sizes
-    unit = heads[model.tp.rank] * layers[model.pipeline.pp.rank]
-    return [here * held * count // unit for count in layers for held in heads]
 
 
 class Writer:

@@ -1,4 +1,4 @@
-"""Prompt in, tokens out: the loop around the decoder, its cache and the sampler."""
+"""Prompt in, tokens out: the loop around a model, its cache and the sampler."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from colrow.generation.options import Sampling
 from colrow.generation.relay import Part, Relay
 from colrow.generation.rows import Rows
 from colrow.generation.sampling import next_tokens
-from colrow.models.decoder import Decoder
 from colrow.models.inputs import check_batch, check_same_on_all_ranks
+from colrow.models.interface import TensorParallelModel
 
 _GREEDY = Sampling()
 
@@ -32,7 +32,7 @@ class Generation:
         time_to_first_token_seconds: from the call, all ranks being there, until the host knows the
             first token: the forward pass of the prompt.
         decode_seconds: from then until the last token; 0 for one token.
-        cache_bytes: keys and values of this rank's heads and layers.
+        cache_bytes: what this rank keeps of the tokens: keys and values of its heads and layers.
     """
 
     tokens: Tensor
@@ -55,7 +55,7 @@ class Generation:
 
 @torch.inference_mode()
 def generate(
-    model: Decoder,
+    model: TensorParallelModel,
     input_ids: Tensor,
     *,
     attention_mask: Tensor | None = None,
@@ -68,9 +68,10 @@ def generate(
     """Continues a batch of prompts; all ranks of the model call it with the same arguments.
 
     With pipeline parallelism the rows are cut into as many parts as there are stages (see
-    :mod:`colrow.generation.relay`), which keeps all stages busy where there are enough rows.
+    :mod:`colrow.generation.relay`), which keeps all stages busy where there are enough rows. Where
+    an architecture gives padded rows other logits than they have alone, the rows take turns.
 
-    Sends, for each token, what one forward pass of the decoder sends and what
+    Sends, for each token, what one forward pass of the model sends and what
     :func:`next_tokens` sends; in a pipeline, the hidden states of the new positions from stage to
     stage and 8 bytes a row from the last stage to each other one; once, an all-reduce of 16 bytes
     over tp, and one over pp, that compares the prompts.
@@ -95,31 +96,30 @@ def generate(
     settings = rng.stream_key(0, max_new_tokens, sampling, tuple(eos_token_ids))
     given = (input_ids, attention_mask, torch.tensor([settings], device=device))
     for group in (model.tp, relay.pp):
-        check_same_on_all_ranks(group, *given, layout=(model.layout, model.pipeline.split))
+        check_same_on_all_ranks(group, *given, layout=relay.layout)
     started = time.perf_counter()
     if pad_token_id is None:
-        pad_token_id = model.config.pad_token_id
+        pad_token_id = model.description.pad_token_id
     padding = next((t for t in (pad_token_id, *eos_token_ids) if t is not None), 0)
     mask = None
     if attention_mask is not None and not bool(attention_mask.all()):
         mask = torch.ones(batch, length + max_new_tokens, dtype=torch.bool, device=device)
         mask[:, :length] = attention_mask.bool()
-    rows, parts = (
-        Rows(batch, eos_token_ids, padding, on_tokens),
-        relay.parts(batch, length + max_new_tokens),
-    )
-    was_training = model.training
-    model.eval()
+    rows = Rows(batch, eos_token_ids, padding, on_tokens)
+    parts = relay.parts(batch, length + max_new_tokens, mask)
+    was_training = model.module.training
+    model.module.eval()
     try:
         for step in range(max_new_tokens):
             for part in parts:
                 _learn(relay, part, rows)
                 if not rows.ended(part.start, part.stop):
-                    ids = input_ids[part.start : part.stop]
+                    ids = input_ids[part.start : part.stop, part.skipped :]
                     if step:
                         previous = rows.step(step - 1, part.start, part.stop)
                         ids = torch.tensor(previous, device=device).unsqueeze(1)
-                    seen = None if mask is None else mask[part.start : part.stop, : length + step]
+                    past = length - part.skipped + step
+                    seen = None if part.mask is None else part.mask[:, :past]
                     _turn(relay, part, rows, ids, seen, sampling, step)
             if rows.ended():
                 break
@@ -127,7 +127,7 @@ def generate(
             _learn(relay, part, rows)
         relay.finish(parts)
     finally:
-        model.train(was_training)
+        model.module.train(was_training)
     ended = time.perf_counter()
     steps = [rows.step(number) for number in range(rows.steps)]
     return Generation(
@@ -160,11 +160,11 @@ def _turn(
     model, stage = relay.model, relay.stage
     x = ids if stage.is_first else relay.receive_hidden(part, ids.shape[1])
     if not stage.is_last:
-        relay.send_hidden(part, model(x, attention_mask=mask, cache=part.cache))
+        relay.send_hidden(part, model.module(x, attention_mask=mask, cache=part.cache))
         return
     logits = model.last_logits(x, attention_mask=mask, cache=part.cache)
     chosen = next_tokens(
-        logits, model.tp, model.layout.vocab, sampling, step=step, first_row=part.start
+        logits, model.tp, model.vocabulary, sampling, step=step, first_row=part.start
     ).cpu()
     if not stage.is_first:
         relay.send_tokens(part, chosen)
@@ -172,14 +172,18 @@ def _turn(
 
 
 def _checked_shape(
-    model: Decoder, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int
+    model: TensorParallelModel,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    max_new_tokens: int,
 ) -> tuple[int, int]:
-    longest, position = model.config.max_positions, model.config.position
-    check_batch(input_ids, attention_mask, 0, longest, position)
+    known = model.description
+    longest = known.max_positions if known.limited else None
+    check_batch(input_ids, attention_mask, 0, longest)
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: at least 1 is needed")
     batch, length = input_ids.shape
-    if position == "learned" and length + max_new_tokens > longest:
+    if longest is not None and length + max_new_tokens > longest:
         raise ValueError(
             f"{length} prompt tokens and max_new_tokens={max_new_tokens} are more than the "
             f"model's {longest} positions: shorten the prompt or set max_new_tokens to at most "

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from colrow.comm import primitives
+from colrow.comm.group import ParallelGroup
 from colrow.comm.primitives import Pending
-from colrow.models.cache import KeyValueCache
 from colrow.models.decoder import Decoder
+from colrow.models.interface import Cache, TensorParallelModel
+from colrow.models.stages import Stage
 from colrow.partition import Partition
 
 
@@ -24,13 +26,18 @@ class Part:
 
     Attributes:
         start, stop: which rows.
-        cache: their keys and values in this rank's layers.
+        skipped: columns on the left in which all of them have padding, and which are left out.
+        mask: ``[rows, prompt + new]`` behind those, False at padding; None where none is left.
+        cache: what this rank's layers keep of them.
         awaited: whether a token of theirs has been asked for and has not come back.
         sent: messages of their last turn, to be completed before their next one ends.
     """
 
-    def __init__(self, start: int, stop: int, cache: KeyValueCache) -> None:
-        self.start, self.stop, self.cache = start, stop, cache
+    def __init__(
+        self, start: int, stop: int, skipped: int, mask: Tensor | None, cache: Cache
+    ) -> None:
+        self.start, self.stop, self.skipped = start, stop, skipped
+        self.mask, self.cache = mask, cache
         self.awaited = False
         self.sent: list[Pending] = []
 
@@ -38,30 +45,53 @@ class Part:
 class Relay:
     """This rank's place in the pipeline of a decoder; with one stage it sends nothing.
 
+    Attributes:
+        layout: how the model is divided, as far as the ranks have not compared it yet.
+
     Raises:
         ValueError: a rank with several stages.
     """
 
-    def __init__(self, model: Decoder) -> None:
+    def __init__(self, model: TensorParallelModel) -> None:
+        self.model, self.layout = model, None
+        self.pp, self.stage = ParallelGroup.single("pp"), Stage(0, 1, 0, 0)
+        if not isinstance(model, Decoder):
+            return
         if len(model.stages) > 1:
             raise ValueError(
                 f"this rank holds {len(model.stages)} pipeline stages: generation needs one on "
                 "each rank, so load the model with a layer split of one number for each rank"
             )
-        self.model, self.pp, self.stage = model, model.pipeline.pp, model.stages[0]
+        self.layout = (model.layout, model.pipeline.split)
+        self.pp, self.stage = model.pipeline.pp, model.stages[0]
 
-    def parts(self, batch: int, capacity: int) -> list[Part]:
-        """The batch, cut so that all stages are busy where it has enough rows."""
-        bounds = Partition.even(batch, min(batch, self.pp.size)).bounds
-        return [
-            Part(start, stop, KeyValueCache.for_model(self.model, stop - start, capacity))
-            for start, stop in bounds
-        ]
+    def parts(self, batch: int, capacity: int, mask: Tensor | None) -> list[Part]:
+        """The batch, cut so that all stages are busy where it has enough rows.
+
+        Where the model cannot take padding, each row is a part of its own.
+
+        Args:
+            capacity: positions of the prompt and of the new tokens.
+            mask: ``[batch, capacity]``, False at padding on the left; None without any.
+        """
+        alone = mask is not None and not self.model.takes_padding
+        bounds = Partition.even(batch, batch if alone else min(batch, self.pp.size)).bounds
+        found = []
+        for start, stop in bounds:
+            skipped, own = 0, None if mask is None else mask[start:stop]
+            if own is not None:
+                skipped = int((~own).sum(dim=1).min())
+                own = None if bool(own[:, skipped].all()) else own[:, skipped:]
+            cache = self.model.make_cache(stop - start, capacity - skipped)
+            found.append(Part(start, stop, skipped, own, cache))
+        return found
 
     def receive_hidden(self, part: Part, new: int) -> Tensor:
         """``[rows, new, hidden]`` from the stage before."""
-        like = next(self.model.parameters())
-        shape = (part.stop - part.start, new, self.model.config.hidden_size)
+        model = self.model.module
+        assert isinstance(model, Decoder)
+        like = next(model.parameters())
+        shape = (part.stop - part.start, new, model.config.hidden_size)
         buffer = torch.empty(shape, dtype=like.dtype, device=like.device)
         return primitives.recv(buffer, self.pp, self.pp.rank - 1, layer=self._cut(self.stage.start))
 

@@ -58,11 +58,16 @@ def transformers_config(directory: Path, *, trust_remote_code: bool = False) -> 
         check_any_config(values)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    check_layers(file, values, stored_shapes(directory))
     try:
         import transformers
     except ImportError as error:
         raise ValueError("transformers is needed: pip install 'colrow[models]'") from error
+    if "auto_map" in values and not trust_remote_code and not _is_known(values):
+        raise ValueError(
+            f"{directory} comes with code of its own, for an architecture that transformers lacks; "
+            "trust_remote_code (--trust-remote-code) runs it, and it can do anything that you can"
+        )
+    check_layers(file, values, stored_shapes(directory))
     with quiet_transformers():
         try:
             config = transformers.AutoConfig.from_pretrained(
@@ -73,6 +78,12 @@ def transformers_config(directory: Path, *, trust_remote_code: bool = False) -> 
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{directory} holds quantised weights, which cannot be split in place")
     return config
+
+
+def _is_known(values: Mapping[str, object]) -> bool:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    return values.get("model_type") in CONFIG_MAPPING_NAMES
 
 
 def model_of(
@@ -109,6 +120,12 @@ def model_of(
             except Exception as error:  # of many classes, for values that make no sense
                 raise ValueError(f"{generation}: {error}") from error
     check_shapes(file, model, sizes)
+    for module in model.modules():  # some make a parameter on the CPU, wherever the others are
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not parameter.is_meta:
+                module._parameters[name] = nn.Parameter(
+                    parameter.to("meta"), parameter.requires_grad
+                )
     return model.eval()  # type: ignore[no-any-return]
 
 

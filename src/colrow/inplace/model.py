@@ -12,49 +12,23 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from colrow import rng
 from colrow.comm import primitives
 from colrow.comm.group import ParallelGroup
+from colrow.comm.ledger import Call
 from colrow.inplace.capture import arithmetic_of
+from colrow.inplace.communication import predict
 from colrow.inplace.continuation import Continuation
+from colrow.inplace.describe import describe_config, plain_tokens
 from colrow.inplace.record import record_of
 from colrow.inplace.whole_results import HeadMixin
 from colrow.layers.loss import Reduction, vocab_parallel_cross_entropy
+from colrow.models.communication import LOSS_STATISTICS
 from colrow.models.inputs import check_labels, check_next_token
 from colrow.models.interface import Description, Prediction
 from colrow.partition import Partition, ShardSpec
 
-_SPECIAL = 3, 12  # tokens at the lower end and at both ends that are not used as an example
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
 _TOLERANCE_OF_16_BITS = 2e-2
-
-
-def describe_config(config: Any) -> Description:
-    """What transformers' configuration says of a model.
-
-    Raises:
-        ValueError: it is none of a model that continues a text.
-    """
-    if config.is_encoder_decoder:
-        raise ValueError(
-            f"{config.model_type} is an encoder-decoder: what continues a text here has no encoder"
-        )
-    text = config.get_text_config()
-    vocabulary = getattr(text, "vocab_size", None)
-    if not isinstance(vocabulary, int):
-        raise ValueError(f"the configuration of this {config.model_type} names no vocab_size")
-    longest = getattr(text, "max_position_embeddings", None)
-    ends = getattr(config, "eos_token_id", None) or getattr(text, "eos_token_id", None)
-    listed = ends if isinstance(ends, list | tuple) else [ends]
-    padding = getattr(text, "pad_token_id", None)
-    return Description(
-        "in place",
-        config.model_type,
-        vocabulary,
-        longest if isinstance(longest, int) and longest > 0 else None,
-        tuple(token for token in listed if isinstance(token, int)),
-        padding if isinstance(padding, int) and padding >= 0 else None,
-    )
 
 
 class InPlaceModel:
@@ -131,24 +105,22 @@ class InPlaceModel:
     def takes_padding(self) -> bool:
         """Whether rows that are padded on the left get the logits that they get alone.
 
-        Tried with a few tokens; the ranks decide together.
+        Tried with a few tokens, and on a tiny model of the architecture; the ranks decide together.
         """
-        ids, pad = self._example(9).view(1, -1), 4
-        padded = ids.repeat(2, 1)
-        padded[1, :pad] = 0
-        mask = torch.ones_like(padded)
-        mask[1, :pad] = 0
-        batches: list[tuple[Tensor, Tensor | None]] = [(padded, mask), (ids[:, pad:], None)]
-        results = []
-        with torch.no_grad(), self._evaluating():
-            for given, valid in batches:
-                cache = self.make_cache(given.shape[0], given.shape[1] + 1)
-                first = self.last_logits(given, attention_mask=valid, cache=cache)
-                again = ids[:, :1].expand(given.shape[0], 1)
-                second = self.last_logits(again, attention_mask=None, cache=cache)
-                results.append(torch.stack([first[-1], second[-1]]).double())
-        error = (results[0] - results[1]).norm() / results[1].norm()
-        worst = primitives.all_reduce(error.reshape(1), self.tp, op="max", layer="padding")
+        from colrow.zoo.padding import architecture_takes_padding, padding_error
+
+        def step(ids: Tensor, mask: Tensor | None, text: Continuation) -> Tensor:
+            return self.last_logits(ids, attention_mask=mask, cache=text)
+
+        error, vocab_size = float("inf"), self._description.vocab_size
+        if architecture_takes_padding(self._description.name):
+            try:
+                with self._evaluating():
+                    error = padding_error(step, vocab_size, self.device, 2)
+            except (RuntimeError, NotImplementedError):  # of shapes that do not fit
+                pass
+        mine = torch.tensor([error], device=self.device)
+        worst = primitives.all_reduce(mine, self.tp, op="max", layer="padding")
         return bool(worst.item() <= self._tolerance)
 
     def for_decoding(self) -> Self:
@@ -233,8 +205,23 @@ class InPlaceModel:
         ]
 
     def predicted_calls(self, batch: int, sequence: int) -> Prediction:
-        """What ``loss(...).backward()`` sends on this rank."""
-        return Prediction((), "nothing foretells what a model sends that was split in place")
+        """What ``loss(...).backward()`` sends on this rank, from the record of the split.
+
+        Communicates: what a few small forward passes send; every rank must call it.
+        """
+        return predict(self._module, self.tp, self._small_loss, batch, sequence)
+
+    def _small_loss(self, batch: int, sequence: int, seed: int) -> list[Call]:
+        """Runs the loss of a small batch; returns what the loss itself sends."""
+        shape = batch, sequence
+        vocabulary = self._description.vocab_size
+        ids = plain_tokens(vocabulary, batch * sequence, self.device, seed=seed).view(shape)
+        loss = self.loss(ids, ids)
+        if self._head is None:
+            return []
+        size = self.tp.size * LOSS_STATISTICS * batch * sequence * loss.element_size()
+        dtype = str(loss.dtype).removeprefix("torch.")
+        return [Call("all_gather", "forward", "loss", size, dtype, self.tp.name)]
 
     @functools.cached_property
     def _without_cache(self) -> dict[str, bool]:
@@ -249,20 +236,9 @@ class InPlaceModel:
     def _range(self, vocabulary: int) -> tuple[int, int]:
         return Partition.even(vocabulary, self.tp.size).bounds[self.tp.rank]
 
-    def example(self, batch: int, sequence: int) -> Tensor:
-        """Some plain tokens, ``[batch, sequence]``, the same on every rank."""
-        return self._example(batch * sequence).view(batch, sequence)
-
-    def _example(self, count: int) -> Tensor:
-        """Some plain tokens."""
-        lowest, special = _SPECIAL
-        place = torch.arange(count, device=self.device)
-        bits = rng.bits(rng.stream_key(0, "example"), place)
-        return bits.remainder(max(1, self._description.vocab_size - special)) + lowest
-
     def _first_logits(self, *, local: bool) -> Tensor:
         with torch.no_grad(), self._evaluating():
-            ids = self._example(3).view(1, -1)
+            ids = plain_tokens(self._description.vocab_size, 3, self.device).view(1, -1)
             if local:
                 return self.last_logits(ids, attention_mask=None, cache=Continuation(4))
             return Continuation(4).step(self._module, ids, None)

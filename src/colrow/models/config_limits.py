@@ -166,7 +166,7 @@ def check_hf_values(values: Mapping[str, object], keys: Mapping[str, str]) -> No
         raise ValueError(f"use_sliding_window={shown(used)}: must be true or false")
 
 
-_LAYERS = re.compile(r"layers?$|depth|_blocks$")
+_LAYERS = re.compile(r"layers?$|depth(?!wise)|_blocks$")
 _SIZES = re.compile(
     r"heads?$|hidden|dim$|size$|vocab|width|channels|experts?$|embd|inner|ffn|rank$|labels$|^d_|^n_"
 )

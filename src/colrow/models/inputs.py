@@ -9,7 +9,6 @@ from colrow import rng
 from colrow.comm.agreement import different_seeds, require_same
 from colrow.comm.group import ParallelGroup
 from colrow.comm.steps import PARTED, steps_of
-from colrow.layers.options import Position
 from colrow.models.config import ModelConfig
 from colrow.models.stages import Stage
 
@@ -18,18 +17,20 @@ def check_batch(
     input_ids: Tensor,
     attention_mask: Tensor | None,
     past: int,
-    max_positions: int,
-    position: Position,
+    longest: int | None,
 ) -> None:
-    """Raises ValueError for shapes that the decoder cannot use."""
+    """Raises ValueError for shapes that a model cannot use.
+
+    Args:
+        past: cached positions before it.
+        longest: sequence that the model can take; None where there is no such limit.
+    """
     if input_ids.dim() != 2 or 0 in input_ids.shape:
         raise ValueError(
             f"input_ids should be [batch, sequence] with at least one token, "
             f"got {tuple(input_ids.shape)}"
         )
-    _check_length(
-        input_ids.shape[0], input_ids.shape[1], attention_mask, past, max_positions, position
-    )
+    _check_length(input_ids.shape[0], input_ids.shape[1], attention_mask, past, longest)
 
 
 def check_stage_input(
@@ -52,8 +53,9 @@ def check_stage_input(
     Raises:
         ValueError: for shapes that the stage cannot use.
     """
+    longest = config.max_positions if config.position == "learned" else None
     if stage.is_first:
-        check_batch(x, attention_mask, past, config.max_positions, config.position)
+        check_batch(x, attention_mask, past, longest)
         return x.shape[1]
     if x.dim() != 3 or x.shape[2] != config.hidden_size:
         raise ValueError(
@@ -66,7 +68,7 @@ def check_stage_input(
             "whole, as length=..."
         )
     length = x.shape[1] if length is None else length
-    _check_length(x.shape[0], length, attention_mask, past, config.max_positions, config.position)
+    _check_length(x.shape[0], length, attention_mask, past, longest)
     return length
 
 
@@ -75,14 +77,11 @@ def _check_length(
     length: int,
     attention_mask: Tensor | None,
     past: int,
-    max_positions: int,
-    position: Position,
+    longest: int | None,
 ) -> None:
     total = past + length
-    if position == "learned" and total > max_positions:
-        raise ValueError(
-            f"a sequence of {total} positions is longer than the model's {max_positions}"
-        )
+    if longest is not None and total > longest:
+        raise ValueError(f"a sequence of {total} positions is longer than the model's {longest}")
     expected = (rows, total)
     if attention_mask is not None and tuple(attention_mask.shape) != expected:
         raise ValueError(

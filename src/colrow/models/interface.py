@@ -34,6 +34,7 @@ class Description:
         vocab_size: tokens that have a logit.
         max_positions: the longest sequence that the model was made for; None where its
             configuration states none.
+        limited: whether a longer one is an error, as with learned positions.
         eos_token_ids: tokens that end an answer, as far as the configuration says.
         pad_token_id: what finished rows are filled with, where the configuration says.
     """
@@ -42,6 +43,7 @@ class Description:
     name: str
     vocab_size: int
     max_positions: int | None
+    limited: bool
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
 

@@ -33,6 +33,7 @@ def describe(config: ModelConfig) -> Description:
         config.family,
         config.vocab_size,
         config.max_positions,
+        config.position == "learned",
         config.eos_token_ids,
         config.pad_token_id,
     )

@@ -12,8 +12,10 @@ import torch.distributed as dist
 
 from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import record, summarize
+from colrow.inplace.describe import plain_tokens
 from colrow.models.config import ModelConfig
 from colrow.models.decoder import Decoder
+from colrow.models.interface import Kind, TensorParallelModel
 
 
 @dataclass(frozen=True)
@@ -21,25 +23,31 @@ class Traffic:
     """One step's collectives on one rank.
 
     Attributes:
+        kind: of the model.
+        unknown: why nothing is predicted; "" where it is.
         predicted, recorded: rows of ``op``, ``phase``, ``layer``, ``bytes`` (of one call),
             ``dtype``, ``group``, ``count``, sorted.
         seconds, exposed_seconds: of all recorded calls, from issue to completion and without what
             computing hid; None where nothing was really sent.
     """
 
+    kind: Kind
+    unknown: str
     predicted: list[dict[str, object]]
     recorded: list[dict[str, object]]
     seconds: float | None
     exposed_seconds: float | None
 
     @property
-    def equal(self) -> bool:
-        """Whether the prediction holds call for call and byte for byte."""
-        return self.predicted == self.recorded
+    def equal(self) -> bool | None:
+        """Whether the prediction holds call for call and byte for byte; None without one."""
+        return None if self.unknown else self.predicted == self.recorded
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
+            "kind": self.kind,
+            "unknown": self.unknown,
             "predicted": self.predicted,
             "recorded": self.recorded,
             "equal": self.equal,
@@ -48,18 +56,21 @@ class Traffic:
         }
 
 
-def record_step(model: Decoder, *, batch: int, sequence: int) -> Traffic:
-    """Runs ``model.loss(...).backward()`` on zeros as token ids and compares with the prediction.
+def record_step(model: TensorParallelModel, *, batch: int, sequence: int) -> Traffic:
+    """Runs ``model.loss(...).backward()`` on some tokens and compares with the prediction.
 
     Works on meta tensors too. Every rank of the model's group must call it.
     """
-    tp, parameter = model.tp, next(model.parameters())
-    ids = torch.zeros(batch, sequence, dtype=torch.int64, device=parameter.device)
+    tp, device = model.tp, model.device
+    prediction = model.predicted_calls(batch, sequence)
+    ids = plain_tokens(model.description.vocab_size, batch * sequence, device).view(batch, sequence)
     with record(tp) as ledger:
         model.loss(ids, ids).backward()
-    real = not parameter.is_meta
+    real = device.type != "meta"
     return Traffic(
-        summarize(model.predicted_calls(batch, sequence).calls),
+        model.description.kind,
+        prediction.unknown,
+        summarize(prediction.calls),
         summarize(ledger.calls),
         ledger.seconds() if real else None,
         ledger.seconds(exposed=True) if real else None,

@@ -176,9 +176,7 @@ def build(architecture: Architecture, dtype: torch.dtype = torch.float64) -> nn.
             model: nn.Module = auto_class.from_pretrained(
                 architecture.directory, local_files_only=True, **options
             )
-            for module in model.modules():
-                if isinstance(module, nn.Dropout):
-                    module.p = 0.0
+            without_dropout(model)
         else:
             model_class, config = _tiny(architecture, auto_class)
             model = model_class._from_config(config, **options)
@@ -186,6 +184,14 @@ def build(architecture: Architecture, dtype: torch.dtype = torch.float64) -> nn.
         model.to(dtype)
     prepare_reference(model)
     return model.train()
+
+
+def without_dropout(model: nn.Module) -> nn.Module:
+    """The same model; what is compared must not be random."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
 
 
 def _tiny(architecture: Architecture, auto_class: Any) -> tuple[Any, PreTrainedConfig]:

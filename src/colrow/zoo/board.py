@@ -13,6 +13,7 @@ from torch import nn
 from colrow.leftovers import scratch_directory
 from colrow.zoo.architectures import Architecture
 from colrow.zoo.compare import Outcome, compare
+from colrow.zoo.generate import generates
 from colrow.zoo.pool import TaskFailure, Workers
 
 SECONDS_PER_MODEL = 60.0
@@ -31,7 +32,7 @@ def run_zoo(
 
     Args:
         tp: at least 2.
-        system: "colrow" or "transformers".
+        system: "colrow", "transformers", or "generate" for the tokens of ``colrow generate``.
         progress: told of each outcome.
         seconds_per_model: after which an architecture counts as failed.
         tamper: for testing the comparison: applied to the split model, with the rank.
@@ -60,9 +61,13 @@ def _one(
 ) -> Outcome:
     directory = str(scratch_directory("zoo-model"))
     try:
-        outcome: Outcome = workers.run(
-            compare, architecture, tp, system, directory, tamper, timeout_seconds=seconds
-        )
+        outcome: Outcome
+        if system == "generate":
+            outcome = workers.run(generates, architecture, tp, directory, timeout_seconds=seconds)
+        else:
+            outcome = workers.run(
+                compare, architecture, tp, system, directory, tamper, timeout_seconds=seconds
+            )
         return outcome
     except TaskFailure as failure:
         raised = failure.raised
@@ -122,6 +127,14 @@ def summary(outcomes: Sequence[Outcome]) -> list[str]:
             if not group:
                 continue
             count = Counter(o.verdict for o in group)
+            if column.system == "generate":
+                lines.append(
+                    f"{column.title}, {what}: {count['passed']} of "
+                    f"{len(group) - count['not run']} continue texts with transformers' tokens; "
+                    f"{count['refused']} refused, {count['failed']} failed, {count['not run']} "
+                    "continue none whole"
+                )
+                continue
             passed = [o for o in group if o.verdict == "passed"]
             wide = sum((o.share or 0.0) >= 0.9 for o in passed)
             lines.append(
@@ -157,8 +170,9 @@ def greedy(row: Row) -> str:
 
 
 def reasons(row: Row) -> str:
-    """Why colrow did not pass."""
-    return "; ".join(dict.fromkeys(o.reason for o in _ours(row) if o.reason))
+    """Why colrow did not pass, or did not generate."""
+    theirs = [o for o in row if o is not None and o.system != "transformers"]
+    return "; ".join(dict.fromkeys(o.reason for o in theirs if o.reason))
 
 
 def _ours(row: Row) -> list[Outcome]:

@@ -28,7 +28,8 @@ class Outcome:
     """What became of one architecture at one tp size.
 
     Attributes:
-        name, task, system, even, tp: what was compared.
+        name, task, system, even, tp: what was compared; the system "generate" is the code of
+            ``colrow generate``, see :mod:`colrow.zoo.generate`.
         verdict: "passed"; "refused", the system said before any number that it cannot; "failed",
             a wrong number, an exception, or nothing was split without a word; "not run", the whole
             model itself cannot be built or run alone.
@@ -83,7 +84,7 @@ def compare(
     dtype: torch.dtype = torch.float64,
 ) -> Outcome | None:
     """:func:`compare_on`, for all ranks of a world of ``tp``."""
-    return compare_on(_mesh(tp), architecture, system, directory, tamper=tamper, dtype=dtype)
+    return compare_on(process_mesh(tp), architecture, system, directory, tamper=tamper, dtype=dtype)
 
 
 def compare_on(
@@ -134,7 +135,7 @@ def _compare(
     counted = counted_parameters(model)
     begin = time.perf_counter()
     try:
-        split = splitter.split(model, directory, mesh)
+        split = splitter.split(model, saved or architecture.directory, mesh)
     except (ValueError, NotImplementedError) as error:
         raise Refused(" ".join(str(error).split())) from error
     seconds = time.perf_counter() - begin
@@ -180,7 +181,8 @@ def _compare(
 
 
 @cache
-def _mesh(tp: int) -> Mesh:
+def process_mesh(tp: int) -> Mesh:
+    """The mesh of this process's world of ``tp`` ranks."""
     return init_mesh(tp=tp, device="cpu")
 
 

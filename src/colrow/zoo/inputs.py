@@ -12,7 +12,7 @@ from colrow.zoo.architectures import CLASSES, Architecture
 
 BATCH, SEQUENCE = 2, 11
 # Codes of several streams at once instead of tokens.
-_MUSIC = ("musicgen", "musicgen_melody")
+MUSIC = ("musicgen", "musicgen_melody")
 
 
 def batch(architecture: Architecture, model: nn.Module) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def batch(architecture: Architecture, model: nn.Module) -> dict[str, Any]:
     if kind == "encoder-decoder":
         start = {"input_features": _sound(model)} if name == "whisper" else {"input_ids": ids}
         return {**start, "decoder_input_ids": _tokens(2, config), "labels": _tokens(1, config)}
-    if name in _MUSIC:
+    if name in MUSIC:
         return {"input_ids": _codes(config), "labels": _codes(config).view(BATCH, SEQUENCE, -1)}
     if kind == "masked LM":
         return {"input_ids": ids, "labels": _tokens(1, config)}
@@ -40,7 +40,7 @@ def batch(architecture: Architecture, model: nn.Module) -> dict[str, Any]:
 def prompt(architecture: Architecture, model: nn.Module) -> dict[str, Any] | None:
     """What ``model.generate`` continues; None where there is nothing to continue."""
     inputs = batch(architecture, model)
-    if architecture.model_type in _MUSIC:
+    if architecture.model_type in MUSIC:
         return {"input_ids": inputs["input_ids"][::BATCH, :5]}
     if architecture.task == "causal LM":
         start = {"input_ids": inputs["input_ids"][:1, :5]}

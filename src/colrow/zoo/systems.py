@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from colrow.comm.mesh import Mesh
 from colrow.verification.reference import prepare_reference, quiet_transformers
+from colrow.zoo.architectures import without_dropout
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,8 @@ class System:
     """A way to make a model tensor-parallel.
 
     Attributes:
-        split: the split model, from the whole one and the directory it was saved in.
+        split: the split model, from the whole one and the directory it was saved in ("" for one
+            that was not).
         full_grads: whole gradients under the whole model's names, on rank 0.
         needs_directory: whether it starts from a saved model rather than from one in memory.
     """
@@ -29,10 +31,23 @@ class System:
 
 
 def _parallelize(model: nn.Module, directory: str, mesh: Mesh) -> nn.Module:
+    """What the commands load from a saved text model; any other one is split as it is."""
     import colrow
+    from colrow.checkpoint.any_model import load_model
 
-    split: nn.Module = colrow.parallelize(model, mesh)
-    return split
+    if not directory or type(model) not in _text_models():
+        split: nn.Module = colrow.parallelize(model, mesh)
+        return split
+    dtype = next(model.parameters()).dtype
+    loaded = load_model(directory, mesh, dtype=dtype, in_place=True).module
+    return without_dropout(loaded).train()
+
+
+def _text_models() -> set[type]:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    classes = MODEL_FOR_CAUSAL_LM_MAPPING.values()
+    return {cls for each in classes for cls in (each if isinstance(each, tuple) else (each,))}
 
 
 def _full_grads(model: nn.Module) -> dict[str, Tensor]:
