@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from colrow.checkpoint.any_model import load_model
-from colrow.inplace.describe import plain_tokens
-from colrow.zoo.measure import full_precision
 from torch import Tensor
 
 import colrow
+from colrow.any_model.configuration import plain_tokens
+from colrow.any_model.loading import load_model
 from colrow.comm.group import ParallelGroup
 from colrow.comm.mesh import Mesh
 from colrow.models.interface import TensorParallelModel
-from colrow.verification.differences import relative_error
+from colrow.verification.comparison import relative_error
 from colrow.zoo.architectures import Architecture, build
+from colrow.zoo.model_run import full_precision
 from tests.ranks import RankPool
 
 pytestmark = pytest.mark.cpu_only("tiny models of transformers in fp64, on the CPU")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -10,19 +12,22 @@ from typing import Any
 import pytest
 import torch
 
+from colrow.any_model.export import alone
 from colrow.checkpoint.training import TrainingCheckpoints
+from colrow.cli import main
 from colrow.comm.group import ParallelGroup
 from colrow.optim.scaler import GradScaler
 from colrow.train.batches import Order, Windows
-from colrow.train.loop import make_loss
-from colrow.train.model import build_model
+from colrow.train.loop import make_loss, train
+from colrow.train.model import build_model, check_settings
 from colrow.train.optimizer import make_optimizers
 from colrow.train.settings import TrainSettings
 from colrow.train.step import Stepper
 from colrow.train.tokens import TokenFile
 from colrow.verification.reference import quiet_transformers
 from colrow.zoo.architectures import Architecture, build
-from tests.ranks import RankPool
+from tests.ranks import RankPool, run_world
+from tests.train.curves import curve_of, logged, settings_for, write_inputs
 from tests.train.layouts import CLIP, RATE, Layout, make_mesh, torch_loop
 
 ARCHITECTURES = ["olmo2", "phi3", "gemma3_text", "mixtral", "falcon"]
@@ -131,7 +136,7 @@ def test_the_curve_is_transformers_across_a_reshard(
         {"dp": 2, "fsdp": True, "recompute": "full"},
         {"tp": 2, "sequence_parallel": True},
         {"tp": 2, "dp": 2, "fsdp": True, "sequence_parallel": True},
-        {"tp": 2, "recompute": "full", "in_place": True},
+        {"tp": 2, "recompute": "full"},
     ],
     ids=lambda options: "-".join(options),
 )
@@ -199,3 +204,105 @@ def test_precisions(ranks: RankPool, directories: Path, tokens: Path, precision:
     for (loss, norm), (exact, exact_norm) in zip(found, wanted, strict=False):
         assert loss == pytest.approx(exact, rel=limit)
         assert norm == pytest.approx(exact_norm, rel=10 * limit)
+
+
+CONFIG = {
+    "model_type": "stablelm",
+    "vocab_size": 257,
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "intermediate_size": 101,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "eos_token_id": 256,
+}
+
+
+def run_settings(directory: Path, **options: Any) -> TrainSettings:
+    """Of a run as a person starts it."""
+    return settings_for(directory, "run", precision="fp64", in_place=True, **options)
+
+
+def transformers_loop(settings: TrainSettings) -> list[tuple[float, float]]:
+    """The run's curve by transformers' model from the configuration and the seed."""
+    with quiet_transformers():
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        torch.manual_seed(settings.seed)
+        config = AutoConfig.from_pretrained(settings.model)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float64)
+    return curve_of(settings, model)
+
+
+def test_a_run_from_a_configuration_resumes_and_is_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Random weights are transformers' own; the run stops, goes on on another grid, is exported."""
+    write_inputs(tmp_path, CONFIG)
+    settings = run_settings(tmp_path, steps=4, save_every=2, learning_rate=1e-3)
+    run_world(2, train, replace(settings, steps=2, tp=2, output=settings.output), timeout=300)
+    train(settings)
+    assert "stablelm: transformers' model, split in place" in capsys.readouterr().err
+    assert Path(settings.output, "loss.png").exists()
+    records = logged(settings)
+    assert_same([(r["loss"], r["grad_norm"]) for r in records[2:]], transformers_loop(settings)[2:])
+    out = tmp_path / "hf"
+    assert main(["export", settings.output, str(out), "--dtype", "fp64"]) == 0
+    exported = load(out).state_dict()
+    run = TrainingCheckpoints(Path(settings.output) / "checkpoints", alone())
+    module = build_model(replace(settings, model=str(tmp_path / "config.json")), alone()).module
+    run.load(4, module, None)
+    trained = dict(module.named_parameters())
+    assert exported.keys() == trained.keys()
+    assert all(torch.equal(exported[name], value) for name, value in trained.items())
+    # And on: a run that begins with it, and back.
+    again, back = str(tmp_path / "again"), tmp_path / "back"
+    assert main(["convert", str(out), again, "--to", "run", "--dtype", "fp64"]) == 0
+    assert main(["convert", again, str(back), "--to", "hf", "--dtype", "fp64"]) == 0
+    for name, value in load(back).state_dict().items():
+        assert torch.equal(value, exported[name]), name
+    assert (
+        main(["convert", again, str(tmp_path / "x.gguf"), "--to", "gguf", "--like", "y.gguf"]) == 2
+    )
+    assert "stablelm is none of the families" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gemma3_text"])
+def test_stored_forms_are_transformers(directories: Path, tmp_path: Path, name: str) -> None:
+    """Experts that a file holds one by one, tied embeddings: the files are the same again."""
+    from safetensors.torch import load_file
+
+    source, run, back = directories / name, str(tmp_path / "run"), tmp_path / "hf"
+    assert main(["convert", str(source), run, "--to", "run", "--dtype", "fp64"]) == 0
+    assert main(["convert", run, str(back), "--to", "hf", "--dtype", "fp64"]) == 0
+    first, second = (load_file(where / "model.safetensors") for where in (source, back))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(second[key], value) for key, value in first.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pp": 2}, "a pipeline of 2 stages: for the described families only"),
+        ({"tensor_split": "2,1", "tp": 2}, "a tensor split: for the described families only"),
+        ({"recompute": "selective"}, "use recompute=full"),
+        ({"recompute": "full", "sequence_parallel": True, "tp": 2}, "leave one of the two out"),
+        ({"sequence": 129}, "sequence=129 is longer than the model's 128 positions"),
+    ],
+)
+def test_what_is_not_possible_is_said_before_ranks_start(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    write_inputs(tmp_path, CONFIG)
+    with pytest.raises(ValueError, match=message):
+        check_settings(run_settings(tmp_path, steps=1, **options))
+
+
+def test_a_loss_with_other_terms_is_refused(directories: Path, tmp_path: Path) -> None:
+    shutil.copytree(directories / "mixtral", tmp_path / "mixtral")
+    file = tmp_path / "mixtral" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "output_router_logits": True}))
+    with pytest.raises(ValueError, match="colrow train knows the latter alone"):
+        build_model(make_settings(file.parent), alone())

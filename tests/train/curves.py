@@ -126,12 +126,6 @@ def reference(settings: TrainSettings) -> list[tuple[float, float]]:
     """
     dtype = {"fp64": torch.float64, "fp32": torch.float32}[settings.precision]
     config = json.loads(Path(settings.model).read_text())
-    tokens = prepare_tokens(
-        settings.data, "bytes", settings.token_cache, vocab_size=257, end_token=256
-    )
-    order = Order(
-        Windows.of(tokens, settings.sequence).split(settings.eval_share)[0], settings.seed
-    )
     initial = colrow.full_state_dict(
         colrow.from_config(settings.model, seed=settings.seed, dtype=dtype)
     )
@@ -142,6 +136,17 @@ def reference(settings: TrainSettings) -> list[tuple[float, float]]:
         keys = {k: v for k, v in config.items() if k not in ("model_type", "architectures")}
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **keys), dtype=dtype)
         model.load_state_dict(initial, strict=True)
+    return curve_of(settings, model)
+
+
+def curve_of(settings: TrainSettings, model: Any) -> list[tuple[float, float]]:
+    """The same of any model of transformers."""
+    tokens = prepare_tokens(
+        settings.data, "bytes", settings.token_cache, vocab_size=257, end_token=256
+    )
+    order = Order(
+        Windows.of(tokens, settings.sequence).split(settings.eval_share)[0], settings.seed
+    )
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     optimizer = torch.optim.AdamW(
@@ -155,7 +160,7 @@ def reference(settings: TrainSettings) -> list[tuple[float, float]]:
     found = []
     for step in range(settings.steps):
         ids, labels = order.batch(step * settings.global_batch, settings.global_batch)
-        with precision(dtype):
+        with precision(model.dtype):
             logits = model(input_ids=ids).logits
         loss = torch.nn.functional.cross_entropy(
             logits[:, :-1].flatten(0, 1),

@@ -77,18 +77,19 @@ def inputs(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.parametrize("how", [{}, pytest.param({"in_place": True}, marks=pytest.mark.slow)])
 def test_a_killed_rank_stops_the_others_and_the_run_continues(
-    inputs: Path, capsys: pytest.CaptureFixture[str]
+    inputs: Path, capsys: pytest.CaptureFixture[str], how: dict[str, bool]
 ) -> None:
     from colrow.train.loop import train
 
-    run = Run(inputs, tp=2, steps=10**6, save_every=2, keep=2)
+    run = Run(inputs, tp=2, steps=10**6, save_every=2, keep=2, **how)
     run.until("step 7/")  # a save waits for the one before, so that step 4 is on disk
     killed = run.kill_a_rank()
     assert run.end() == 1
     assert time.monotonic() - killed < MESSAGE_SECONDS
     assert "rank 1 was killed by SIGKILL" in run.lines[-1]
-    train(settings_for(inputs, "run", steps=10, save_every=2))  # in one process
+    train(settings_for(inputs, "run", steps=10, save_every=2, **how))  # in one process
     continued = re.search(r"continuing after step (\d+)", capsys.readouterr().err)
     assert continued is not None and continued[1] in {"4", "6", "8"}
     assert weights(run.output, 10)

@@ -235,11 +235,6 @@ class InPlaceModel:
     def _range(self, vocabulary: int) -> tuple[int, int]:
         return Partition.even(vocabulary, self.tp.size).bounds[self.tp.rank]
 
-    def example(self, batch: int, sequence: int) -> Tensor:
-        """Some plain tokens, ``[batch, sequence]``, the same on every rank."""
-        count, vocab_size = batch * sequence, self._description.vocab_size
-        return plain_tokens(vocab_size, count, self.device).view(batch, sequence)
-
     def _first_logits(self, *, local: bool) -> Tensor:
         with torch.no_grad(), self._evaluating():
             ids = plain_tokens(self._description.vocab_size, 3, self.device).view(1, -1)

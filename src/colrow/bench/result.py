@@ -17,7 +17,8 @@ class BenchSettings:
     """What to measure.
 
     Attributes:
-        config: the model, or the model whose block or layers are measured.
+        config: the model, or the model whose block or layers are measured; None for one that is
+            split in place.
         what: "layer" is each linear layer of a block alone.
         batch, sequence: of the input. When decoding, ``sequence`` tokens are cached already.
         decode: one new token at a time, without gradients, rather than forward and backward.
@@ -29,9 +30,11 @@ class BenchSettings:
         threads: of each rank; None leaves what the launcher set, the cores divided by the ranks.
         device: as :func:`colrow.init_mesh` takes it.
         engine: as :func:`colrow.init_mesh` takes it.
+        in_place: directory or ``config.json`` of the model of transformers that is split in place;
+            "" for one that the decoder computes.
     """
 
-    config: ModelConfig
+    config: ModelConfig | None
     what: What
     batch: int
     sequence: int
@@ -44,6 +47,7 @@ class BenchSettings:
     threads: int | None = None
     device: str | None = None
     engine: str | None = None
+    in_place: str = ""
 
     def __post_init__(self) -> None:
         if self.what not in WHAT:

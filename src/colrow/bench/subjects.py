@@ -18,6 +18,7 @@ from colrow.models.build import from_config
 from colrow.models.cache import KeyValueCache
 from colrow.models.config import common_attention
 from colrow.models.decoder import Decoder
+from colrow.models.interface import Cache, TensorParallelModel
 from colrow.partition import Partition
 from colrow.train.optimizer import adamw
 
@@ -50,6 +51,10 @@ def subjects(settings: BenchSettings, mesh: Mesh) -> list[Subject]:
     """Builds what the settings ask for; all ranks call it."""
     dtype: torch.dtype = getattr(torch, settings.dtype)
     config = settings.config
+    if config is None:
+        from colrow.bench.in_place import in_place_subjects
+
+        return in_place_subjects(settings, mesh)
     if settings.what != "model":
         # A block's shape does not depend on the rest of the model, which would only take memory.
         config = replace(
@@ -71,7 +76,7 @@ def subjects(settings: BenchSettings, mesh: Mesh) -> list[Subject]:
     if settings.decode:
         model.for_decoding()
     if settings.what == "model":
-        return [_generation(model, settings) if settings.decode else _training(model, settings)]
+        return [whole_model(model, settings)]
     block = model.blocks[0]
     assert isinstance(block, ParallelBlock)
     if settings.what == "layer" and not isinstance(block.mlp, ParallelMLP):
@@ -93,12 +98,14 @@ def subjects(settings: BenchSettings, mesh: Mesh) -> list[Subject]:
     return [build(name, part, model, settings) for name, part in parts.items()]
 
 
-def _training(model: Decoder, settings: BenchSettings) -> Subject:
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    shape = (settings.batch, settings.sequence)
-    ids = torch.randint(model.config.vocab_size, shape, generator=generator).to(device)
-    optimizer = adamw(model)
+def whole_model(model: TensorParallelModel, settings: BenchSettings) -> Subject:
+    """Training steps, or generation."""
+    return _generation(model, settings) if settings.decode else _training(model, settings)
+
+
+def _training(model: TensorParallelModel, settings: BenchSettings) -> Subject:
+    ids = random_tokens(model, settings)
+    optimizer = adamw(model.module)
     losses: list[Tensor] = []
 
     def forward() -> None:
@@ -116,18 +123,23 @@ def _training(model: Decoder, settings: BenchSettings) -> Subject:
     return Subject("model", phases, ids.numel())
 
 
-def _generation(model: Decoder, settings: BenchSettings) -> Subject:
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
+def random_tokens(model: TensorParallelModel, settings: BenchSettings) -> Tensor:
+    """``[batch, sequence]``, the same on every rank."""
     shape = (settings.batch, settings.sequence)
-    ids = torch.randint(model.config.vocab_size, shape, generator=generator).to(device)
-    caches: list[KeyValueCache] = []
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(model.description.vocab_size, shape, generator=generator)
+    return ids.to(model.device)
+
+
+def _generation(model: TensorParallelModel, settings: BenchSettings) -> Subject:
+    ids = random_tokens(model, settings)
+    caches: list[Cache] = []
     tokens: list[Tensor] = []
 
     @torch.inference_mode()
     def step(new: Tensor) -> None:
         logits = model.last_logits(new, attention_mask=None, cache=caches[0])
-        tokens[:] = [next_tokens(logits, model.tp, model.vocab)]
+        tokens[:] = [next_tokens(logits, model.tp, model.vocabulary)]
 
     def prompt() -> None:
         caches[:] = [model.make_cache(settings.batch, settings.sequence + TOKENS_PER_RUN)]
@@ -147,10 +159,23 @@ def _part_training(name: str, part: nn.Module, model: Decoder, settings: BenchSe
     if sequence is not None and not isinstance(part, RowParallelLinear):
         length = sequence.size(model.tp.rank)
     x = _input(part, model, settings.batch, length).requires_grad_()
+    tokens = settings.batch * settings.sequence
+    return part_training(name, part, x, lambda: part(x, sequence=sequence), tokens)
+
+
+def part_training(
+    name: str, part: nn.Module, x: Tensor, run: Callable[[], Tensor], tokens: int
+) -> Subject:
+    """Forward and backward of a part.
+
+    Args:
+        x: its input, with a gradient.
+        run: gives its result for ``x``.
+    """
     outputs: list[Tensor] = []
 
     def forward() -> None:
-        outputs.append(part(x, sequence=sequence))
+        outputs.append(run())
 
     forward()
     gradient = torch.ones_like(outputs.pop())
@@ -161,7 +186,7 @@ def _part_training(name: str, part: nn.Module, model: Decoder, settings: BenchSe
         torch.autograd.backward([outputs.pop()], [gradient])
 
     phases = (Phase("forward", forward), Phase("backward", backward))
-    return Subject(name, phases, settings.batch * settings.sequence)
+    return Subject(name, phases, tokens)
 
 
 def _part_decoding(name: str, part: nn.Module, model: Decoder, settings: BenchSettings) -> Subject:

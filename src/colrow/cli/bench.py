@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from colrow.bench.result import WHAT
 from colrow.cli import bench_pipeline
+from colrow.cli.bench_model import SIZES, configuration, in_place_model
 from colrow.cli.common import (
     DTYPES,
     add_device,
@@ -18,7 +19,6 @@ from colrow.cli.common import (
     add_tensor_split,
     announce,
     destination,
-    model_configuration,
     positive_int,
     run_on_ranks,
     say,
@@ -28,7 +28,6 @@ from colrow.cli.common import (
 if TYPE_CHECKING:
     from colrow.bench.link_result import Links, LinkSettings
     from colrow.bench.result import BenchSettings, Measurement
-    from colrow.models.config import ModelConfig
 
 HELP = "measure where the time of a layer, a block or a model goes, or the link between ranks"
 DESCRIPTION = """\
@@ -41,6 +40,10 @@ computing is listed beside them. Totals are medians over --runs with nothing att
   colrow bench llama-3-8b --what block --tp 1,2 --batch 1 --sequence 128 --plot block.png
   colrow bench --hidden 1024 --layers 4 --heads 16 --vocab 32000 --what model --sequence 512
   colrow bench --hidden 256 --layers 8 --heads 4 --vocab 4096 --pp 4 --schedule zbv
+
+MODEL may be of any architecture of transformers: one that the decoder does not compute is split in
+place. Of such a model --what model, block, attention and mlp can be measured; the last two are the
+block's own modules.
 
 With one size for each rank count that you want to compare, the machine's cores are divided by the
 ranks (--threads fixes the number), so that sizes are compared on equal hardware.
@@ -55,7 +58,6 @@ JSON of --link (--json): for each size of --tp engine, device, dtype, torch and 
 ranks, message_bytes, seconds (medians, on the slowest rank), rounds (what they are medians of),
 latency_seconds and bytes_per_second (the line through them, where there is one).
 """
-_SIZES = ("hidden", "layers", "heads", "kv-heads", "ffn", "vocab")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +68,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         help="whose shape to take: Hugging Face directory, cached hub id, .gguf file, config.json, "
         "or a public model's name such as llama-3-8b; or describe one with --hidden, --layers, "
-        "--heads and --vocab",
+        "--heads and --vocab. A directory or config.json of any other architecture is "
+        "transformers' own model, split in place",
+    )
+    parser.add_argument(
+        "--in-place",
+        action="store_true",
+        help="split transformers' own model in place, also where the decoder knows the family",
     )
     parser.add_argument(
         "--what",
@@ -125,7 +133,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "plan --machine",
     )
     add_engine(parser)
-    for name in _SIZES:
+    for name in SIZES:
         parser.add_argument(f"--{name}", type=positive_int, metavar="N", help=argparse.SUPPRESS)
     add_dtype(parser)
     add_device(parser)
@@ -145,8 +153,9 @@ def run(args: argparse.Namespace) -> int:
     from colrow.bench.result import BenchSettings
 
     bench_pipeline.check_arguments(args)
-    config = _configuration(args)
-    if args.pp is not None:
+    in_place = in_place_model(args)
+    config = None if in_place else configuration(args)
+    if args.pp is not None and config is not None:
         return bench_pipeline.run(args, config)
     settings = BenchSettings(
         config=config,
@@ -161,10 +170,12 @@ def run(args: argparse.Namespace) -> int:
         threads=args.threads,
         device=args.device,
         engine=args.engine,
+        in_place=in_place,
     )
     sizes = args.tp or (1, 2)
-    for size in sizes:
-        settings.config.divide(size, settings.tensor_split_of(size))
+    if config is not None:
+        for size in sizes:
+            config.divide(size, settings.tensor_split_of(size))
     if args.plot:
         from colrow.bench.plot import check_picture
 
@@ -190,24 +201,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _configuration(args: argparse.Namespace) -> ModelConfig:
-    """The named model's, or that of the sizes given."""
-    sizes = {name: getattr(args, name.replace("-", "_")) for name in _SIZES}
-    given = [f"--{name}" for name, value in sizes.items() if value is not None]
-    if args.model is not None:
-        if given:
-            raise ValueError(f"{', '.join(given)} describe a model, and {args.model} is one too")
-        config, _ = model_configuration(args.model)
-        return config
-    missing = [f"--{name}" for name in ("hidden", "layers", "heads", "vocab") if not sizes[name]]
-    if missing:
-        raise ValueError(f"name a model, or describe one; missing {', '.join(missing)}")
-    from colrow.planner.catalog import shape_of_sizes
-
-    values = {name.replace("-", "_"): value for name, value in sizes.items()}
-    return shape_of_sizes("model", "llama", positions=max(2048, args.sequence), **values).config
-
-
 def _measure(settings: BenchSettings, size: int) -> list[Measurement] | None:
     from colrow.bench.measure import measure, start
 
@@ -225,7 +218,7 @@ def _run_links(args: argparse.Namespace) -> int:
         "--sequence-parallel": args.sequence_parallel,
         "--plot": args.plot,
         "--pp": args.pp,
-        **{f"--{name}": getattr(args, name.replace("-", "_")) for name in _SIZES},
+        **{f"--{name}": getattr(args, name.replace("-", "_")) for name in SIZES},
     }
     ignored = [name for name, value in given.items() if value]
     if ignored:

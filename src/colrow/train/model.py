@@ -127,24 +127,12 @@ def describe(settings: TrainSettings) -> Description:
         ValueError: a model of neither kind, or sequences that are longer than it has positions.
     """
     description = describe_model(settings.model, in_place=settings.in_place)
-    if description.kind == "decoder":
-        model_config(settings)
-    return description
-
-
-def model_config(settings: TrainSettings) -> ModelConfig:
-    """The decoder's shape, without its weights.
-
-    Raises:
-        ValueError: sequences longer than the model has positions.
-    """
-    config = pretrained_config(settings.model)
-    if settings.sequence > config.max_positions and config.positions == "learned":
+    longest = description.max_positions
+    if description.limited and longest is not None and settings.sequence > longest:
         raise ValueError(
-            f"sequence={settings.sequence} is longer than the model's {config.max_positions} "
-            "positions"
+            f"sequence={settings.sequence} is longer than the model's {longest} positions"
         )
-    return config
+    return description
 
 
 def tokenizer_name(settings: TrainSettings) -> str:
@@ -235,13 +223,12 @@ def check_settings(settings: TrainSettings) -> None:
     Raises:
         ValueError: a model that is not there or cannot be divided, a missing tokenizer or text.
     """
-    description = describe(settings)
-    if description.kind == "in place":
+    if describe(settings).kind == "in place":
         from colrow.train.in_place import check_in_place
 
-        check_in_place(settings, description)
+        check_in_place(settings)
     else:
-        config = model_config(settings)
+        config = pretrained_config(settings.model)
         config.divide(settings.tp, settings.tensor_split)
         pipeline_split(settings, config)
     tokenizer_name(settings)

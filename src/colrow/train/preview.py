@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from colrow.checkpoint.pretrained import pretrained_config
 from colrow.comm.ledger import Call
 from colrow.layers.describe import Division
 from colrow.models.config import ModelConfig, num_parameters
@@ -22,7 +23,7 @@ from colrow.planner.memory import training_memory
 from colrow.planner.model import ModelShape
 from colrow.train.batches import Order
 from colrow.train.data import training_and_held_out
-from colrow.train.model import check_settings, model_config, pipeline_split, tokenizer_name
+from colrow.train.model import check_settings, describe, pipeline_split, tokenizer_name
 from colrow.train.settings import TrainSettings
 from colrow.train.tokenize import BYTES
 
@@ -131,7 +132,12 @@ def preview(settings: TrainSettings) -> Preview:
         ValueError: as training would, before its ranks start.
     """
     check_settings(settings)
-    config = model_config(settings)
+    if (model := describe(settings)).kind == "in place":
+        raise ValueError(
+            f"--dry-run foretells runs of the described families, and this {model.name} is split "
+            "in place: colrow parallelize --explain shows how"
+        )
+    config = pretrained_config(settings.model)
     division = config.divide(settings.tp, settings.tensor_split)
     training, held_out = training_and_held_out(settings)
     split = pipeline_split(settings, config)
