@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import colrow
-from colrow.bench import subjects
+from colrow.bench import measure, subjects
 from colrow.bench.result import BenchSettings
 from colrow.cli import main
 from colrow.comm.collectives import gather_from_tp
@@ -178,7 +178,7 @@ def commanded(tp: ParallelGroup, path: Path) -> list[tuple[int, ...]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(subjects, "from_config", noted)
-        subjects.subjects(BenchSettings(trained.config, "block", 1, 4, tensor_split="2,1"), mesh)
+        measure.subjects(BenchSettings(trained.config, "block", 1, 4, tensor_split="2,1"), mesh)
     return [*found, made[0].config.blocks[0].attention.heads(made[0].division).query.sizes]
 
 

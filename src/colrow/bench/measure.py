@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch.autograd.profiler import profile, record_function
 
 from colrow.bench.attribution import PREFIX, Kernels, attribute
+from colrow.bench.in_place import in_place_subjects
 from colrow.bench.result import BenchSettings, Measurement, PhaseTime, median
-from colrow.bench.subjects import Subject, subjects
+from colrow.bench.subjects import Subject, decoder_subjects
 from colrow.comm.ledger import Ledger, record
 from colrow.comm.mesh import Mesh, init_mesh
 
@@ -191,3 +192,10 @@ def device_name(device: torch.device) -> str:
 
 def say_nothing(_: str) -> None:
     """What the other ranks say."""
+
+
+def subjects(settings: BenchSettings, mesh: Mesh) -> list[Subject]:
+    """What the settings ask for, of either kind of model; all ranks call it."""
+    if settings.config is None:
+        return in_place_subjects(settings, mesh)
+    return decoder_subjects(settings, settings.config, mesh)

@@ -16,7 +16,7 @@ from colrow.layers.mlp import ParallelMLP
 from colrow.layers.row import RowParallelLinear
 from colrow.models.build import from_config
 from colrow.models.cache import KeyValueCache
-from colrow.models.config import common_attention
+from colrow.models.config import ModelConfig, common_attention
 from colrow.models.decoder import Decoder
 from colrow.models.interface import Cache, TensorParallelModel
 from colrow.partition import Partition
@@ -47,14 +47,9 @@ class Subject:
     tokens: int
 
 
-def subjects(settings: BenchSettings, mesh: Mesh) -> list[Subject]:
-    """Builds what the settings ask for; all ranks call it."""
+def decoder_subjects(settings: BenchSettings, config: ModelConfig, mesh: Mesh) -> list[Subject]:
+    """Builds what the settings ask for of a decoder; all ranks call it."""
     dtype: torch.dtype = getattr(torch, settings.dtype)
-    config = settings.config
-    if config is None:
-        from colrow.bench.in_place import in_place_subjects
-
-        return in_place_subjects(settings, mesh)
     if settings.what != "model":
         # A block's shape does not depend on the rest of the model, which would only take memory.
         config = replace(
