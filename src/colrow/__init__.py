@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 
 TYPE_CHECKING = False  # typing's, which is not imported for it
 if TYPE_CHECKING:
+    from colrow.any_model.loading import load_model as load_model
     from colrow.checkpoint.assemble import full_grads as full_grads
     from colrow.checkpoint.assemble import full_state_dict as full_state_dict
     from colrow.checkpoint.pretrained import from_pretrained as from_pretrained
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from colrow.comm.ledger import record as record
     from colrow.comm.mesh import Mesh as Mesh
     from colrow.comm.mesh import init_mesh as init_mesh
+    from colrow.generation.engine import generate as generate
+    from colrow.generation.options import Sampling as Sampling
     from colrow.inplace.api import parallelize as parallelize
     from colrow.inplace.api import plan_for as plan_for
     from colrow.inplace.weights.load import load_weights as load_weights
@@ -54,6 +57,7 @@ if TYPE_CHECKING:
     from colrow.sharding import Sharding as Sharding
     from colrow.shards.optimizers import check_optimizer as check_optimizer
     from colrow.train.clip import clip_grad_norm_ as clip_grad_norm_
+    from colrow.verification.verify import verify as verify
 else:
     from colrow._lazy import lazy_exports
 
