@@ -68,8 +68,8 @@ def answers(
 ) -> tuple[list[list[int]], bool]:
     """The tokens, and whether the rows shared a batch."""
     ids, mask = models.prompts()
+    model = load_model(path, mesh_of(tp), dtype=dtype).for_decoding()
     with full_precision() if dtype == torch.float64 else torch.no_grad():
-        model = load_model(path, mesh_of(tp), dtype=dtype).for_decoding()
         assert model.description.kind == "in place"
         result = generate(model, ids, attention_mask=mask, max_new_tokens=NEW, sampling=sampling)
     return result.token_ids, model.takes_padding
@@ -90,9 +90,12 @@ def test_in_fp32_too(cases: dict[str, Case], ranks: RankPool) -> None:
     assert found[0][0] == cases["gemma2"].expected
 
 
-def test_rows_take_turns_where_padding_changes_them(tmp_path: Path, ranks: RankPool) -> None:
-    """RWKV's state takes up padding as it does tokens."""
-    recurrent = case("rwkv", tmp_path)
+@pytest.mark.parametrize("name", ["rwkv", "recurrent_gemma"])
+def test_rows_come_one_by_one_where_padding_changes_them(
+    name: str, tmp_path: Path, ranks: RankPool
+) -> None:
+    """Their states take up padding as they do tokens; RecurrentGemma's is in its modules."""
+    recurrent = case(name, tmp_path)
     found = ranks(2, answers, recurrent.path, torch.float64, Sampling(), timeout=240)
     assert found == [(recurrent.expected, False)] * 2
 

@@ -33,11 +33,13 @@ def test_verify_takes_an_architecture_and_a_saved_model(
 ) -> None:
     assert main(["verify", "--architecture", "gpt2", "--tp", "2", "--dtype", "fp64"]) == 0
     assert "PASSED" in capsys.readouterr().out
-    build(Architecture("bert", "AutoModelForMaskedLM")).save_pretrained(tmp_path)
     report = tmp_path / "report.json"
-    assert main(["verify", str(tmp_path), "--tp", "2", "--json", str(report)]) == 0
-    (outcome,) = json.loads(report.read_text())
-    assert outcome["name"] == "bert (masked LM)" and outcome["verdict"] == "passed"
+    for architecture in (Architecture("bert", "AutoModelForMaskedLM"), Architecture("gemma2")):
+        saved = tmp_path / architecture.model_type
+        build(architecture).save_pretrained(saved)
+        assert main(["verify", str(saved), "--tp", "2", "--json", str(report)]) == 0
+        (outcome,) = json.loads(report.read_text())
+        assert outcome["name"] == architecture.name and outcome["verdict"] == "passed"
 
 
 @pytest.mark.parametrize(

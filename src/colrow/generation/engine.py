@@ -69,7 +69,7 @@ def generate(
 
     With pipeline parallelism the rows are cut into as many parts as there are stages (see
     :mod:`colrow.generation.relay`), which keeps all stages busy where there are enough rows. Where
-    an architecture gives padded rows other logits than they have alone, the rows take turns.
+    an architecture gives padded rows other logits than they have alone, rows come one by one.
 
     Sends, for each token, what one forward pass of the model sends and what
     :func:`next_tokens` sends; in a pipeline, the hidden states of the new positions from stage to
@@ -106,26 +106,12 @@ def generate(
         mask = torch.ones(batch, length + max_new_tokens, dtype=torch.bool, device=device)
         mask[:, :length] = attention_mask.bool()
     rows = Rows(batch, eos_token_ids, padding, on_tokens)
-    parts = relay.parts(batch, length + max_new_tokens, mask)
+    groups = relay.parts(batch, length + max_new_tokens, mask)
     was_training = model.module.training
     model.module.eval()
     try:
-        for step in range(max_new_tokens):
-            for part in parts:
-                _learn(relay, part, rows)
-                if not rows.ended(part.start, part.stop):
-                    ids = input_ids[part.start : part.stop, part.skipped :]
-                    if step:
-                        previous = rows.step(step - 1, part.start, part.stop)
-                        ids = torch.tensor(previous, device=device).unsqueeze(1)
-                    past = length - part.skipped + step
-                    seen = None if part.mask is None else part.mask[:, :past]
-                    _turn(relay, part, rows, ids, seen, sampling, step)
-            if rows.ended():
-                break
-        for part in parts:
-            _learn(relay, part, rows)
-        relay.finish(parts)
+        for parts in groups:
+            _continue(relay, parts, rows, input_ids, max_new_tokens, sampling)
     finally:
         model.module.train(was_training)
     ended = time.perf_counter()
@@ -136,8 +122,36 @@ def generate(
         finished=rows.finished,
         time_to_first_token_seconds=rows.first_token_at - started,
         decode_seconds=ended - rows.first_token_at if rows.steps > 1 else 0.0,
-        cache_bytes=sum(part.cache.bytes for part in parts),
+        cache_bytes=sum(part.cache.bytes for parts in groups for part in parts),
     )
+
+
+def _continue(
+    relay: Relay,
+    parts: list[Part],
+    rows: Rows,
+    input_ids: Tensor,
+    max_new_tokens: int,
+    sampling: Sampling,
+) -> None:
+    """Takes turns with these parts of the batch until all of them have ended."""
+    length = input_ids.shape[1]
+    for step in range(max_new_tokens):
+        for part in parts:
+            _learn(relay, part, rows)
+            if not rows.ended(part.start, part.stop):
+                ids = input_ids[part.start : part.stop, part.skipped :]
+                if step:
+                    previous = rows.step(step - 1, part.start, part.stop)
+                    ids = torch.tensor(previous, device=input_ids.device).unsqueeze(1)
+                past = length - part.skipped + step
+                seen = None if part.mask is None else part.mask[:, :past]
+                _turn(relay, part, rows, ids, seen, sampling, step)
+        if rows.ended(parts[0].start, parts[-1].stop):
+            break
+    for part in parts:
+        _learn(relay, part, rows)
+    relay.finish(parts)
 
 
 def _learn(relay: Relay, part: Part, rows: Rows) -> None:

@@ -65,10 +65,14 @@ class Relay:
         self.layout = (model.layout, model.pipeline.split)
         self.pp, self.stage = model.pipeline.pp, model.stages[0]
 
-    def parts(self, batch: int, capacity: int, mask: Tensor | None) -> list[Part]:
+    def parts(self, batch: int, capacity: int, mask: Tensor | None) -> list[list[Part]]:
         """The batch, cut so that all stages are busy where it has enough rows.
 
         Where the model cannot take padding, each row is a part of its own.
+
+        Returns:
+            Parts that take turns, together; such groups come one after the other, since some models
+            keep in themselves what they know of the text.
 
         Args:
             capacity: positions of the prompt and of the new tokens.
@@ -84,7 +88,7 @@ class Relay:
                 own = None if bool(own[:, skipped].all()) else own[:, skipped:]
             cache = self.model.make_cache(stop - start, capacity - skipped)
             found.append(Part(start, stop, skipped, own, cache))
-        return found
+        return [[part] for part in found] if alone else [found]
 
     def receive_hidden(self, part: Part, new: int) -> Tensor:
         """``[rows, new, hidden]`` from the stage before."""

@@ -9,6 +9,8 @@ out, as that loop does.
 from __future__ import annotations
 
 import inspect
+import sys
+from contextlib import redirect_stdout
 from typing import Any
 
 import torch
@@ -63,9 +65,10 @@ class Continuation:
         else:
             self._tokens = torch.cat([self._tokens, input_ids], dim=1)
         new = 1 if not first and self._arguments.get("use_cache") else None
-        inputs = model.prepare_inputs_for_generation(
-            self._tokens, next_sequence_length=new, is_first_iteration=first, **self._arguments
-        )
+        with redirect_stdout(sys.stderr):  # where some report what they leave out, at each token
+            inputs = model.prepare_inputs_for_generation(
+                self._tokens, next_sequence_length=new, is_first_iteration=first, **self._arguments
+            )
         outputs = model(**inputs, return_dict=True)
         self._arguments = model._update_model_kwargs_for_generation(
             outputs, self._arguments, is_encoder_decoder=False

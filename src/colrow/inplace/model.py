@@ -172,10 +172,9 @@ class InPlaceModel:
             logits = self._module(
                 input_ids=input_ids, return_dict=True, **self._without_cache, **options
             ).logits
-        tp, partition = self.tp, self.vocabulary
-        if self._head is None:
-            tp = ParallelGroup.single()
-            partition = Partition.even(logits.shape[-1], 1)
+        tp, partition = ParallelGroup.single(), Partition.even(logits.shape[-1], 1)
+        if self._head is not None:
+            tp, partition = self.tp, self.vocabulary
         nothing = labels.new_full((labels.shape[0], 1), ignore_index)
         losses = vocab_parallel_cross_entropy(
             logits,

@@ -60,7 +60,7 @@ def generates(architecture: Architecture, tp: int, directory: str) -> Outcome | 
 
 def _continued(directory: str, mesh: Mesh, prompts: list[list[int]]) -> list[list[int]]:
     ids, mask = padded(prompts)
-    with quiet_transformers(), full_precision():
+    with quiet_transformers(), full_precision():  # also in the split's own check of itself
         model = load_model(directory, mesh, dtype=torch.float64).for_decoding()
         result = generate(model, ids, attention_mask=mask, max_new_tokens=NEW_TOKENS)
     return result.token_ids

@@ -67,6 +67,7 @@ GROUPS = {"n_group": 2, "num_expert_group": 2, "topk_group": 1, "o_groups": 2}
 # What is divided over the ranks besides heads; even sizes round these up to a multiple of 6.
 WIDTHS: dict[str, int] = {
     "vocab_size": VOCABULARY,
+    "unpadded_vocab_size": VOCABULARY,
     "vocab_size_per_layer_input": VOCABULARY,
     "decoder_vocab_size": VOCABULARY,
     "audio_vocab_size": VOCABULARY,
