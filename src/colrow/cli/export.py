@@ -12,7 +12,7 @@ DESCRIPTION = """\
 Writes the model of a checkpoint of RUN, the --output of colrow train, as a directory that
 AutoModelForCausalLM.from_pretrained of transformers reads: configuration, tokenizer and weights in
 safetensors. The checkpoint's checksums are verified first. One process does it, whatever number of
-ranks trained.
+ranks trained, and whatever architecture it is of.
 
   colrow export runs/1 my-model
   colrow export runs/1 my-model --step 200 --dtype bf16

@@ -24,6 +24,9 @@ checkpoints, logs and a plot of the loss are written to --output. A run that fin
 continues from the newest, exactly on the same ranks, and up to rounding on others. SIGTERM and
 SIGINT (Ctrl-C) save and stop.
 
+The model may be any causal language model of transformers: one that colrow does not describe is
+split in place, over --tp and --dp; the first line says so.
+
   colrow train --model SmolLM2-135M-Instruct.Q4_1.gguf --data text.txt --output runs/1 --tp 2
   colrow train settings.toml --dp 2 --fsdp --max-restarts 3
   colrow train settings.toml --pp 2 --schedule interleaved --microbatches 8 --layer-split 3,1
