@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,72 +14,23 @@ import torch
 from colrow.any_model.export import alone
 from colrow.checkpoint.training import TrainingCheckpoints
 from colrow.cli import main
-from colrow.comm.group import ParallelGroup
-from colrow.optim.scaler import GradScaler
-from colrow.train.batches import Order, Windows
-from colrow.train.loop import make_loss, train
+from colrow.train.loop import train
 from colrow.train.model import build_model, check_settings
-from colrow.train.optimizer import make_optimizers
 from colrow.train.settings import TrainSettings
-from colrow.train.step import Stepper
-from colrow.train.tokens import TokenFile
 from colrow.verification.reference import quiet_transformers
 from colrow.zoo.architectures import Architecture, build
 from tests.ranks import RankPool, run_world
+from tests.train import runs
 from tests.train.curves import curve_of, logged, settings_for, write_inputs
-from tests.train.layouts import CLIP, RATE, Layout, make_mesh, torch_loop
-
-ARCHITECTURES = ["olmo2", "phi3", "gemma3_text", "mixtral", "falcon"]
-STEPS = 6
+from tests.train.layouts import RATE, torch_loop
+from tests.train.runs import assert_same, curve, expected, load
 
 
 def make_settings(model: Path | str, **options: Any) -> TrainSettings:
-    """Of a run of the loop in :mod:`tests.train.layouts`."""
-    values = {"precision": "fp64", "global_batch": 8, "clip": CLIP, "tokenizer": "bytes"}
-    values |= {"sequence": 17, "data": "-", "output": "-", "model": str(model), "in_place": True}
-    return TrainSettings(**{**values, **options})
+    return runs.make_settings(model, in_place=True, **options)
 
 
-def make_run(world: ParallelGroup, settings: TrainSettings, tokens: Path) -> Stepper:
-    """The model, its optimisers and the order of the text."""
-    mesh = make_mesh(world, Layout(settings.tp, settings.dp))
-    model = build_model(settings, mesh)
-    assert model.description.kind == "in place"
-    loss = make_loss(settings, model, mesh)
-    return Stepper(
-        model.module,
-        loss,
-        make_optimizers(model, settings),
-        mesh,
-        Order(Windows.of(TokenFile.open(tokens), 17), seed=1),
-        microbatch=settings.microbatch,
-        global_batch=settings.global_batch,
-        clip=settings.clip,
-        dropout_seed=settings.seed,
-        scaler=GradScaler(mesh) if settings.precision == "fp16" else None,
-    )
-
-
-def curve(
-    world: ParallelGroup,
-    settings: TrainSettings,
-    tokens: Path,
-    first: int,
-    last: int,
-    checkpoints: Path | None = None,
-) -> list[tuple[float, float]]:
-    """Steps from ``first``, which continue from its checkpoint, to ``last``, which is saved."""
-    run = make_run(world, settings, tokens)
-    saved = None
-    if checkpoints is not None:
-        saved = TrainingCheckpoints(checkpoints, run.mesh, group=world.group)
-        if first:
-            saved.load(first, run.model, run.optimizers)
-    results = [run.step(index, RATE) for index in range(first, last)]
-    if saved is not None:
-        saved.save(last, run.model, run.optimizers, {})
-        saved.wait()
-    return [(result.loss, result.grad_norm) for result in results]
+ARCHITECTURES = ["olmo2", "phi3", "gemma3_text", "mixtral", "falcon"]
 
 
 @pytest.fixture(scope="module")
@@ -92,27 +42,6 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with quiet_transformers():
             model.save_pretrained(root / name)
     return root
-
-
-@cache
-def expected(directory: Path, tokens: Path) -> list[tuple[float, float]]:
-    """The curve of one process of transformers and torch."""
-    return torch_loop(load(directory), tokens, STEPS)
-
-
-def load(directory: Path) -> Any:
-    with quiet_transformers():
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float64, experts_implementation="eager"
-        )
-    return model.train()
-
-
-def assert_same(found: list[tuple[float, float]], wanted: list[tuple[float, float]]) -> None:
-    assert [loss for loss, _ in found] == pytest.approx([loss for loss, _ in wanted], rel=1e-11)
-    assert [norm for _, norm in found] == pytest.approx([norm for _, norm in wanted], rel=1e-9)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

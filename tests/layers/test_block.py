@@ -326,3 +326,11 @@ def test_gradients_of_microbatches_accumulate(ranks: RankPool, n: int) -> None:
 
 def test_what_does_not_fit_is_refused(ranks: RankPool) -> None:
     ranks(2, check_refusals)
+
+
+def test_what_is_added_can_be_scaled() -> None:
+    block = make_block(ParallelGroup.single(), NEOX, sp=False)
+    x = random(BATCH, SEQUENCE, HIDDEN)
+    added = block(x) - x  # of a parallel residual, which is linear in it
+    block.residual_scale = 0.25
+    torch.testing.assert_close(block(x), x + 0.25 * added)

@@ -52,6 +52,7 @@ class ParallelBlock(Sharded, nn.Module):
         attention_norm, mlp_norm: norms in front of them, or None.
         attention_post_norm, mlp_post_norm: norms behind them, before the result is added, or None.
         parallel_residual: which of the two forms.
+        residual_scale: what the layers give is multiplied by it before it is added.
         dropout: on the output of both layers, in training.
 
     Attributes:
@@ -79,6 +80,7 @@ class ParallelBlock(Sharded, nn.Module):
         attention_post_norm: nn.Module | None = None,
         mlp_post_norm: nn.Module | None = None,
         parallel_residual: bool = False,
+        residual_scale: float = 1.0,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -96,7 +98,7 @@ class ParallelBlock(Sharded, nn.Module):
         self.attention_norm, self.attention = attention_norm, attention
         self.attention_post_norm = attention_post_norm
         self.mlp_norm, self.mlp, self.mlp_post_norm = mlp_norm, mlp, mlp_post_norm
-        self.parallel_residual = parallel_residual
+        self.parallel_residual, self.residual_scale = parallel_residual, residual_scale
         self.dropout = ParallelDropout(dropout)
         self.own_bucket = False
         self.compute_dtype: torch.dtype | None = None
@@ -143,14 +145,17 @@ class ParallelBlock(Sharded, nn.Module):
             dropout_key=_derived(dropout_key, "weights"),
             recompute=self.recompute == "selective",
         )
-        attended = _normed(self.attention_post_norm, attended, shared)
+        attended = self._scaled(_normed(self.attention_post_norm, attended, shared))
         residual = x + self._drop(attended, divided, _derived(dropout_key, "attention"))
         mlp_input = x if self.parallel_residual else residual
         expanded = self.mlp(
             _normed(self.mlp_norm, mlp_input, shared), sequence=sequence, shared=shared
         )
-        expanded = _normed(self.mlp_post_norm, expanded, shared)
+        expanded = self._scaled(_normed(self.mlp_post_norm, expanded, shared))
         return residual + self._drop(expanded, divided, _derived(dropout_key, "mlp"))
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        return x if self.residual_scale == 1 else x * self.residual_scale
 
     def _drop(self, x: Tensor, sequence: Partition | None, key: int | Tensor | None) -> Tensor:
         if not self.training or self.dropout.p == 0:

@@ -96,11 +96,12 @@ class DecoderParts:
             attention_post_norm=self.norm(block.attention_post_norm, f"{name}.attention_post_norm"),
             mlp_post_norm=self.norm(block.mlp_post_norm, f"{name}.mlp_post_norm"),
             parallel_residual=block.parallel_residual,
+            residual_scale=block.residual_scale,
             dropout=block.dropout,
         )
 
     def _attention(self, spec: Attention, index: int) -> ParallelAttention:
-        if not isinstance(spec, AttentionSpec):
+        if not isinstance(spec, AttentionSpec) or spec.softcap is not None or spec.sinks:
             unknown(spec, "the decoder")
         return ParallelAttention(
             spec.hidden_size,

@@ -56,6 +56,11 @@ def _kind(
     return _Kind(frozenset([*attributes.split(), *found]), found, fits, cls.forward)
 
 
+def _block_fits(block: ParallelBlock) -> bool:
+    serial_or_parallel = type(block.parallel_residual) is bool
+    return serial_or_parallel and block.compute_dtype is None and block.residual_scale == 1
+
+
 def _attention_fits(attention: ParallelAttention) -> bool:
     inner = group_sizes(attention.runs)[1:-1]
     return (
@@ -100,9 +105,9 @@ _NORMS = (RMSNorm, LayerNorm)
 _KINDS: dict[type[nn.Module], _Kind] = {
     ParallelBlock: _kind(
         ParallelBlock,
-        "tp sharding parallel_residual own_bucket compute_dtype recompute _shared_layers "
-        "attention_post_norm mlp_post_norm",
-        lambda block: type(block.parallel_residual) is bool and block.compute_dtype is None,
+        "tp sharding parallel_residual residual_scale own_bucket compute_dtype recompute "
+        "_shared_layers attention_post_norm mlp_post_norm",
+        _block_fits,
         attention_norm=_NORMS,
         attention=ParallelAttention,
         mlp_norm=_NORMS,

@@ -33,7 +33,11 @@ class AttentionSpec:
             or of all heads' together (their size is that of the heads); None where there are none.
         window: how many keys back a query sees (itself included), or None for all.
         scale: what scores are multiplied by; None for ``head_dim ** -0.5``.
+        softcap: scores are ``softcap * tanh(score / softcap)``; None leaves them as they are.
+        sinks: each head has one more score, learned, whose weight goes nowhere.
         dropout: probability of dropping an attention weight, in training.
+
+    No layer computes soft caps or sinks yet: the decoder refuses them.
     """
 
     hidden_size: int
@@ -48,6 +52,8 @@ class AttentionSpec:
     key_norm: NormSpec | None = None
     window: int | None = None
     scale: float | None = None
+    softcap: float | None = None
+    sinks: bool = False
     dropout: float = 0.0
 
     def __post_init__(self) -> None:

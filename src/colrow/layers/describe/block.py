@@ -21,6 +21,7 @@ class BlockSpec:
         attention_norm, mlp_norm: norms in front of them, or None.
         attention_post_norm, mlp_post_norm: norms behind them, before they are added, or None.
         parallel_residual: which of the two forms.
+        residual_scale: what is added is multiplied by it first.
         dropout: on what is added, in training.
     """
 
@@ -31,6 +32,7 @@ class BlockSpec:
     attention_post_norm: NormSpec | None = None
     mlp_post_norm: NormSpec | None = None
     parallel_residual: bool = False
+    residual_scale: float = 1.0
     dropout: float = 0.0
 
     @property

@@ -1,0 +1,159 @@
+"""GGUF files of the families that differ from LLaMA, as the usual converter writes them, and back.
+
+The names of tensors come from the gguf package's own map, the weights from transformers' models.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from torch import Tensor
+
+import colrow
+from colrow.checkpoint.export_gguf import pair, write_gguf
+from colrow.comm.group import ParallelGroup
+from colrow.verification.comparison import relative_error
+from colrow.verification.reference import load_reference, precision, quiet_transformers
+from tests.models import tiny
+from tests.ranks import RankPool
+
+FAMILIES = {
+    "phi3": gguf.MODEL_ARCH.PHI3,
+    "olmo2": gguf.MODEL_ARCH.OLMO2,
+    "gemma3": gguf.MODEL_ARCH.GEMMA3,
+    "mixtral": gguf.MODEL_ARCH.LLAMA,
+}
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "num_hidden_layers": 7,  # so that one of Gemma's sees all keys
+    "intermediate_size": 101,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "sliding_window": None,
+    "rms_norm_eps": 2.0**-17,  # which fp32 holds
+}
+FURTHER: dict[str, dict[str, Any]] = {
+    "gemma3": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 7},
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
+}
+
+
+def make(name: str, directory: Path) -> Any:
+    """transformers' model, whose weights fp32 holds, saved; it is read again in fp64."""
+    with quiet_transformers():
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        kind = tiny.CASES[name][0]
+        keys = {**SIZES, **FURTHER.get(name, {})}
+        config = AutoConfig.for_model(kind, bos_token_id=0, eos_token_id=1, pad_token_id=0, **keys)
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+                if parameter.dim() == 1:  # of which 1 more has no more digits
+                    parameter.add_(1).sub_(1)
+        model.save_pretrained(directory)
+    return load_reference(directory, torch.float64)
+
+
+def written(name: str, model: Any, directory: Path, path: Path) -> Path:
+    """The directory's tensors in a GGUF file."""
+    from safetensors.torch import load_file
+
+    config, arch = model.config, FAMILIES[name]
+    writer = gguf.GGUFWriter(str(path), gguf.MODEL_ARCH_NAMES[arch])
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if name == "gemma3":
+        writer.add_key_length(config.head_dim)
+        writer.add_value_length(config.head_dim)
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_rope_freq_base(1e6)
+    else:
+        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+        writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    if name == "mixtral":
+        writer.add_expert_count(config.num_local_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"<{index}>" for index in range(config.vocab_size)])
+    for key, tensor in converted(name, load_file(directory / "model.safetensors"), config).items():
+        writer.add_tensor(key, tensor.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def converted(name: str, tensors: dict[str, Tensor], config: Any) -> dict[str, Tensor]:
+    """Under the file's names: experts in one tensor, rotary pairs, norms with the 1 added."""
+    names = gguf.get_tensor_name_map(FAMILIES[name], config.num_hidden_layers)
+    found: dict[str, Tensor] = {}
+    experts: dict[str, list[Tensor]] = {}
+    for key, tensor in tensors.items():
+        if ".experts." in key:
+            before, _, rest = key.partition(".experts.")
+            number, which, _ = rest.split(".")
+            assert int(number) == len(experts.setdefault(f"{before}.experts.{which}", []))
+            experts[f"{before}.experts.{which}"].append(tensor)
+            continue
+        if name == "mixtral" and key.endswith(("q_proj.weight", "k_proj.weight")):
+            tensor = pair(tensor, config.hidden_size // config.num_attention_heads)
+        if name == "gemma3" and key.endswith("norm.weight"):
+            tensor = tensor + 1
+        target = names.get_name(key, try_suffixes=(".weight",))
+        assert target is not None, key
+        found[target] = tensor
+    for key, parts in experts.items():
+        target = names.get_name(f"{key}.weight", try_suffixes=(".weight",))
+        assert target is not None, key
+        found[target] = torch.stack(parts)
+    return found
+
+
+def assembled(tp: ParallelGroup, path: Path) -> dict[str, Tensor]:
+    return colrow.full_state_dict(colrow.from_pretrained(path, tp, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_files_are_read_and_written_as_the_converter_does(
+    ranks: RankPool, tmp_path: Path, name: str
+) -> None:
+    from safetensors.torch import load_file
+
+    theirs = make(name, tmp_path / "hf")
+    path = written(name, theirs, tmp_path / "hf", tmp_path / "a.gguf")
+    model = colrow.from_pretrained(path, dtype=torch.float64)
+    ids = tiny.batch()
+    with torch.no_grad(), precision(torch.float64):
+        expected = theirs(input_ids=ids).logits
+    assert relative_error(model(ids), expected) <= 1e-12
+
+    stored = load_file(tmp_path / "hf" / "model.safetensors")
+    whole = ranks(3, assembled, path)[0]
+    assert whole.keys() == stored.keys()
+    assert [key for key, tensor in stored.items() if not torch.equal(whole[key], tensor)] == []
+
+    from_directory = colrow.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    write_gguf(from_directory, tmp_path / "b.gguf", path, torch.float32)
+    ours, usual = (
+        {tensor.name: tensor.data for tensor in gguf.GGUFReader(str(file)).tensors}
+        for file in (tmp_path / "b.gguf", path)
+    )
+    assert ours.keys() == usual.keys()
+    for key in usual:
+        assert ours[key].shape == usual[key].shape and (ours[key] == usual[key]).all(), key

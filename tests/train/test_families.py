@@ -1,0 +1,33 @@
+"""Every family of the decoder, trained from layout to layout, against transformers and torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from colrow.verification.reference import quiet_transformers
+from colrow.zoo.architectures import Architecture, build
+from tests.ranks import RankPool
+from tests.train.runs import assert_same, curve, expected, make_settings
+
+FAMILIES = ["phi3", "olmo2", "gemma3_text", "mixtral"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_curve_is_transformers_across_a_reshard(
+    ranks: RankPool, tokens: Path, tmp_path: Path, name: str
+) -> None:
+    """Two steps on 2 ranks, two in a pipeline of 2 stages, two on 3 with sequence parallelism."""
+    with quiet_transformers():
+        model = build(Architecture(name, fields=(("vocab_size", 257),)))
+        model.save_pretrained(tmp_path / name)
+    layouts = ({"tp": 2}, {"pp": 2, "microbatch": 2}, {"tp": 3, "sequence_parallel": True})
+    found = []
+    for first, layout in zip((0, 2, 4), layouts, strict=True):
+        settings = make_settings(tmp_path / name, **{"microbatch": 4, **layout})
+        saved = tmp_path / "run"
+        found += ranks(
+            settings.ranks, curve, settings, tokens, first, first + 2, saved, timeout=300
+        )[-1]
+    assert_same(found, expected(tmp_path / name, tokens))
