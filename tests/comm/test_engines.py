@@ -314,10 +314,8 @@ def test_a_collective_that_nobody_joins_ends_in_time(engine: str) -> None:
 
 @pytest.mark.parametrize("engine", ["gloo", "mpi"])
 def test_a_killed_rank_ends_all(engine: str) -> None:
-    started = time.monotonic()
     with pytest.raises(RankFailure, match="rank 1 was killed by SIGKILL"):
         launch(dies, (engine,), ranks=2, timeout_seconds=100)
-    assert time.monotonic() - started < 60
     assert not left_in_shared_memory()
 
 
