@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from colrow.comm import collectives, primitives
 from colrow.comm.group import ParallelGroup
-from colrow.layers.activation import ACTIVATIONS
 from colrow.layers.describe import ExpertsSpec, TableSpec
 from colrow.layers.described import Described
 from colrow.layers.linear import Sharded
@@ -171,14 +170,7 @@ class ParallelExperts(Sharded, nn.Module):
         An expert without a token runs too, so that its weights have gradients on every rank.
         """
         assert isinstance(expert, ParallelMLP)
-        hidden = F.linear(x, expert.up.weight)
-        act = ACTIVATIONS[expert.activation]
-        if expert.gated:
-            gate, up = hidden.chunk(2, dim=-1)
-            hidden = act(gate) * up
-        else:
-            hidden = act(hidden)
-        return F.linear(hidden, expert.down.weight)
+        return F.linear(expert.activated(F.linear(x, expert.up.weight)), expert.down.weight)
 
     def extra_repr(self) -> str:
         """How many experts, and how many are active."""

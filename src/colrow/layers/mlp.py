@@ -113,11 +113,13 @@ class ParallelMLP(Sharded, nn.Module):
         if sequence is None and self.sequence_parallel:  # both layers must divide it alike
             sequence = primitives.exchange_sizes(x, self.up.tp, -2, layer=self.up.layer)
         hidden = self.up(x, sequence=sequence, shared=shared)  # [..., (2 *) ffn_local]
-        act = ACTIVATIONS[self.activation]
-        if self.gated:
-            gate, up = hidden.chunk(2, dim=-1)
-            hidden = act(gate) * up
-        else:
-            hidden = act(hidden)
-        result: Tensor = self.down(hidden, sequence=sequence, shared=shared)
+        result: Tensor = self.down(self.activated(hidden), sequence=sequence, shared=shared)
         return result
+
+    def activated(self, hidden: Tensor) -> Tensor:
+        """What :attr:`up` gives, ``[..., (2 *) ffn_local]``, behind the activation and the gate."""
+        act = ACTIVATIONS[self.activation]
+        if not self.gated:
+            return act(hidden)
+        gate, up = hidden.chunk(2, dim=-1)
+        return act(gate) * up
