@@ -41,7 +41,7 @@ class PretendTensor(Tensor):
             strides=held.stride(),
             storage_offset=held.storage_offset(),
             dtype=held.dtype,
-            division=held.division,
+            layout=held.layout,
             device=held.device,
         )
         x.held = held
