@@ -23,7 +23,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 TRAIN = ["train", *OF_TRAIN, "--tp", "2", "--steps", "1000000", "--save-every", "3"]
 # What a run says when all is well, and the line of a command that failed.
 RIGHT = re.compile(
-    r"(\.\.\. |llama: colrow's decoder$|step |\d+ ranks = |tp |pp |rank|stopped by |held-out |continuing "
+    r"(\.\.\. |llama: colrow's decoder$"
+    r"|step |\d+ ranks = |tp |pp |rank|stopped by |held-out |continuing "
     r"|colrow \w+: rank \d was killed)"
 )
 
