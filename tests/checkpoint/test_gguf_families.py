@@ -157,3 +157,19 @@ def test_files_are_read_and_written_as_the_converter_does(
     assert ours.keys() == usual.keys()
     for key in usual:
         assert ours[key].shape == usual[key].shape and (ours[key] == usual[key]).all(), key
+
+
+def test_the_one_added_to_norms_costs_no_digits(tmp_path: Path) -> None:
+    """1 + 1e-3 has no place in bf16; the file holds it in fp32."""
+    theirs = make("gemma3", tmp_path / "hf")
+    like = written("gemma3", theirs, tmp_path / "hf", tmp_path / "like.gguf")
+    model = colrow.from_pretrained(tmp_path / "hf", dtype=torch.bfloat16)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.copy_(torch.linspace(-3e-3, 3e-3, len(weight)))
+    write_gguf(model, tmp_path / "a.gguf", like, torch.float32)
+    read = colrow.from_pretrained(tmp_path / "a.gguf", dtype=torch.bfloat16).state_dict()
+    for name, weight in model.state_dict().items():
+        if "norm" in name:
+            assert torch.equal(read[name], weight), name

@@ -10,6 +10,7 @@ from transformers import AutoConfig
 from colrow.checkpoint.export_config import config_to_hf
 from colrow.models.compose import fields_of
 from colrow.models.hf_config import config_from_hf
+from tests.models import tiny
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "bloom-560m": {
@@ -298,3 +299,28 @@ def test_what_changes_numbers_and_is_not_understood_is_refused() -> None:
     llama = PUBLISHED["Llama-3.1-8B"]
     with pytest.raises(ValueError, match="rope type 'yarn'"):
         config_from_hf({**llama, "rope_scaling": {"rope_type": "yarn", "factor": 4.0}})
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "message"),
+    [
+        ("gemma3", {"sliding_window": None}, "sliding_window=null"),
+        ("gemma3", {"rope_parameters": {"rope_theta": 5.0}}, "has a table for full_attention"),
+        ("gemma3", {"sliding_window_pattern": 2.5}, "sliding_window_pattern"),
+        ("gemma3", {"query_pre_attn_scalar": 0}, "must be above 0"),
+        ("mixtral", {"num_local_experts": 0}, "num_local_experts"),
+        (
+            "phi3",
+            {"sliding_window": 7, "layer_types": ["full_attention", "sliding_attention"]},
+            "transformers gives every layer the window",
+        ),
+    ],
+)
+def test_what_a_family_cannot_mean_is_refused(
+    case: str, change: dict[str, Any], message: str
+) -> None:
+    kind, keys = tiny.CASES[case]
+    values = {"model_type": kind, "max_position_embeddings": 64, **keys}
+    config_from_hf(values)
+    with pytest.raises(ValueError, match=message):
+        config_from_hf({**values, **change})

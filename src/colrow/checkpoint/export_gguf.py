@@ -93,7 +93,10 @@ def _tensors(model: Decoder) -> dict[str, Tensor]:
         spec = model.specs[name]
         for piece in pieces(naming, model.config, name, spec, 0):
             if piece.dim is None or spec.dim is None:
-                found[piece.name] = parameter.detach() + piece.added
+                whole = parameter.detach()
+                if piece.added:  # before it is rounded to fewer digits than the sum has
+                    whole = (whole if whole.dtype == torch.float64 else whole.float()) + piece.added
+                found[piece.name] = whole
                 continue
             start, stop = piece.target
             part = parameter.detach().narrow(spec.dim, start, stop - start)

@@ -66,6 +66,11 @@ def config_from_gguf(reader: TensorReader) -> ModelConfig:
     check_vocabulary(reader, vocab_size)
     check_scale(reader, architecture, head_dim)
     window = int(number("attention.sliding_window", 0))
+    if window and not form.windows:
+        raise ValueError(
+            f"{reader.description} has {architecture}.attention.sliding_window={window}, which is "
+            f"not supported for {family.name} models"
+        )
     layers = int(number("block_count"))
     fields: dict[str, Any] = dict(form.fixed)
     fields |= {field: int(number(key)) for field, key in form.keys.items()}

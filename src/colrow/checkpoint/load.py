@@ -48,10 +48,13 @@ def _fill(part: Tensor, reader: TensorReader, piece: Piece, prefix: str) -> None
     rows = piece.ranges if piece.dim == 0 else (piece.rows or (0, part.shape[0]),)
     columns = piece.ranges if piece.dim == 1 else None
     for place, wanted in row_chunks(part, rows, multiple=piece.pairs or 1):  # whole heads
+        dtype = part.dtype
+        if piece.added and dtype.itemsize < 4:  # rounded when what was added is gone
+            dtype = torch.float32
         if piece.rows is None:
-            chunk = reader.read(name, wanted, columns, dtype=part.dtype)
+            chunk = reader.read(name, wanted, columns, dtype=dtype)
         else:
-            chunk = _of_expert(reader, name, piece, wanted, columns, part.dtype)
+            chunk = _of_expert(reader, name, piece, wanted, columns, dtype)
         if piece.added:
             chunk -= piece.added
         place.copy_(chunk if piece.pairs is None else unpair(chunk, piece.pairs))

@@ -57,7 +57,7 @@ class Router(Described):
         scores = F.linear(x, shared(self, "weight"))
         wide = scores if scores.dtype == torch.float64 else scores.float()
         weights, chosen = torch.softmax(wide, dim=-1).topk(self.active, dim=-1)
-        return (weights / weights.sum(-1, keepdim=True)).to(x.dtype), chosen
+        return weights / weights.sum(-1, keepdim=True), chosen
 
     def extra_repr(self) -> str:
         """Size, and how many of the experts are active."""
@@ -156,7 +156,8 @@ class ParallelExperts(Sharded, nn.Module):
         for number, expert in enumerate(self.experts):
             tokens, place = torch.where(chosen == number)
             result = self._expert(expert, rows[tokens])
-            partial = partial.index_add(0, tokens, result * weights[tokens, place, None])
+            weighted = result * weights[tokens, place, None]  # in fp32, as the router computes
+            partial = partial.index_add(0, tokens, weighted.to(partial.dtype))
         partial = partial.view(x.shape)
         if divided is None:
             return collectives.reduce_from_tp(partial, self.tp, layer=self.down_name)

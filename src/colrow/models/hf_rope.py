@@ -28,11 +28,13 @@ class RopeKeys:
         theta, share: the keys for the base and for the part of a head that rotates. Where they are
             not the usual ones, transformers looks at no other spelling.
         partial: whether a part of a head may rotate at all.
+        usual_theta: the base where none is given.
     """
 
     theta: str = "rope_theta"
     share: str = "partial_rotary_factor"
     partial: bool = False
+    usual_theta: float = 10000.0
 
 
 def rope_config(
@@ -77,7 +79,7 @@ def _rope(
         raise ValueError(
             f"rope_parameters has {unknown[0]}={given[unknown[0]]!r}, which is not supported"
         )
-    theta = float(str(_beside("rope_theta", keys.theta, given, values, family) or 10000.0))
+    theta = float(str(_beside("rope_theta", keys.theta, given, values, family) or keys.usual_theta))
     share = float(str(_beside("partial_rotary_factor", keys.share, given, values, family) or 1.0))
     if share != 1.0 and not keys.partial:
         raise ValueError(f"{family} with partial_rotary_factor={share} is not supported")
@@ -146,6 +148,8 @@ def windows(
             )
         if len(kinds) != num_layers:
             raise ValueError(f"layer_types names {len(kinds)} layers, and there are {num_layers}")
+    if windowed == "own":
+        return ()
     found = _windows(values, num_layers, windowed, family)
     if isinstance(kinds, list) and "sliding_attention" in kinds and not found:
         raise ValueError(
@@ -166,7 +170,14 @@ def _windows(
             return ()
         raise ValueError(f"{family} with sliding_window={window} is not supported")
     kinds = values.get("layer_types")
-    if windowed == "always" and not isinstance(kinds, list):
+    # With layer_types transformers takes a Mistral for a Ministral, whose layers differ.
+    if windowed == "always" or (windowed == "listed" and not isinstance(kinds, list)):
+        if isinstance(kinds, list) and set(kinds) != {"sliding_attention"}:
+            raise ValueError(
+                f"{family} with sliding_window={window} and layer_types that name full_attention "
+                "contradict each other, since transformers gives every layer the window: take one "
+                "of the two out"
+            )
         return (window,) * num_layers
     if windowed == "by_layer" and not used:
         return ()

@@ -15,7 +15,7 @@ from colrow.models.config import ModelConfig
 from colrow.models.hf_rope import RopeKeys, rope_config, spelled_rope
 
 FusedLayout = Literal["side_by_side", "interleaved"]
-Windowed = Literal["never", "always", "by_layer"]
+Windowed = Literal["never", "always", "listed", "by_layer", "own"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class GGUFForm:
         fixed: fields that are the same for every file of the architecture.
         keys: further fields and the keys, in the architecture's namespace, that say them.
         reads: further keys of the architecture that :meth:`Family.complete_gguf` reads.
+        windows: whether ``attention.sliding_window`` is understood; else it is refused.
         optional_biases: field to the tensor whose presence says that there are such biases.
         paired_heads: rows of Q and K are stored as interleaved rotary pairs.
         centred_norms: norms' weights are stored with the 1 added that the model adds.
@@ -38,6 +39,7 @@ class GGUFForm:
     fixed: Mapping[str, object]
     keys: Mapping[str, str] = field(default_factory=dict)
     reads: frozenset[str] = frozenset()
+    windows: bool = True
     optional_biases: Mapping[str, str] = field(default_factory=dict)
     paired_heads: bool = False
     centred_norms: bool = False
@@ -58,9 +60,10 @@ class Family:
             ("side_by_side") or head by head ("interleaved").
         transposed: block matrices are stored ``[in, out]``.
         aliases: other spellings of keys, which published configurations use, to the key.
-        windows: which layers the key ``sliding_window`` is about: none, all (or those that
-            ``layer_types`` names, where it is there), or those that ``layer_types`` or
-            ``max_window_layers`` name when ``use_sliding_window`` is set.
+        windows: which layers the key ``sliding_window`` is about: none, all, those that
+            ``layer_types`` lists and else all, those that ``layer_types`` or
+            ``max_window_layers`` name when ``use_sliding_window`` is set, or what the family's
+            own :meth:`complete` makes of it.
         rope: how the configuration spells rotary positions.
         defaults: what is assumed for keys that a configuration leaves out, and only then: a key
             that is null stays unset.

@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from colrow.files import shown
 from colrow.layers.options import RopeConfig
+from colrow.models.config_limits import SIZES, check_number, check_whole
 from colrow.models.families import llama
 from colrow.models.families.family import Family, GGUFForm
 from colrow.models.hf_rope import RopeKeys, rope_config, spelled_rope
@@ -39,32 +41,43 @@ class Gemma3(Family):
     def complete(self, fields: dict[str, Any], values: Mapping[str, Any]) -> None:
         """Windows by pattern, two kinds of rotary positions, the scales."""
         layers, window = fields["num_layers"], values.get("sliding_window")
-        kinds = values.get("layer_types") or _kinds(
-            layers, int(values.get("sliding_window_pattern") or _PATTERN)
-        )
+        pattern = values.get("sliding_window_pattern", _PATTERN)
+        check_whole("sliding_window_pattern", pattern, 1, SIZES["num_layers"])
+        kinds = values.get("layer_types") or _kinds(layers, pattern)
+        if window is None and _LOCAL in kinds:
+            raise ValueError(
+                "gemma3_text with sliding_window=null has layers of sliding_attention and no "
+                "window for them: set it, or name full_attention alone in layer_types"
+            )
         fields["windows"] = tuple(window if kind == _LOCAL else None for kind in kinds)
         ropes = {kind: self._rope(kind, fields, values) for kind in (_GLOBAL, _LOCAL)}
         _set_ropes(fields, ropes[_GLOBAL], ropes[_LOCAL])
         scalar = values.get("query_pre_attn_scalar", 256)
-        if isinstance(scalar, bool) or not isinstance(scalar, int | float) or scalar <= 0:
-            raise ValueError(f"query_pre_attn_scalar={scalar!r}: must be a number above 0")
+        check_number("query_pre_attn_scalar", scalar)
+        if not scalar:
+            raise ValueError("query_pre_attn_scalar=0: must be above 0")
         fields["attention_scale"] = scalar**-0.5
         fields["embedding_scale"] = math.sqrt(fields["hidden_size"])
 
     def _rope(self, kind: str, fields: Mapping[str, Any], values: Mapping[str, Any]) -> RopeConfig:
-        """Of the layers of one kind; older files say the two beside each other."""
-        tables = values.get("rope_parameters") or {}
-        given: dict[str, object]
-        if isinstance(tables, Mapping) and kind in tables:
-            given = {"rope_parameters": {"rope_theta": _THETA[kind], **(tables[kind] or {})}}
-        elif kind == _LOCAL:
-            given = {"rope_theta": values.get("rope_local_base_freq") or _THETA[kind]}
-        else:
-            given = {
-                "rope_theta": values.get("rope_theta") or _THETA[kind],
-                "rope_scaling": values.get("rope_scaling"),
-            }
-        return rope_config(given, fields["head_dim"], self.rope, self.name)
+        """Of the layers of one kind: from a table for each, or from keys beside each other.
+
+        A scaling beside the tables is of the layers that see all keys, as in transformers.
+        """
+        tables, scaling = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
+        if not isinstance(tables, Mapping) or (tables and not {_GLOBAL, _LOCAL} & tables.keys()):
+            raise ValueError(
+                f"rope_parameters={shown(tables)}: a gemma3_text configuration has a table for "
+                f"{_GLOBAL} and one for {_LOCAL} there"
+            )
+        table = tables.get(kind) or {}
+        if not isinstance(table, Mapping) or not isinstance(scaling, Mapping):
+            raise ValueError(f"rope_parameters of {kind}={shown(table)}: must be a table")
+        beside = values.get("rope_theta" if kind == _GLOBAL else "rope_local_base_freq")
+        given = {"rope_theta": beside or _THETA[kind], **table}
+        if kind == _GLOBAL:
+            given |= scaling
+        return rope_config({"rope_parameters": given}, fields["head_dim"], self.rope, self.name)
 
     def spell(self, values: dict[str, Any], fields: Mapping[str, Any]) -> None:
         """As transformers writes it today."""
@@ -83,8 +96,13 @@ class Gemma3(Family):
     ) -> None:
         """What llama.cpp's graph of this architecture has without a key."""
         window = next((each for each in fields["windows"] if each), None)
-        pattern = int(number("attention.sliding_window_pattern", _PATTERN))
-        kinds = _kinds(fields["num_layers"], pattern)
+        pattern = number("attention.sliding_window_pattern", _PATTERN)
+        if isinstance(pattern, bool) or pattern < 1 or pattern != int(pattern):
+            raise ValueError(
+                f"gemma3.attention.sliding_window_pattern={pattern!r}: "
+                "a whole number from 1 is read"
+            )
+        kinds = _kinds(fields["num_layers"], int(pattern))
         fields["windows"] = tuple(window if kind == _LOCAL else None for kind in kinds)
         local = RopeConfig(number("rope.freq_base_swa", _THETA[_LOCAL]), fields["head_dim"])
         _set_ropes(fields, fields["rope"], local)
@@ -130,7 +148,7 @@ FAMILY = Gemma3(
         "output_bias": "attention_bias",
     },
     fixed={**llama.FIXED, **_FORM},
-    windows="always",
+    windows="own",
     rope=RopeKeys(partial=False),
     defaults={
         "num_key_value_heads": 4,

@@ -11,6 +11,6 @@ FAMILY = Family(
     modules=llama.MODULES,
     keys=llama.KEYS,
     fixed=llama.FIXED,
-    windows="always",
+    windows="listed",
     defaults={"num_key_value_heads": 8, "sliding_window": 4096},
 )

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from colrow.models.config_limits import check_whole
 from colrow.models.families import llama
 from colrow.models.families.family import Family, GGUFForm
+from colrow.models.hf_rope import RopeKeys
 
 _SPARSE = "model.layers.{i}.block_sparse_moe"
 
@@ -20,7 +26,18 @@ def _experts(
     }
 
 
-FAMILY = Family(
+@dataclass(frozen=True)
+class Mixtral(Family):
+    """Mixtral, which always has experts."""
+
+    def complete(self, fields: dict[str, Any], values: Mapping[str, Any]) -> None:
+        """Refuses a configuration without them."""
+        super().complete(fields, values)
+        for field in ("experts", "active_experts"):
+            check_whole(self.keys[field], fields.get(field), 1, 1 << 14)
+
+
+FAMILY = Mixtral(
     name="mixtral",
     architecture="MixtralForCausalLM",
     modules=_experts(
@@ -37,12 +54,12 @@ FAMILY = Family(
     fixed=llama.FIXED,
     aliases={"num_experts": "num_local_experts"},
     windows="always",
+    rope=RopeKeys(usual_theta=1e6),
     defaults={
         "num_key_value_heads": 8,
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
         "rms_norm_eps": 1e-5,
-        "rope_theta": 1e6,
     },
     # Of training alone: noise on the router's input, and a loss that balances the experts.
     refused={"router_jitter_noise": 0.0, "output_router_logits": False},

@@ -34,5 +34,6 @@ FAMILY = Family(
         "olmo2",
         _behind(llama.GGUF_MODULES, "blk.{i}.post_attention_norm", "blk.{i}.post_ffw_norm"),
         {**llama.GGUF_FIXED, **_FORM},
+        windows=False,  # llama.cpp takes them for those of OLMo 3
     ),
 )

@@ -18,7 +18,7 @@ FAMILY = Family(
     fixed=llama.FIXED,
     windows="always",
     rope=RopeKeys(partial=True),
-    defaults={"resid_pdrop": 0.0},
+    defaults={"resid_pdrop": 0.0, "rms_norm_eps": 1e-5},
     gguf=GGUFForm(
         "phi3",
         {
