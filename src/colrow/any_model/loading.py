@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from colrow.checkpoint.locate import find_weights, resolve_model_path
 from colrow.checkpoint.pretrained import from_pretrained, pretrained_config
 from colrow.comm.mesh import Mesh
 from colrow.inplace.api import parallelize
-from colrow.inplace.observe.modes import exact_arithmetic
 from colrow.inplace.weights.meta import model_of, transformers_config
 from colrow.models.families import families
 from colrow.models.hf_config import read_config
@@ -158,16 +156,13 @@ def load_model(
         sharding=sharding,
         trust_remote_code=trust_remote_code,
     )
-    # Of some models transformers keeps parameters in fp32, also where fp64 is asked for.
-    exact = exact_arithmetic() if dtype == torch.float64 else nullcontext()
-    with exact:
-        model = model_of(path, dtype, trust_remote_code=trust_remote_code)
-        return split_in_place(
-            model,
-            mesh,
-            weights=path,
-            sequence_parallel=Sharding.of(sharding, sequence_parallel).sequence_parallel,
-        )
+    model = model_of(path, dtype, trust_remote_code=trust_remote_code)
+    return split_in_place(
+        model,
+        mesh,
+        weights=path,
+        sequence_parallel=Sharding.of(sharding, sequence_parallel).sequence_parallel,
+    )
 
 
 def split_in_place(

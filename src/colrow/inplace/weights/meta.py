@@ -120,13 +120,22 @@ def model_of(
             except Exception as error:  # of many classes, for values that make no sense
                 raise ValueError(f"{generation}: {error}") from error
     check_shapes(file, model, sizes)
-    for module in model.modules():  # some make a parameter on the CPU, wherever the others are
-        for name, parameter in module._parameters.items():
-            if parameter is not None and not parameter.is_meta:
-                module._parameters[name] = nn.Parameter(
-                    parameter.to("meta"), parameter.requires_grad
-                )
+    _alike(model, dtype)
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _alike(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Some parameters are made on the CPU, and some in fp32 although fp64 is asked for."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            wide = dtype == torch.float64 and parameter.dtype == torch.float32
+            if wide or not parameter.is_meta:
+                moved = parameter.detach().to("meta", dtype if wide else parameter.dtype)
+                other = nn.Parameter(moved, parameter.requires_grad)
+                module._parameters[name] = made.setdefault(id(parameter), other)
 
 
 def random_model(path: str | Path, dtype: torch.dtype, seed: int) -> nn.Module:
