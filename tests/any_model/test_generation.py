@@ -20,8 +20,8 @@ from colrow.comm.mesh import Mesh
 from colrow.generation.engine import generate
 from colrow.generation.options import Sampling
 from colrow.inplace.weights.meta import model_of
+from colrow.verification.reference import full_precision
 from colrow.zoo.architectures import Architecture, build
-from colrow.zoo.model_run import full_precision
 from tests.generation import models
 from tests.ranks import RankPool
 

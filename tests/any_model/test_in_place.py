@@ -17,8 +17,8 @@ from colrow.comm.group import ParallelGroup
 from colrow.comm.mesh import Mesh
 from colrow.models.interface import TensorParallelModel
 from colrow.verification.comparison import relative_error
+from colrow.verification.reference import full_precision
 from colrow.zoo.architectures import Architecture, build
-from colrow.zoo.model_run import full_precision
 from tests.ranks import RankPool
 
 pytestmark = pytest.mark.cpu_only("tiny models of transformers in fp64, on the CPU")

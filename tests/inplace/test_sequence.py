@@ -13,9 +13,9 @@ import colrow
 from colrow.comm.group import ParallelGroup
 from colrow.inplace.analysis import analyse
 from colrow.verification.comparison import gradient_errors, relative_error
+from colrow.verification.reference import full_precision
 from colrow.zoo.architectures import architectures, build
 from colrow.zoo.example_batch import batch
-from colrow.zoo.model_run import full_precision
 from tests.inplace.test_parallelize import mesh_of
 from tests.ranks import RankPool
 

@@ -14,9 +14,9 @@ from colrow.comm.group import ParallelGroup
 from colrow.comm.mesh import Mesh
 from colrow.train.clip import grad_norm
 from colrow.verification.comparison import gradient_errors
+from colrow.verification.reference import full_precision
 from colrow.zoo.architectures import Architecture, build
 from colrow.zoo.example_batch import batch
-from colrow.zoo.model_run import full_precision
 from tests.ranks import RankPool, run_world
 
 LLAMA = Architecture("llama")

@@ -20,7 +20,7 @@ from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import Call
 from colrow.inplace.apply.layers import HeadMixin
 from colrow.inplace.apply.record import record_of
-from colrow.inplace.observe.modes import arithmetic_of
+from colrow.inplace.observe.modes import arithmetic_of, evaluating
 from colrow.layers.loss import Reduction, vocab_parallel_cross_entropy
 from colrow.models.communication import LOSS_STATISTICS
 from colrow.models.inputs import check_labels, check_next_token
@@ -115,7 +115,7 @@ class InPlaceModel:
         error, vocab_size = float("inf"), self._description.vocab_size
         if architecture_takes_padding(self._description.name):
             try:
-                with self._evaluating():
+                with evaluating(self._module):
                     error = padding_error(step, vocab_size, self.device, 2)
             except (RuntimeError, NotImplementedError):  # of shapes that do not fit
                 pass
@@ -236,7 +236,7 @@ class InPlaceModel:
         return Partition.even(vocabulary, self.tp.size).bounds[self.tp.rank]
 
     def _first_logits(self, *, local: bool) -> Tensor:
-        with torch.no_grad(), self._evaluating():
+        with torch.no_grad(), evaluating(self._module):
             ids = plain_tokens(self._description.vocab_size, 3, self.device).view(1, -1)
             if local:
                 return self.last_logits(ids, attention_mask=None, cache=Continuation(4))
@@ -274,15 +274,6 @@ class InPlaceModel:
             yield
         finally:
             self._local = False
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        was_training = self._module.training
-        self._module.eval()
-        try:
-            yield
-        finally:
-            self._module.train(was_training)
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:

@@ -150,7 +150,7 @@ def load_model(
     describe_model(
         path,
         pp=mesh.pp.size,
-        in_place=in_place,
+        in_place=True,
         tensor_split=tensor_split,
         layer_split=layer_split,
         sharding=sharding,

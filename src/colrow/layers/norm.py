@@ -78,9 +78,7 @@ class RMSNorm(_Norm):
     def forward(self, x: Tensor, *, shared: SharedWeights | None = None) -> Tensor:
         """``[..., size]`` to the same shape."""
         shared = shared or SharedWeights.of_layer(self)
-        weight = shared(self, "weight")
-        if self.centred:
-            weight = 1 + _widened(weight)
+        weight = _factor(shared(self, "weight"), self.centred)
         if self.wide and x.dtype.itemsize < 4:
             normed = F.rms_norm(x.float(), (self.size,), _widened(weight), self.eps)
             return normed.to(x.dtype)
@@ -93,7 +91,7 @@ class RMSNorm(_Norm):
         if x.dtype == weight.dtype and x.dtype.itemsize >= 4:
             return F.rms_norm(x, (self.size,), weight, self.eps)
         # Rounded before the weight is applied, as models are trained, and nothing wide is kept.
-        wide = x if x.dtype == torch.float64 else x.float()
+        wide = _widened(x)
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (normed.to(x.dtype) * weight).to(x.dtype)
 
@@ -103,7 +101,7 @@ def normed_row(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     ``[..., size]`` to the same shape.
     """
-    wide = x.view(-1) if x.dtype.itemsize >= 4 else x.view(-1).float()
+    wide = _widened(x.view(-1))
     return ((wide * rms_scale(wide, eps)).to(x.dtype) * weight).to(x.dtype).view(x.shape)
 
 
@@ -207,9 +205,7 @@ class DividedRMSNorm(Described):
 
     def scaled(self, x: Tensor, squares: Tensor, shared: SharedWeights) -> Tensor:
         """The norm of ``[..., size_local]``, given the sum over all ranks, ``[...]``."""
-        weight, wide = shared(self, "weight"), _widened(x)
-        if self.spec.centred:
-            weight = 1 + _widened(weight)
+        weight, wide = _factor(shared(self, "weight"), self.spec.centred), _widened(x)
         scale = torch.rsqrt(squares / self.spec.size + self.spec.eps).unsqueeze(-1)
         if self.spec.wide:
             return (wide * scale * weight).to(x.dtype)
@@ -267,17 +263,7 @@ def head_norm(
     if features is not None:
         divided = replace(norm, partition=features)
         return DividedRMSNorm(divided, tp, layer=layer, device=device, dtype=dtype)
-    return RMSNorm(
-        norm.size,
-        tp,
-        eps=norm.eps,
-        applied_to="shard",
-        centred=norm.centred,
-        wide=norm.wide,
-        layer=layer,
-        device=device,
-        dtype=dtype,
-    )
+    return _rms_norm(norm, tp, "shard", layer=layer, device=device, dtype=dtype)
 
 
 def hidden_norm(
@@ -296,22 +282,39 @@ def hidden_norm(
     """
     applied_to: Literal["all", "shard"] = "shard" if divided_sequence else "all"
     if norm.kind == "rmsnorm":
-        return RMSNorm(
-            norm.size,
-            tp,
-            eps=norm.eps,
-            applied_to=applied_to,
-            centred=norm.centred,
-            wide=norm.wide,
-            layer=layer,
-            device=device,
-            dtype=dtype,
-        )
+        return _rms_norm(norm, tp, applied_to, layer=layer, device=device, dtype=dtype)
     if norm.centred or norm.wide:
         unknown(norm, "LayerNorm")
     return LayerNorm(
         norm.size, tp, eps=norm.eps, applied_to=applied_to, layer=layer, device=device, dtype=dtype
     )
+
+
+def _rms_norm(
+    norm: NormSpec,
+    tp: ParallelGroup,
+    applied_to: Literal["all", "shard"],
+    *,
+    layer: str,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> RMSNorm:
+    return RMSNorm(
+        norm.size,
+        tp,
+        eps=norm.eps,
+        applied_to=applied_to,
+        centred=norm.centred,
+        wide=norm.wide,
+        layer=layer,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _factor(weight: Tensor, centred: bool) -> Tensor:
+    """What is multiplied with; a centred weight is what is added to 1."""
+    return 1 + _widened(weight) if centred else weight
 
 
 def _widened(x: Tensor) -> Tensor:

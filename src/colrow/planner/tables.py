@@ -46,17 +46,13 @@ def show_prediction(console: Console, prediction: Prediction) -> None:
         f"[bold]{prediction.memory_bytes_per_rank / 1e9:.1f} of {device.memory_bytes / 1e9:.0f} GB"
         f"[/] per device, {verdict}"
     )
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("memory", "GB", "", "time", "s", ""):
-        table.add_column(heading, justify="right" if heading in ("GB", "s", "") else "left")
     memory = prediction.memory.fullest
     left = [(f.name, getattr(memory, f.name), memory.total, 1e9) for f in fields(RankMemory)]
     right = [
         (PART_NAMES[name], getattr(prediction.time, name), prediction.step_seconds, 1.0)
         for name in PART_NAMES
     ]
-    _side_by_side(table, left, right)
-    console.print(table)
+    console.print(_side_by_side(("memory", "GB"), left, ("time", "s"), right))
     if layout.pp > 1:
         stages = ", ".join(
             f"{max(rank.total for rank in stage) / 1e9:.1f}" for stage in prediction.memory.ranks
@@ -128,17 +124,13 @@ def show_serving(console: Console, prediction: ServingPrediction) -> None:
         f"[bold]{prediction.memory_bytes_per_rank / 1e9:.1f} of {device.memory_bytes / 1e9:.0f} GB"
         f"[/] per device, {verdict}"
     )
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for heading in ("memory", "GB", "", "time per token", "ms", ""):
-        table.add_column(heading, justify="right" if heading in ("GB", "ms", "") else "left")
     memory = prediction.fullest
     left = [(f.name, getattr(memory, f.name), memory.total, 1e9) for f in fields(ServingMemory)]
     right = [
         (f.name, getattr(prediction.token, f.name), prediction.token.total, 1e-3)
         for f in fields(TokenTime)
     ]
-    _side_by_side(table, left, right)
-    console.print(table)
+    console.print(_side_by_side(("memory", "GB"), left, ("time per token", "ms"), right))
 
 
 def show_users(console: Console, found: Users | None, limit_ms: float | None) -> None:
@@ -203,11 +195,20 @@ def show_models(console: Console, models: Sequence[ModelShape]) -> None:
 
 
 def _side_by_side(
-    table: Table,
+    left_heading: tuple[str, str],
     left: Sequence[tuple[str, float, float, float]],
+    right_heading: tuple[str, str],
     right: Sequence[tuple[str, float, float, float]],
-) -> None:
-    """Rows of ``(name, value, whole, unit)``, two to a line, without those that are zero."""
+) -> Table:
+    """Rows of ``(name, value, whole, unit)``, two to a line, without those that are zero.
+
+    A heading names what is listed, and the unit.
+    """
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for listed, measured_in in (left_heading, right_heading):
+        table.add_column(listed)
+        for heading in (measured_in, ""):
+            table.add_column(heading, justify="right")
     columns = [[row for row in side if row[1] > 0] for side in (left, right)]
     for index in range(max(len(column) for column in columns)):
         cells: list[str] = []
@@ -218,6 +219,7 @@ def _side_by_side(
             else:
                 cells += ["", "", ""]
         table.add_row(*cells)
+    return table
 
 
 def _count(number: float) -> str:

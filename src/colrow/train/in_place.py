@@ -13,6 +13,7 @@ from colrow.any_model.in_place import InPlaceModel
 from colrow.any_model.loading import describe_model, split_in_place
 from colrow.comm import primitives
 from colrow.comm.mesh import Mesh
+from colrow.inplace.observe.modes import configurations
 from colrow.inplace.weights.meta import model_of, random_model
 from colrow.train.foreign_blocks import NO_SELECTIVE
 from colrow.train.settings import TrainSettings
@@ -65,9 +66,9 @@ def build_in_place(settings: TrainSettings, mesh: Mesh, dtype: torch.dtype) -> I
 
 def set_dropout(module: nn.Module, p: float) -> None:
     """The same probability wherever the model drops out: in its modules and configurations."""
-    configs = {id(c): c for m in module.modules() if (c := vars(m).get("config")) is not None}
-    for config in list(configs.values()):
-        configs |= {id(c): c for c in vars(config).values() if hasattr(c, "to_dict")}
+    held = configurations(module)
+    inner = [c for config in held for c in vars(config).values() if hasattr(c, "to_dict")]
+    configs = {id(c): c for c in (*held, *inner)}
     for place in (*module.modules(), *configs.values()):
         if isinstance(place, nn.Dropout):
             place.p = p

@@ -41,6 +41,18 @@ class FullPrecision(TorchFunctionMode):
         return func(*swapped, **{key: _widen(v) for key, v in (kwargs or {}).items()})
 
 
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Where torch is asked for fp32, and where it is not asked at all, it gives fp64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with FullPrecision():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def _widen(value: Any) -> Any:
     return torch.float64 if value is torch.float32 else value
 

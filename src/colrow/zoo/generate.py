@@ -12,11 +12,11 @@ from colrow.any_model.loading import load_model
 from colrow.comm.mesh import Mesh
 from colrow.generation.answer import padded
 from colrow.generation.engine import generate
-from colrow.verification.reference import quiet_transformers
+from colrow.verification.reference import full_precision, quiet_transformers
 from colrow.zoo.architectures import Architecture, build
 from colrow.zoo.compare import Outcome, process_mesh
 from colrow.zoo.example_batch import MUSIC, prompt
-from colrow.zoo.model_run import NEW_TOKENS, full_precision
+from colrow.zoo.model_run import NEW_TOKENS
 
 _SHORTER = 2  # tokens that the second prompt has less, so that it is padded
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from colrow.verification.comparison import first_outputs, first_over, relative_error
-from colrow.verification.reference import FullPrecision, quiet_transformers
+from colrow.verification.reference import full_precision, quiet_transformers
 from colrow.zoo.architectures import Architecture
 from colrow.zoo.example_batch import batch, prompt
 
@@ -74,18 +73,6 @@ def generate(architecture: Architecture, model: Any) -> list[int] | None:
         **start, max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=None
     )
     return [int(token) for token in tokens.flatten()]
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Where torch is asked for fp32, and where it is not asked at all, it gives fp64."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with FullPrecision():
-            yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def output_error(ours: ModelRun, whole: ModelRun) -> float:

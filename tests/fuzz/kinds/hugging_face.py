@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import colrow
-from colrow.verification.reference import quiet_transformers
+from colrow.verification.reference import full_precision, quiet_transformers
 from colrow.zoo import sizes
 from colrow.zoo.architectures import OTHERS, Architecture, build
 from colrow.zoo.example_batch import batch
-from colrow.zoo.model_run import full_precision
 from tests.fuzz import compare
 from tests.fuzz.case import Case, Fields, Kind, NotRunError, OneOf, World
 

@@ -18,9 +18,9 @@ from colrow.inplace.api import plan_for
 from colrow.inplace.weights.file_names import file_names
 from colrow.inplace.weights.sources import Cut, Joined, Source, Stacked, Stored, Swapped
 from colrow.verification.comparison import gradient_errors, relative_error
+from colrow.verification.reference import full_precision
 from colrow.zoo.architectures import architectures, build
 from colrow.zoo.example_batch import batch
-from colrow.zoo.model_run import full_precision
 from tests.inplace.test_parallelize import OwnModel, mesh_of
 from tests.ranks import RankPool
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from colrow.verification.reference import FullPrecision
+from colrow.verification.reference import full_precision
 
 _ALPHA = frozenset({F.alpha_dropout, F.feature_alpha_dropout})
 _DROPOUTS = _ALPHA | {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, torch.dropout}
@@ -61,14 +61,9 @@ class _GroupedInDouble(FunctionMode):
 
 @contextmanager
 def exact_arithmetic() -> Iterator[None]:
-    """Inside it, code that asks torch for fp32, or for no dtype, gets fp64."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with FullPrecision(), _GroupedInDouble():
-            yield
-    finally:
-        torch.set_default_dtype(before)
+    """:func:`full_precision`, in which products of groups of rows run too."""
+    with full_precision(), _GroupedInDouble():
+        yield
 
 
 @contextmanager
@@ -94,11 +89,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
                 module.training = mode
 
 
+def configurations(model: nn.Module) -> list[Any]:
+    """Those that modules of the model hold as ``config``, each once."""
+    found = {id(c): c for m in model.modules() if (c := vars(m).get("config")) is not None}
+    return list(found.values())
+
+
 @contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
     """Inside it, no configuration in the model asks for a cache of keys and values."""
-    configs = {id(c): c for m in model.modules() if (c := vars(m).get("config")) is not None}
-    asking = [c for c in configs.values() if vars(c).get("use_cache") is True]
+    asking = [c for c in configurations(model) if vars(c).get("use_cache") is True]
     for config in asking:
         config.use_cache = False
     try:
