@@ -108,7 +108,7 @@ def fill_shard_(out: Tensor, spec: ShardSpec, rank: int, draw: Callable[[Tensor]
     """Fills a shard with ``draw(positions)``, element by element as in the whole tensor.
 
     Args:
-        out: the shard, 1-D or 2-D, of shape ``spec.local_shape(rank)``.
+        out: the shard, 1-D to 3-D, of shape ``spec.local_shape(rank)``.
         draw: values for an int64 tensor of positions in the whole tensor (row-major), any shape.
     """
     if out.is_meta:
@@ -117,9 +117,11 @@ def fill_shard_(out: Tensor, spec: ShardSpec, rank: int, draw: Callable[[Tensor]
     if spec.dim is not None:
         ranges = spec.global_ranges(rank)
         index[spec.dim] = torch.cat([torch.arange(a, b, device=out.device) for a, b in ranges])
-    table = out.detach() if out.dim() == 2 else out.detach().unsqueeze(0)
+    table = out.detach().flatten(0, -2) if out.dim() > 1 else out.detach().unsqueeze(0)
     columns = index[-1]
-    rows = index[0] if out.dim() == 2 else torch.zeros(1, dtype=torch.int64, device=out.device)
+    rows = torch.zeros(1, dtype=torch.int64, device=out.device)
+    for length, at in zip(spec.shape[:-1], index[:-1], strict=True):
+        rows = (rows[:, None] * length + at).flatten()
     step = max(1, _CHUNK // max(1, columns.numel()))
     for first in range(0, rows.numel(), step):
         positions = rows[first : first + step, None] * spec.shape[-1] + columns

@@ -36,13 +36,15 @@ from colrow.layers.describe import (
     NormSpec,
     ParameterSpec,
     Part,
+    RouterSpec,
+    Routing,
     RowSpec,
     TableSpec,
     parameters_of,
 )
-from colrow.layers.experts import Router
 from colrow.layers.norm import head_norm, hidden_norm
 from colrow.layers.options import RopeConfig
+from colrow.layers.router import Router
 from colrow.layers.shared import SharedLayers
 from colrow.models.compose import decoder
 from colrow.models.decoder_parts import DecoderParts
@@ -80,6 +82,16 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "norms of all heads, one KV head": {"qk_norm": "all_heads", "num_kv_heads": 1},
     "norms around": {"norms": "around", "norm_centred": True, "norm_wide": True},
     "experts": {"experts": 4, "active_experts": 2, "num_heads": 4, "num_kv_heads": 4},
+    "all that experts can have": {
+        "experts": 4,
+        "active_experts": 2,
+        "num_heads": 4,
+        "num_kv_heads": 4,
+        "expert_ffn_size": 7,
+        "shared_ffn_size": 5,
+        "shared_gate": True,
+        "routing": Routing("sigmoid", bias=True, correction=True),
+    },
 }
 
 
@@ -127,7 +139,7 @@ def parts_alone(tp: ParallelGroup, sequence_parallel: bool) -> list[tuple[nn.Mod
             EmbeddingSpec(vocab, HIDDEN),
         ),
         (PositionEmbedding(16, HIDDEN, tp, **options), TableSpec(16, HIDDEN)),
-        (Router(HIDDEN, 4, 2, tp, dtype=FP64), TableSpec(4, HIDDEN, "partial")),
+        (Router(HIDDEN, 4, 2, tp, dtype=FP64), RouterSpec(4, HIDDEN)),
     ]
 
 

@@ -101,6 +101,23 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_local_experts": 5,
             "num_experts_per_tok": 2,
             "sliding_window": None,
+            "output_router_logits": True,
+            "router_aux_loss_coef": 0.3,
+        },
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            **SIZES,
+            **TWO_KV,
+            "num_hidden_layers": 4,
+            "head_dim": 6,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 23,
+            "decoder_sparse_step": 2,
+            "mlp_only_layers": [3],
+            "norm_topk_prob": False,
         },
     ),
 }

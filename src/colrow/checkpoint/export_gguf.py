@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from colrow.checkpoint.load import place_of
 from colrow.checkpoint.naming import gguf_naming, pieces
 from colrow.checkpoint.pretrained import pretrained_config
 from colrow.layers.options import RopeConfig
@@ -19,6 +20,7 @@ _DTYPES = (torch.float32, torch.float16)
 # Of training, of the tokenizer, or told by the tensors that are written.
 _NOT_IN_THE_FILE = {
     *("embedding_dropout", "attention_dropout", "residual_dropout", "initializer_range"),
+    *("router_balance", "router_z"),
     *("scaled_residual_init", "freeze_padding", "tie_embeddings"),
     *("bos_token_id", "eos_token_ids", "pad_token_id"),
 }
@@ -98,15 +100,12 @@ def _tensors(model: Decoder) -> dict[str, Tensor]:
                     whole = (whole if whole.dtype == torch.float64 else whole.float()) + piece.added
                 found[piece.name] = whole
                 continue
-            start, stop = piece.target
-            part = parameter.detach().narrow(spec.dim, start, stop - start)
+            part = place_of(parameter.detach(), spec, piece)
             part = part.t() if piece.transposed else part
             part = part if piece.pairs is None else pair(part, piece.pairs)
             whole = found.setdefault(piece.name, part.new_empty(piece.shape))
-            if piece.rows is not None:  # one of the experts that the tensor holds
-                whole = whole.view(-1, piece.shape[-1])
-                if piece.dim == 1:
-                    whole = whole[slice(*piece.rows)]
+            if piece.stacked:
+                whole = whole[piece.expert]
             taken = 0
             for first, last in piece.ranges:
                 whole.narrow(piece.dim, first, last - first).copy_(

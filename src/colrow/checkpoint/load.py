@@ -13,6 +13,7 @@ from colrow.checkpoint.tied_head import missing_prefix
 from colrow.layers.describe import Division
 from colrow.models.config import ModelConfig
 from colrow.models.decoder import Decoder
+from colrow.partition import ShardSpec
 
 # Buffers that older checkpoints carry; the decoder computes what they hold.
 _IGNORED = re.compile(
@@ -35,32 +36,36 @@ def load_(model: Decoder, reader: TensorReader, naming: Naming) -> None:
     for name, parameter in model.named_parameters():
         spec = model.specs[name]
         for piece in held[name]:
-            start, stop = piece.target
-            part = (
-                parameter if spec.dim is None else parameter.narrow(spec.dim, start, stop - start)
-            )
+            part = place_of(parameter, spec, piece)
             _fill(part.t() if piece.transposed else part, reader, piece, prefix)
+
+
+def place_of(parameter: Tensor, spec: ShardSpec, piece: Piece) -> Tensor:
+    """The part of a parameter's shard that a piece fills."""
+    if piece.expert is not None:
+        parameter = parameter[piece.expert]
+    if spec.dim is None:
+        return parameter
+    start, stop = piece.target
+    return parameter.narrow(spec.dim - int(piece.expert is not None), start, stop - start)
 
 
 def _fill(part: Tensor, reader: TensorReader, piece: Piece, prefix: str) -> None:
     """Reads a slice into ``part``, which lies as the file does, a bounded number of rows a time."""
     name = piece.name.removeprefix(prefix)
-    rows = piece.ranges if piece.dim == 0 else (piece.rows or (0, part.shape[0]),)
+    rows = piece.ranges if piece.dim == 0 else ((0, part.shape[0]),)
     columns = piece.ranges if piece.dim == 1 else None
     for place, wanted in row_chunks(part, rows, multiple=piece.pairs or 1):  # whole heads
         dtype = part.dtype
         if piece.added and dtype.itemsize < 4:  # rounded when what was added is gone
             dtype = torch.float32
-        if piece.rows is None:
-            chunk = reader.read(name, wanted, columns, dtype=dtype)
-        else:
-            chunk = _of_expert(reader, name, piece, wanted, columns, dtype)
+        chunk = _read(reader, name, piece, wanted, columns, dtype)
         if piece.added:
             chunk -= piece.added
         place.copy_(chunk if piece.pairs is None else unpair(chunk, piece.pairs))
 
 
-def _of_expert(
+def _read(
     reader: TensorReader,
     name: str,
     piece: Piece,
@@ -68,17 +73,31 @@ def _of_expert(
     columns: Ranges | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Rows and columns of one expert's matrix in a tensor ``[experts, rows, columns]``.
+    """Rows and columns of a tensor, or of one expert's part of it.
 
-    A file gives whole rows of such tensors, of which the columns are taken here.
+    Of tensors that hold all experts a reader gives whole rows, of which columns are taken here.
     """
-    height = piece.shape[1]
-    (expert,) = {start // height for start, _ in rows}
-    local = tuple((start - expert * height, stop - expert * height) for start, stop in rows)
-    whole = reader.read(name, ((expert, expert + 1),), local, dtype=dtype)[0]
-    if columns is None:
-        return whole
-    return torch.cat([whole[:, first:last] for first, last in columns], dim=1)
+    step = piece.step
+    if step > 1:  # what lies between is read too
+        assert piece.dim is not None
+        rows, columns = (
+            tuple((a * step + piece.phase, (b - 1) * step + piece.phase + 1) for a, b in found)
+            if dim == piece.dim and found is not None
+            else found
+            for dim, found in enumerate((rows, columns))
+        )
+        assert rows is not None
+    if piece.stacked:
+        assert piece.expert is not None
+        own = ((piece.expert, piece.expert + 1),)
+        chunk = reader.read(name, own, rows, dtype=dtype)[0]
+        if columns is not None:
+            chunk = torch.cat([chunk[:, first:last] for first, last in columns], dim=1)
+    else:
+        chunk = reader.read(name, rows, columns, dtype=dtype)
+    if step == 1:
+        return chunk
+    return chunk[::step] if piece.dim == 0 else chunk[:, ::step]
 
 
 def unpair(rows: Tensor, head_dim: int) -> Tensor:

@@ -6,15 +6,14 @@ Plain Python: the answer is a value that loading, assembling and exporting all u
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from colrow.layers.describe import ExpertsSpec
+from colrow.layers.describe import BlockSpec, ExpertsSpec
 from colrow.models.config import ModelConfig, attention_of
 from colrow.models.families import family_named
-from colrow.models.families.family import FusedLayout
+from colrow.models.families.family import FusedLayout, Transposed
 from colrow.partition import Range, ShardSpec
 
-_NUMBERS = ("{i}", "{e}")  # of a layer, of an expert
 
 
 @dataclass(frozen=True)
@@ -22,17 +21,16 @@ class Naming:
     """Names and layout of the tensors in one kind of file.
 
     Attributes:
-        modules: colrow's module name to the file's, with ``{i}`` for the layer and ``{e}`` for the
-            expert. Where the file's name has no ``{e}``, one tensor holds all experts.
-        fused: see :class:`colrow.models.families.family.Family`.
-        transposed: block matrices are stored ``[in, out]``.
+        modules: see :class:`colrow.models.families.family.Family`.
+        fused, transposed, alternating: as there.
         paired_heads: rows of Q and K are stored as interleaved rotary pairs.
         centred_norms: norms' weights are stored with the 1 added that the model adds.
     """
 
     modules: Mapping[str, tuple[str, ...]]
     fused: FusedLayout = "side_by_side"
-    transposed: bool = False
+    transposed: Transposed = "none"
+    alternating: bool = False
     paired_heads: bool = False
     centred_norms: bool = False
 
@@ -44,13 +42,15 @@ class Piece:
     Attributes:
         name: the checkpoint tensor.
         shape: its whole shape, as stored.
-        dim: its dimension that is divided, as stored; None for the whole tensor. Of a tensor of
-            experts the first two dimensions count as one.
-        ranges: what this rank holds along ``dim``.
+        dim: its dimension that is divided, as stored and without the one for experts; None for the
+            whole tensor.
+        ranges: what this rank holds along ``dim``, in steps.
         target: where that lies in the parameter's shard, along the shard's divided dimension.
+        step, phase: index ``n`` of the ranges is index ``step * n + phase`` of the file's.
         transposed: the slice must be transposed to become part of the parameter.
         pairs: size of the heads whose rows are interleaved rotary pairs, or None.
-        rows: of a tensor of experts, the rows of the expert in question, or None.
+        expert: whose part of a parameter that holds many experts it is, or None.
+        stacked: the file's tensor holds all experts, in its first dimension.
         added: what the file's values are larger by.
     """
 
@@ -59,16 +59,19 @@ class Piece:
     dim: int | None
     ranges: tuple[Range, ...]
     target: Range
+    step: int = 1
+    phase: int = 0
     transposed: bool = False
     pairs: int | None = None
-    rows: Range | None = None
+    expert: int | None = None
+    stacked: bool = False
     added: float = 0.0
 
 
 def hf_naming(config: ModelConfig) -> Naming:
     """Names of the family's Hugging Face checkpoints."""
     family = family_named(config.family)
-    return Naming(family.modules, family.fused, family.transposed)
+    return Naming(family.modules, family.fused, family.transposed, family.alternating)
 
 
 def gguf_naming(config: ModelConfig) -> Naming:
@@ -83,14 +86,13 @@ def gguf_naming(config: ModelConfig) -> Naming:
     return Naming(form.modules, paired_heads=form.paired_heads, centred_norms=form.centred_norms)
 
 
-def module_template(module: str) -> tuple[str, list[str]]:
-    """A module's name with its numbers taken out: of its layer, and of its expert."""
-    words, numbers = module.split("."), list[str]()
+def module_template(module: str) -> tuple[str, str]:
+    """A module's name with the number of its layer taken out, and that; "" for none."""
+    words, number = module.split("."), ""
     for at, word in enumerate(words):
         if word.isdigit():
-            words[at] = _NUMBERS[len(numbers)]
-            numbers.append(word)
-    return ".".join(words), numbers
+            words[at], number = "{i}", word
+    return ".".join(words), number
 
 
 def pieces(
@@ -98,27 +100,55 @@ def pieces(
 ) -> list[Piece]:
     """What ``rank`` holds of ``parameter``, in the file's terms."""
     module, kind = parameter.rsplit(".", 1)
-    template, numbers = module_template(module)
-    if template not in naming.modules:
+    template, number = module_template(module)
+    own = f"{template}.{kind}"
+    files = naming.modules.get(own)
+    if files is None and template in naming.modules:
+        files = tuple(f"{name}.{kind}" for name in naming.modules[template])
+    if files is None:
         raise ValueError(f"{config.family} checkpoints have no tensor for {parameter}")
-    number, expert = (*numbers, "", "")[:2]
-    files = naming.modules[template]
-    names = [f"{name.format(i=number, e=expert)}.{kind}" for name in files]
-    matrix = len(spec.shape) == 2 and template.startswith("blocks.")
-    transposed = naming.transposed and matrix
+    block = config.blocks[int(number)] if number else None
+    if ".experts." not in template:
+        names = [name.format(i=number) for name in files]
+        return _of_tensor(naming, block, template, names, spec, rank)
+    assert block is not None and isinstance(block.mlp, ExpertsSpec)
+    one = spec if spec.dim is None else replace(spec, shape=spec.shape[1:], dim=spec.dim - 1)
+    count, found = block.mlp.count, list[Piece]()
+    for expert in range(count):
+        names = [name.format(i=number, e=expert) for name in files]
+        for piece in _of_tensor(naming, block, template, names, one, rank):
+            stacked = "{e}" not in files[0]
+            shape = (count, *piece.shape) if stacked else piece.shape
+            found.append(replace(piece, expert=expert, stacked=stacked, shape=shape))
+    return found
+
+
+def _of_tensor(
+    naming: Naming,
+    of: BlockSpec | None,
+    template: str,
+    names: list[str],
+    spec: ShardSpec,
+    rank: int,
+) -> list[Piece]:
+    """What a rank holds of a parameter, or of one expert's part of it."""
+    stored = "experts" if ".experts." in template else "blocks" if of is not None else "none"
+    transposed = len(spec.shape) == 2 and naming.transposed == stored != "none"
     added = float(naming.centred_norms and template.endswith("norm"))
     if spec.dim is None:
-        whole = (0, spec.shape[0])
-        return [Piece(names[0], spec.shape, None, (), whole, added=added)]
+        return [Piece(names[0], spec.shape, None, (), (0, spec.shape[0]), added=added)]
     found, offset = [], 0
     for index, (block, start) in enumerate(zip(spec.blocks, spec.local_offsets(rank), strict=True)):
         first, last = block.bounds[rank]
         ranges: tuple[Range, ...] = ((first, last),)
-        length = block.length
+        length, step, phase = block.length, 1, 0
         if len(names) == 1 and len(spec.blocks) > 1:
             length = spec.shape[spec.dim]
-            if naming.fused == "interleaved":
-                head_dim = attention_of(config.blocks[int(number)]).head_dim
+            if naming.alternating and stored == "experts":
+                step, phase = len(spec.blocks), index
+            elif naming.fused == "interleaved":
+                assert of is not None
+                head_dim = attention_of(of).head_dim
                 ranges = _interleaved(first, last, index, len(spec.blocks), head_dim)
             else:
                 ranges = ((offset + first, offset + last),)
@@ -126,14 +156,6 @@ def pieces(
         dim = spec.dim
         if transposed:
             shape, dim = shape[::-1], 1 - dim
-        rows = None
-        if expert and "{e}" not in files[0]:
-            mlp = config.blocks[int(number)].mlp
-            count = mlp.count if isinstance(mlp, ExpertsSpec) else 1
-            rows = (int(expert) * shape[0], (int(expert) + 1) * shape[0])
-            shape = (count, *shape)
-            if dim == 0:
-                ranges = tuple((rows[0] + a, rows[0] + b) for a, b in ranges)
         paired = naming.paired_heads and template.endswith("attention.qkv") and index < 2
         found.append(
             Piece(
@@ -142,9 +164,10 @@ def pieces(
                 dim=dim,
                 ranges=ranges,
                 target=(start, start + last - first),
+                step=step,
+                phase=phase,
                 transposed=transposed,
-                pairs=attention_of(config.blocks[int(number)]).head_dim if paired else None,
-                rows=rows,
+                pairs=attention_of(of).head_dim if paired and of is not None else None,
                 added=added,
             )
         )

@@ -18,6 +18,7 @@ from colrow.partition import Partition
 from colrow.shards.boxes import Placement
 
 Slices = tuple[slice, ...]
+"""Of a matrix; in front of them the number of an expert, where a tensor holds many."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,14 @@ class TensorPart:
     def view(self, local: Tensor) -> Tensor:
         """The part in the local tensor, the way the whole tensor has it."""
         found = local[self.local]
-        return found.t() if self.transposed else found
+        if len(found.shape) > len(self.whole):  # of an expert that is a tensor of its own
+            found = found[0]
+        return found.transpose(-1, -2) if self.transposed else found
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The way the whole tensor has it."""
-        return tuple(s.stop - s.start for s in self.whole)
+        return tuple(len(range(s.start, s.stop, s.step or 1)) for s in self.whole)
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,10 @@ class WholeTensor:
         bands: ``(start, stop, at)``: indices of the parameter along ``dim`` that lie in one piece
             in this tensor, and where that begins; all of them by default.
         dim: the parameter's dimension that is divided.
-        transposed: the parameter is stored as its transpose.
+        transposed: the parameter's matrices are stored as their transposes.
+        step: of two indices of the parameter that are neighbours, how far those here are apart.
+        expert: the index in the parameter's first dimension of which it is, where that holds many
+            experts and this is one.
     """
 
     name: str
@@ -63,6 +69,8 @@ class WholeTensor:
     bands: tuple[tuple[int, int, int], ...] = ()
     dim: int = 0
     transposed: bool = False
+    step: int = 1
+    expert: int | None = None
 
     def parts(self, place: Placement, *, owned: bool) -> tuple[TensorPart, ...]:
         """What a rank with this placement of the parameter holds of it.
@@ -81,10 +89,17 @@ class WholeTensor:
                     if low >= high:
                         continue
                     local[self.dim] += low - first
-                    offsets[self.dim], sizes[self.dim] = at + low - start, high - low
-                whole = _slices(offsets, sizes)
+                    offsets[self.dim], sizes[self.dim] = at + self.step * (low - start), high - low
+                if self.expert is not None:
+                    if not 0 <= self.expert - offsets[0] < sizes[0]:
+                        continue
+                    local[0] += self.expert - offsets[0]
+                    sizes[0] = 1
+                whole = _slices(offsets, sizes, self.dim, self.step)
+                if self.expert is not None:
+                    whole = whole[1:]
                 if self.transposed:
-                    whole = whole[::-1]
+                    whole = (*whole[:-2], whole[-1], whole[-2])
                 found.append(TensorPart(_slices(local, sizes), whole, self.transposed))
         return tuple(found)
 
@@ -100,9 +115,12 @@ def decoders_tensors(module: nn.Module) -> dict[str, tuple[WholeTensor, ...]]:
             blocks = tuple(Partition.even(block.length, 1) for block in spec.blocks)
             known: dict[str, WholeTensor] = {}
             for piece in pieces(naming, child.config, name, replace(spec, blocks=blocks), 0):
+                if piece.stacked and piece.expert:
+                    continue  # what the first expert says is true of all
                 bands, start = [], piece.target[0]
                 for first, last in piece.ranges:
-                    bands.append((start, start + last - first, first))
+                    at = piece.step * first + piece.phase
+                    bands.append((start, start + last - first, at))
                     start += last - first
                 before = known.get(piece.name)
                 known[piece.name] = WholeTensor(
@@ -111,10 +129,18 @@ def decoders_tensors(module: nn.Module) -> dict[str, tuple[WholeTensor, ...]]:
                     (*(before.bands if before else ()), *bands),
                     spec.dim or 0,
                     piece.transposed,
+                    piece.step,
+                    None if piece.stacked else piece.expert,
                 )
             found[f"{prefix}.{name}" if prefix else name] = tuple(known.values())
     return found
 
 
-def _slices(offsets: list[int], sizes: list[int]) -> Slices:
-    return tuple(slice(at, at + size) for at, size in zip(offsets, sizes, strict=True))
+def _slices(offsets: list[int], sizes: list[int], dim: int = 0, step: int = 1) -> Slices:
+    """The ranges, in steps along ``dim``."""
+    return tuple(
+        slice(at, at + step * (size - 1) + 1, step)
+        if step > 1 and number == dim
+        else slice(at, at + size)
+        for number, (at, size) in enumerate(zip(offsets, sizes, strict=True))
+    )

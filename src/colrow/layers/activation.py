@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from colrow.layers.options import Activation
+from colrow.layers.options import Activation, ClampedGate
 
 
 def _gelu_bloom(x: Tensor) -> Tensor:
@@ -24,3 +24,12 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu_bloom": _gelu_bloom,
     "relu": F.relu,
 }
+
+
+def gated(gate: Tensor, up: Tensor, activation: Activation, clamped: ClampedGate | None) -> Tensor:
+    """What a gated MLP computes of its two halves: ``act(gate) * up``, or as ``clamped`` says."""
+    if clamped is None:
+        return ACTIVATIONS[activation](gate) * up
+    gate = gate.clamp(max=clamped.limit)
+    up = up.clamp(-clamped.limit, clamped.limit)
+    return (up + 1) * (gate * torch.sigmoid(gate * clamped.alpha))

@@ -20,19 +20,24 @@ from colrow.layers.linear import Sharded
 from colrow.layers.memory_saving import Recompute, cast_parameters, recomputed
 from colrow.layers.mlp import ParallelMLP
 from colrow.layers.norm import LayerNorm, RMSNorm
+from colrow.layers.router import RouterLosses
 from colrow.layers.shared import SharedLayers, SharedWeights
 from colrow.partition import Partition
 from colrow.sharding import WHOLE, SequenceDivision
 
 
 class BlockOptions(TypedDict, total=False):
-    """What a pass through a block is given besides its input; all as in attention."""
+    """What a pass through a block is given besides its input.
+
+    All as in attention, but ``router_losses``, which experts take.
+    """
 
     context: AttentionContext | None
     cache: AttentionCache | None
     sequence: SequenceDivision
     shared: SharedWeights | None
     dropout_key: int | Tensor | None
+    router_losses: RouterLosses | None
 
 
 class ParallelBlock(Sharded, nn.Module):
@@ -126,6 +131,7 @@ class ParallelBlock(Sharded, nn.Module):
         sequence: SequenceDivision = None,
         shared: SharedWeights | None = None,
         dropout_key: int | Tensor | None = None,
+        router_losses: RouterLosses | None = None,
     ) -> Tensor:
         layer = self.attention.qkv.layer
         if dropout_key is None and self.training and self.dropout.p + self.attention.dropout.p:
@@ -148,9 +154,11 @@ class ParallelBlock(Sharded, nn.Module):
         attended = self._scaled(_normed(self.attention_post_norm, attended, shared))
         residual = x + self._drop(attended, divided, _derived(dropout_key, "attention"))
         mlp_input = x if self.parallel_residual else residual
-        expanded = self.mlp(
-            _normed(self.mlp_norm, mlp_input, shared), sequence=sequence, shared=shared
-        )
+        mlp_input = _normed(self.mlp_norm, mlp_input, shared)
+        if isinstance(self.mlp, ParallelExperts):
+            expanded = self.mlp(mlp_input, sequence=sequence, shared=shared, losses=router_losses)
+        else:
+            expanded = self.mlp(mlp_input, sequence=sequence, shared=shared)
         expanded = self._scaled(_normed(self.mlp_post_norm, expanded, shared))
         return residual + self._drop(expanded, divided, _derived(dropout_key, "mlp"))
 

@@ -59,7 +59,7 @@ class Described(nn.Module):
             shape = parameter.shard.local_shape(tp.rank)
             first = _START.get(parameter.start, torch.empty)(shape, device=device, dtype=dtype)
             setattr(self, f"{name}_spec", parameter.shard)
-            setattr(self, name, nn.Parameter(first))
+            setattr(self, name, nn.Parameter(first, requires_grad=parameter.trained))
 
     def shared_parameters(self) -> list[SharedParameter]:
         """The parameters, or rows of them, whose gradients are sums over ranks."""

@@ -49,7 +49,7 @@ def reset_linear_(layer: Described) -> None:
     if place.type == "meta":
         return
     seed = common_seed("initial weights", tp, layer=layer.layer, device=place)
-    bound = 1 / math.sqrt(layer.weight_spec.shape[1])
+    bound = 1 / math.sqrt(layer.weight_spec.shape[-1])
     for name, parameter in layer.named_parameters():
         draw = partial(rng.uniform_between, rng.stream_key(seed, name), bound=bound)
         rng.fill_shard_(parameter, getattr(layer, f"{name}_spec"), tp.rank, draw)

@@ -14,6 +14,19 @@ Position = Literal["rope", "learned", "alibi", "none"]
 
 
 @dataclass(frozen=True)
+class ClampedGate:
+    """A gate that takes part as ``(up + 1) * gate * sigmoid(alpha * gate)`` (gpt-oss).
+
+    Attributes:
+        alpha: how steep the sigmoid is.
+        limit: gates are at most this, and what passes them lies within it on both sides.
+    """
+
+    alpha: float = 1.702
+    limit: float = 7.0
+
+
+@dataclass(frozen=True)
 class RopeConfig:
     """Rotary position embedding (Su et al. 2021).
 

@@ -9,8 +9,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, Literal
 
-from colrow.layers.describe import AttentionSpec, BlockSpec, ExpertsSpec, MLPSpec, NormSpec
-from colrow.layers.options import Activation, Norm, Position, RopeConfig
+from colrow.layers.describe import (
+    AttentionSpec,
+    BlockSpec,
+    ExpertsSpec,
+    FeedForward,
+    MLPSpec,
+    NormSpec,
+    Routing,
+)
+from colrow.layers.options import Activation, ClampedGate, Norm, Position, RopeConfig
 from colrow.models.config import ModelConfig
 from colrow.models.config_limits import check_fields
 
@@ -49,6 +57,14 @@ def decoder(
     windows: tuple[int | None, ...] = (),
     experts: int = 0,
     active_experts: int = 0,
+    expert_ffn_size: int | None = None,
+    dense_layers: tuple[int, ...] = (),
+    routing: Routing | None = None,
+    shared_ffn_size: int = 0,
+    shared_gate: bool = False,
+    clamped: ClampedGate | None = None,
+    router_balance: float = 0.0,
+    router_z: float = 0.0,
     embedding_scale: float = 1.0,
     embedding_norm: bool = False,
     tie_embeddings: bool = False,
@@ -74,7 +90,11 @@ def decoder(
         attention_scale: what scores are multiplied by; by default ``head_dim ** -0.5``.
         windows: per layer, how many keys back a query sees (itself included), or None for all;
             empty for all layers without one.
-        experts, active_experts: of a mixture of experts, each an MLP of ``ffn_size``; 0 without.
+        experts, active_experts: of a mixture of experts in place of the MLP; 0 without.
+        expert_ffn_size: features of an expert; ``ffn_size`` by default.
+        dense_layers: numbers of the layers that have an MLP all the same.
+        routing, shared_gate: see :class:`colrow.layers.describe.ExpertsSpec`.
+        shared_ffn_size: features of an MLP beside the experts through which every token passes.
         The others as in :class:`ModelConfig` and the descriptions of its layers.
 
     Raises:
@@ -112,12 +132,19 @@ def decoder(
         scale=attention_scale,
         dropout=attention_dropout,
     )
-    mlp = MLPSpec(hidden_size, ffn_size, activation, gated, mlp_bias)
+    mlp = MLPSpec(hidden_size, ffn_size, activation, gated, mlp_bias, clamped)
+    mixture: FeedForward = mlp
+    if experts:
+        shared = replace(mlp, ffn_size=shared_ffn_size) if shared_ffn_size else None
+        expert = replace(mlp, ffn_size=expert_ffn_size or ffn_size)
+        mixture = ExpertsSpec(
+            expert, experts, active_experts, shared, routing or Routing(), shared_gate
+        )
     before = normed(hidden_size) if norms != "after" else None
     after = normed(hidden_size) if norms != "before" else None
     block = BlockSpec(
         attention,
-        ExpertsSpec(mlp, experts, active_experts) if experts else mlp,
+        mixture,
         attention_norm=before,
         mlp_norm=before,
         attention_post_norm=after,
@@ -125,15 +152,22 @@ def decoder(
         parallel_residual=parallel_residual,
         dropout=residual_dropout,
     )
-    seen: dict[int | None, BlockSpec] = {None: block}
-    for window in windows:
-        turned = attention if window_rope is None else replace(attention, rope=window_rope)
-        if window is not None:
-            seen[window] = replace(block, attention=replace(turned, window=window))
+    seen: dict[tuple[int | None, bool], BlockSpec] = {}
+
+    def of_layer(number: int) -> BlockSpec:
+        window, dense = windows[number] if windows else None, number in dense_layers
+        if (window, dense) not in seen:
+            own = replace(block, mlp=mlp) if dense else block
+            if window is not None:
+                turned = attention if window_rope is None else replace(attention, rope=window_rope)
+                own = replace(own, attention=replace(turned, window=window))
+            seen[window, dense] = own
+        return seen[window, dense]
+
     return ModelConfig(
         family=family,
         vocab_size=vocab_size,
-        blocks=tuple(seen[window] for window in windows or (None,) * num_layers),
+        blocks=tuple(map(of_layer, range(num_layers))),
         max_positions=max_positions,
         norm=normed(hidden_size),
         positions="learned" if position == "learned" else None,
@@ -144,6 +178,8 @@ def decoder(
         initializer_range=initializer_range,
         scaled_residual_init=scaled_residual_init,
         freeze_padding=freeze_padding,
+        router_balance=router_balance,
+        router_z=router_z,
         bos_token_id=bos_token_id,
         eos_token_ids=eos_token_ids,
         pad_token_id=pad_token_id,
@@ -157,7 +193,9 @@ def fields_of(config: ModelConfig) -> dict[str, Any]:
         ValueError: for blocks that they cannot say.
     """
     first, windows = config.blocks[0], tuple(block.attention.window for block in config.blocks)
-    attention, mlp = first.attention, first.mlp
+    attention = first.attention
+    mixtures = [b.mlp for b in config.blocks if isinstance(b.mlp, ExpertsSpec)]
+    dense = [b.mlp for b in config.blocks if isinstance(b.mlp, MLPSpec)]
     if not isinstance(attention, AttentionSpec):
         raise ValueError(f"{type(attention).__name__} is none of the kinds that fields can say")
     ropes = {
@@ -166,7 +204,8 @@ def fields_of(config: ModelConfig) -> dict[str, Any]:
         if isinstance(block.attention, AttentionSpec)
     }
     rope = ropes.get(True, ropes.get(False))
-    expert = mlp.expert if isinstance(mlp, ExpertsSpec) else mlp
+    mixture = mixtures[0] if mixtures else None
+    mlp = dense[0] if dense else mixtures[0].expert
     norm, qk_norm = config.norm, attention.query_norm
     rotates, alibi = rope is not None, attention.alibi
     found: dict[str, Any] = {
@@ -177,7 +216,7 @@ def fields_of(config: ModelConfig) -> dict[str, Any]:
         "num_heads": attention.num_heads,
         "num_kv_heads": attention.num_kv_heads,
         "head_dim": attention.head_dim,
-        "ffn_size": expert.ffn_size,
+        "ffn_size": mlp.ffn_size,
         "max_positions": config.max_positions,
         "norm": norm.kind,
         "norm_eps": norm.eps,
@@ -190,22 +229,34 @@ def fields_of(config: ModelConfig) -> dict[str, Any]:
             if first.attention_norm is None
             else "around"
         ),
-        "activation": expert.activation,
-        "gated": expert.gated,
+        "activation": mlp.activation,
+        "gated": mlp.gated,
         "position": ("rope" if rotates else "alibi" if alibi else config.positions or "none"),
         "rope": rope,
         "window_rope": ropes.get(False) if ropes.get(False) != rope else None,
         "parallel_residual": first.parallel_residual,
         "qkv_bias": attention.qkv_bias,
         "output_bias": attention.output_bias,
-        "mlp_bias": expert.bias,
+        "mlp_bias": mlp.bias,
         "qk_norm": (
             "none" if qk_norm is None else "all_heads" if attention.norms_all_heads else "each_head"
         ),
         "attention_scale": attention.scale,
         "windows": windows if any(window is not None for window in windows) else (),
-        "experts": mlp.count if isinstance(mlp, ExpertsSpec) else 0,
-        "active_experts": mlp.active if isinstance(mlp, ExpertsSpec) else 0,
+        "experts": mixture.count if mixture else 0,
+        "active_experts": mixture.active if mixture else 0,
+        "expert_ffn_size": mixture.ffn_size if mixture else None,
+        "dense_layers": tuple(
+            number
+            for number, block in enumerate(config.blocks)
+            if mixture and isinstance(block.mlp, MLPSpec)
+        ),
+        "routing": mixture.routing if mixture else None,
+        "shared_ffn_size": mixture.shared.ffn_size if mixture and mixture.shared else 0,
+        "shared_gate": mixture is not None and mixture.shared_gate,
+        "clamped": mlp.clamped,
+        "router_balance": config.router_balance,
+        "router_z": config.router_z,
         "embedding_scale": config.embedding_scale,
         "embedding_norm": config.embedding_norm is not None,
         "tie_embeddings": config.tie_embeddings,

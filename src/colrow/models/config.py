@@ -45,6 +45,8 @@ class ModelConfig:
         scaled_residual_init: weights that write to the residual stream start smaller by
             ``sqrt(2 * num_layers)`` (Radford et al. 2019, section 2.3).
         freeze_padding: the padding token's embedding gets no gradient.
+        router_balance, router_z: coefficients of the losses on the routers of experts, see
+            :class:`colrow.layers.router.RouterLosses`.
         bos_token_id, eos_token_ids, pad_token_id: special tokens, where known.
     """
 
@@ -61,6 +63,8 @@ class ModelConfig:
     initializer_range: float = 0.02
     scaled_residual_init: bool = False
     freeze_padding: bool = False
+    router_balance: float = 0.0
+    router_z: float = 0.0
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = field(default=())
     pad_token_id: int | None = None
@@ -168,8 +172,12 @@ def _text(numbers: Sequence[float]) -> str:
 
 
 def num_parameters(config: ModelConfig) -> int:
-    """Number of parameters of the whole model; a tied head counts once."""
-    return sum(parameter.elements for parameter in config.parameters(Division(1)).values())
+    """Number of parameters of the whole model; a tied head counts once.
+
+    What no gradient changes is none, as in transformers, which holds it in buffers.
+    """
+    parameters = config.parameters(Division(1)).values()
+    return sum(parameter.elements for parameter in parameters if parameter.trained)
 
 
 def common_attention(config: ModelConfig) -> AttentionSpec:

@@ -76,6 +76,11 @@ def check_fields(fields: Mapping[str, object], keys: Mapping[str, str] | None = 
     for field in ("experts", "active_experts"):
         if field in fields:
             check_whole(name(field), fields[field], 0, _EXPERTS)
+    for field in ("expert_ffn_size", "shared_ffn_size"):
+        if fields.get(field) is not None:
+            check_whole(name(field), fields[field], 0, SIZES["ffn_size"])
+    for field in ("router_balance", "router_z"):
+        check_number(field, fields.get(field, 0.0))
     for field in ("attention_scale", "embedding_scale"):
         if fields.get(field) is not None:
             check_number(name(field), fields[field])
@@ -94,7 +99,11 @@ def _check_product(fields: Mapping[str, object]) -> None:
     sizes = {field: value for field in SIZES if isinstance(value := fields.get(field), int)}
     if len(sizes) < len(SIZES):
         return
-    width = sizes["num_heads"] * sizes["head_dim"] + sizes["ffn_size"]
+    ffn, experts = sizes["ffn_size"], fields.get("experts") or 1
+    own = fields.get("expert_ffn_size") or ffn
+    if isinstance(experts, int) and isinstance(own, int):
+        ffn = max(ffn, experts * own)
+    width = sizes["num_heads"] * sizes["head_dim"] + ffn
     count = sizes["hidden_size"] * (sizes["num_layers"] * width + sizes["vocab_size"])
     if count > _PARAMETERS:
         raise ValueError(

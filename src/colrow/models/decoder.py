@@ -8,8 +8,10 @@ from torch import Tensor
 from colrow import rng
 from colrow.comm import primitives
 from colrow.layers.context import AttentionCache, AttentionContext
+from colrow.layers.describe import ExpertsSpec
 from colrow.layers.fused import column_linear
 from colrow.layers.loss import Reduction, vocab_parallel_cross_entropy
+from colrow.layers.router import RouterLosses
 from colrow.layers.shared import SharedWeights
 from colrow.models.inputs import (
     check_labels,
@@ -111,6 +113,9 @@ class Decoder(StagedLayers):
     ) -> Tensor:
         """The next-token loss; every rank of the tp group returns the same value.
 
+        Where the configuration has losses of routers, they are added: to a mean as they are, to a
+        sum for each token that counts in it, and to the losses of single tokens not at all.
+
         Args:
             input_ids: as in :meth:`forward`; the last stage of a pipeline takes hidden states.
             labels: ``[batch, sequence]``, usually ``input_ids``; shifted in here, so that logits
@@ -136,8 +141,9 @@ class Decoder(StagedLayers):
                 self.tp, *compared, dropout_key=key, layout=self.division, trained=True
             )
         check_next_token(labels)
+        router_losses = self._router_losses(attention_mask)
         hidden = self._hidden(
-            stage, input_ids, labels.shape[1], attention_mask, positions, None, key
+            stage, input_ids, labels.shape[1], attention_mask, positions, None, key, router_losses
         )
         # Labels move rather than logits: a slice of the logits would be copied back in backward.
         nothing = labels.new_full((labels.shape[0], 1), ignore_index)
@@ -151,7 +157,30 @@ class Decoder(StagedLayers):
             reduction=reduction,
             partition=self.vocab,
         )
+        if router_losses is not None and reduction != "none":
+            config = self.config
+            added = router_losses.total(config.router_balance, config.router_z)
+            counted = (labels[:, 1:] != ignore_index).sum() if reduction == "sum" else 1
+            losses = losses + added * counted
         return losses[:, :-1] if reduction == "none" else losses
+
+    def _router_losses(self, attention_mask: Tensor | None) -> RouterLosses | None:
+        """What takes note of routers' logits; None where there are no losses on them.
+
+        Raises:
+            ValueError: in a pipeline, since they count all layers together.
+        """
+        config = self.config
+        mixtures = {b.mlp for b in config.blocks if isinstance(b.mlp, ExpertsSpec)}
+        if not mixtures or not (config.router_balance or config.router_z):
+            return None
+        if self.pipeline.split.ranks > 1:
+            raise ValueError(
+                "the losses of routers count all layers together, and a pipeline stage has some of "
+                "them: set router_balance and router_z to 0, or train without a pipeline"
+            )
+        (active,) = {mixture.active for mixture in mixtures}
+        return RouterLosses(active, attention_mask, self.tp)
 
     def last_logits(
         self, input_ids: Tensor, *, attention_mask: Tensor | None, cache: AttentionCache
@@ -172,6 +201,7 @@ class Decoder(StagedLayers):
         positions: Tensor | None,
         cache: AttentionCache | None,
         key: int | Tensor | None,
+        router_losses: RouterLosses | None = None,
     ) -> tuple[Tensor, SequenceDivision, SharedWeights]:
         """The hidden states after a stage, after the last one normed for the head."""
         past = 0 if cache is None else cache.length
@@ -212,6 +242,7 @@ class Decoder(StagedLayers):
                 sequence=sequence,
                 shared=shared,
                 dropout_key=None if key is None else rng.derived_key(key, "block", number),
+                router_losses=router_losses,
             )
         if self.norm is not None and stage.is_last:
             x = self.norm(x, shared=shared)

@@ -128,7 +128,7 @@ class DecoderParts:
             return ParallelExperts(
                 spec,
                 self.tp,
-                partition=self.division.of(spec.expert.ffn_size),
+                division=self.division,
                 sharding=self.sharding,
                 layer=layer,
                 **self._place,

@@ -107,7 +107,7 @@ class Muon(WholeTensorOptimizer):
     def _take(self, members: dict[int, Member]) -> None:
         for member in members.values():
             shape = member.place.spec.shape
-            if len(shape) != 2:
+            if any(len(tensor.shape) != 2 for tensor in member.tensors):
                 raise ValueError(
                     f"colrow.Muon takes matrices, and {member.name} has the shape {shape}: give it "
                     "to another optimiser, such as torch.optim.AdamW"
@@ -152,10 +152,11 @@ class Muon(WholeTensorOptimizer):
                 start = max(part.local[0].start, rows[0])
                 stop = min(part.local[0].stop, rows[1])
                 if start < stop:
-                    own = (slice(start - rows[0], stop - rows[0]), part.local[1])
+                    own = (slice(start - rows[0], stop - rows[0]), *part.local[1:])
                     if part.transposed:
                         result = result.t()
-                    result = result.narrow(0, start - part.local[0].start, stop - start)
+                    if tensor.expert is None:  # else rows are experts, of which it is one
+                        result = result.narrow(0, start - part.local[0].start, stop - start)
                     weight[own].add_(result, alpha=-rate)
 
             return _Job(tensor, place, update, apply)

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from colrow.files import shown
-from colrow.layers.describe import ExpertsSpec, MLPSpec
 from colrow.models.config_limits import SIZES, check_whole
 from colrow.planner.catalog import shape_of_sizes
 from colrow.planner.model import ModelShape
 
-# Mixtures of experts that are no family yet: another family's decoders, with experts in place of
-# the MLP.
-_MOE_FAMILIES = {"qwen3_moe": "qwen3"}
 # Architectures put together from keys, with the family whose biases and norms they have.
 _COMPOSED = {
     "deepseek_v2": "llama",
@@ -58,24 +53,7 @@ def model_from_mapping(mapping: Mapping[str, object], *, name: str) -> ModelShap
     family = str(mapping.get("model_type"))
     if family in _COMPOSED:
         return _composed(mapping, name, family)
-    if family not in _MOE_FAMILIES:
-        return ModelShape(name, config_from_hf(dict(mapping)), source="config.json")
-    dense = {**mapping, "model_type": _MOE_FAMILIES[family]}
-    experts = _count(mapping, family, "num_local_experts", "num_experts")
-    active = _count(mapping, family, "num_experts_per_tok")
-    if "moe_intermediate_size" in mapping:
-        dense["intermediate_size"] = mapping["moe_intermediate_size"]
-    if mapping.get("mlp_only_layers") or mapping.get("decoder_sparse_step", 1) != 1:
-        raise ValueError(
-            f"{name}: layers without experts among layers with experts are not counted"
-        )
-    config = config_from_hf(dense)
-    blocks = tuple(
-        replace(block, mlp=ExpertsSpec(block.mlp, experts, active))
-        for block in config.blocks
-        if isinstance(block.mlp, MLPSpec)
-    )
-    return ModelShape(name, replace(config, blocks=blocks), source="config.json")
+    return ModelShape(name, config_from_hf(dict(mapping)), source="config.json")
 
 
 def _composed(mapping: Mapping[str, object], name: str, family: str) -> ModelShape:

@@ -18,7 +18,7 @@ from colrow.layers.describe import (
     elements_of,
     unknown,
 )
-from colrow.models.config import ModelConfig
+from colrow.models.config import ModelConfig, num_parameters
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,7 @@ class ModelShape:
     @cached_property
     def parameters(self) -> int:
         """All parameters; a tied head counts once."""
-        whole = Division(1)
-        ends = self.ends(whole, 0)
-        blocks = sum(held(block, whole, 0).divided(1) * n for block, n in self.kinds.items())
-        return ends.embedding + blocks + ends.head
+        return num_parameters(self.config)
 
     @cached_property
     def active_parameters(self) -> int:
@@ -168,7 +165,7 @@ def held(block: BlockSpec, division: Division, rank: int) -> Held:
     parts, mlp = block.parts(division), block.mlp
     experts = 0
     if isinstance(mlp, ExpertsSpec):
-        experts = mlp.count * elements_of(mlp.expert.parts(division), rank)
+        experts = elements_of(mlp.stacked(division), rank)
     tensors = sum(len(part.parameters()) for part in parts.values())
     return Held(elements_of(parts, rank) - experts, experts, tensors)
 

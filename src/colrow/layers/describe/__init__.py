@@ -3,7 +3,8 @@
 Plain Python, no torch. Layers are built from these values, and whoever has to know a layer without
 running it walks them: loading, saving, predicted traffic, planning, the balance of stages. Two
 kinds build on each other. *Parts* (:class:`ColumnSpec`, :class:`RowSpec`, :class:`NormSpec`,
-:class:`EmbeddingSpec`, :class:`TableSpec`) are single layers as a group of ranks divides them.
+:class:`EmbeddingSpec`, :class:`TableSpec`, :class:`RouterSpec`, :class:`StackedSpec`) are single
+layers as a group of ranks divides them.
 *Compositions* (:class:`AttentionSpec`, :class:`MLPSpec`, :class:`ExpertsSpec`, :class:`BlockSpec`)
 say what a model has; given a :class:`Division` they list their parts by name. Who meets a
 composition that it does not know calls :func:`unknown`.
@@ -11,7 +12,7 @@ composition that it does not know calls :func:`unknown`.
 
 from colrow.layers.describe.attention import Attention, AttentionSpec, LatentAttentionSpec
 from colrow.layers.describe.block import BlockSpec
-from colrow.layers.describe.mlp import ExpertsSpec, FeedForward, MLPSpec
+from colrow.layers.describe.mlp import ExpertsSpec, FeedForward, MLPSpec, Routing
 from colrow.layers.describe.parts import (
     ColumnSpec,
     Division,
@@ -22,7 +23,9 @@ from colrow.layers.describe.parts import (
     NormSpec,
     ParameterSpec,
     Part,
+    RouterSpec,
     RowSpec,
+    StackedSpec,
     Start,
     TableSpec,
     elements_of,
@@ -47,7 +50,10 @@ __all__ = [
     "NormSpec",
     "ParameterSpec",
     "Part",
+    "RouterSpec",
+    "Routing",
     "RowSpec",
+    "StackedSpec",
     "Start",
     "TableSpec",
     "elements_of",

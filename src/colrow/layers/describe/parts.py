@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NoReturn, TypeAlias
 
 from colrow.layers.options import Norm
@@ -57,11 +57,13 @@ class ParameterSpec:
             positions under sequence parallelism ("by_sequence"); always only a part ("partial"),
             since it sees its own heads or features. Rows of a divided parameter that several ranks
             hold have partial gradients in any case.
+        trained: whether it has a gradient at all.
     """
 
     shard: ShardSpec
     start: Start = "normal"
     gradient: Gradient = "whole"
+    trained: bool = True
 
     @property
     def elements(self) -> int:
@@ -185,7 +187,7 @@ class EmbeddingSpec:
 
 @dataclass(frozen=True)
 class TableSpec:
-    """A matrix that every rank holds: vectors of positions, or the router of experts.
+    """A matrix that every rank holds, such as vectors of positions.
 
     Attributes:
         rows, columns: its shape.
@@ -202,7 +204,69 @@ class TableSpec:
         return {"weight": ParameterSpec(shard, "normal", self.gradient)}
 
 
-Part: TypeAlias = ColumnSpec | RowSpec | NormSpec | EmbeddingSpec | TableSpec
+@dataclass(frozen=True)
+class RouterSpec:
+    """The router of experts, which every rank holds.
+
+    A rank sees its part of the experts' results alone, which the router's weights multiply, so that
+    the gradients are partial.
+
+    Attributes:
+        experts, hidden_size: sizes.
+        bias: whether there is one.
+        correction: whether each expert has a number that is added to its score when experts are
+            chosen, and that no gradient changes.
+    """
+
+    experts: int
+    hidden_size: int
+    bias: bool = False
+    correction: bool = False
+
+    def parameters(self) -> dict[str, ParameterSpec]:
+        """By attribute."""
+        row = ShardSpec.replicated(self.experts)
+        whole = ShardSpec.replicated(self.experts, self.hidden_size)
+        found = {"weight": ParameterSpec(whole, "normal", "partial")}
+        if self.bias:
+            found["bias"] = ParameterSpec(row, "zeros", "partial")
+        if self.correction:
+            found["correction"] = ParameterSpec(row, "zeros", trained=False)
+        return found
+
+
+@dataclass(frozen=True)
+class StackedSpec:
+    """The same linear layer of many experts, in one tensor ``[experts, out, in]``.
+
+    Attributes:
+        experts: how many there are.
+        layer: one of them. Where its inputs are divided, so is its bias, by output features: each
+            rank adds what it holds to its part of the sum over ranks, so that it counts once.
+    """
+
+    experts: int
+    layer: ColumnSpec | RowSpec
+
+    def parameters(self) -> dict[str, ParameterSpec]:
+        """By attribute."""
+        found = self.layer.parameters()
+        if isinstance(self.layer, RowSpec) and self.layer.bias:
+            out = self.layer.out_features
+            own = Partition.even(out, self.layer.partition.parts)
+            found["bias"] = ParameterSpec(ShardSpec((out,), 0, (own,)), "zeros")
+        return {name: self._stacked(parameter) for name, parameter in found.items()}
+
+    def _stacked(self, one: ParameterSpec) -> ParameterSpec:
+        shard = one.shard
+        assert shard.dim is not None
+        shape = (self.experts, *shard.shape)
+        return replace(one, shard=ShardSpec(shape, shard.dim + 1, shard.blocks))
+
+
+Part: TypeAlias = (
+    ColumnSpec | RowSpec | NormSpec | EmbeddingSpec | TableSpec | RouterSpec | StackedSpec
+)
 
 
 @dataclass(frozen=True)

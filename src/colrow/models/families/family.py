@@ -15,6 +15,7 @@ from colrow.models.config import ModelConfig
 from colrow.models.hf_rope import RopeKeys, rope_config, spelled_rope
 
 FusedLayout = Literal["side_by_side", "interleaved"]
+Transposed = Literal["none", "blocks", "experts"]
 Windowed = Literal["never", "always", "listed", "by_layer", "own"]
 
 
@@ -53,12 +54,16 @@ class Family:
         name: as in ``model_type`` of its Hugging Face configuration.
         architecture: the class of transformers that runs it.
         modules: colrow's module name to the checkpoint's, ``{i}`` being the layer number and
-            ``{e}`` that of an expert. Several names are fused side by side, in this order.
+            ``{e}`` that of an expert; where the checkpoint's has no ``{e}``, one tensor holds all
+            experts. Several names are fused side by side, in this order. The name of a parameter
+            comes before that of its module and stands for the whole name in the checkpoint.
         keys: field of :func:`decoder` to key of the configuration.
         fixed: fields that are the same for every model of the family.
         fused: how a single checkpoint matrix holds several of ours: one after the other
             ("side_by_side") or head by head ("interleaved").
-        transposed: block matrices are stored ``[in, out]``.
+        transposed: which matrices are stored ``[in, out]``: those of blocks, or of experts.
+        alternating: a checkpoint's matrix that holds both of experts' gate and up has a row of the
+            one, then a row of the other.
         aliases: other spellings of keys, which published configurations use, to the key.
         windows: which layers the key ``sliding_window`` is about: none, all, those that
             ``layer_types`` lists and else all, those that ``layer_types`` or
@@ -79,7 +84,8 @@ class Family:
     keys: Mapping[str, str]
     fixed: Mapping[str, object]
     fused: FusedLayout = "side_by_side"
-    transposed: bool = False
+    transposed: Transposed = "none"
+    alternating: bool = False
     aliases: Mapping[str, str] = field(default_factory=dict)
     windows: Windowed = "never"
     rope: RopeKeys = field(default_factory=RopeKeys)

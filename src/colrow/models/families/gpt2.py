@@ -52,7 +52,7 @@ FAMILY = Family(
     },
     fixed={**FIXED, "position": "learned", "scaled_residual_init": True},
     defaults={"tie_word_embeddings": True, "n_positions": 1024},
-    transposed=True,
+    transposed="blocks",
     refused={
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
