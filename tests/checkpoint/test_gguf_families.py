@@ -26,6 +26,7 @@ FAMILIES = {
     "olmo2": gguf.MODEL_ARCH.OLMO2,
     "gemma3": gguf.MODEL_ARCH.GEMMA3,
     "mixtral": gguf.MODEL_ARCH.LLAMA,
+    "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
 }
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -41,6 +42,13 @@ SIZES: dict[str, Any] = {
 FURTHER: dict[str, dict[str, Any]] = {
     "gemma3": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 7},
     "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 23,
+        "norm_topk_prob": True,
+        "head_dim": 8,
+    },
 }
 
 
@@ -85,9 +93,11 @@ def written(name: str, model: Any, directory: Path, path: Path) -> Path:
     else:
         writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
         writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    if name == "mixtral":
+    if name in ("mixtral", "qwen3_moe"):
         writer.add_expert_count(config.num_local_experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
+    if name == "qwen3_moe":
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([f"<{index}>" for index in range(config.vocab_size)])
     for key, tensor in converted(name, load_file(directory / "model.safetensors"), config).items():

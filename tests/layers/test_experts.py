@@ -35,7 +35,7 @@ SPECS = {
         MLPSpec(HIDDEN, 7),
         Routing("sigmoid", True, 2.5, False, True, 3, 2, best_of_group=2, wide=True),
     ),
-    "shared, gated": ExpertsSpec(SILU, 4, 1, MLPSpec(HIDDEN, 9), shared_gate=True),
+    "shared, gated": ExpertsSpec(SILU, 4, 3, MLPSpec(HIDDEN, 9), shared_gate=True),
 }
 
 
@@ -66,7 +66,9 @@ def shares(spec: ExpertsSpec, weights: Weights, x: Tensor) -> Tensor:
         logits = logits + weights["router.bias"]
     found = []
     for row in logits.reshape(-1, spec.count):
-        odds = row.exp() / row.exp().sum() if routing.scores != "sigmoid" else 1 / (1 + (-row).exp())
+        odds = (
+            row.exp() / row.exp().sum() if routing.scores != "sigmoid" else 1 / (1 + (-row).exp())
+        )
         rated = odds.detach().clone()
         if routing.correction:
             rated += weights["router.correction"].detach()
@@ -76,7 +78,9 @@ def shares(spec: ExpertsSpec, weights: Weights, x: Tensor) -> Tensor:
             key=lambda g: -sum(sorted(groups[g].tolist())[-routing.best_of_group :]),
         )
         size = spec.count // routing.groups
-        allowed = [e for g in best[: routing.active_groups] for e in range(g * size, g * size + size)]
+        allowed = [
+            e for g in best[: routing.active_groups] for e in range(g * size, g * size + size)
+        ]
         chosen = sorted(allowed, key=lambda e: -rated[e].item())[: spec.active]
         mask = torch.zeros_like(row)
         mask[chosen] = 1.0
@@ -151,7 +155,7 @@ def check_losses(tp: ParallelGroup) -> None:
         if mask is not None:
             logits = logits[:, mask]
         odds = (logits - logits.logsumexp(-1, keepdim=True)).exp().reshape(-1, 4)
-        counts = torch.zeros(4)
+        counts = torch.zeros(4, dtype=torch.float64)
         for row in odds:
             counts[row.sort().indices[-2:]] += 1
         expected = 0.5 * 4 * (counts / len(odds) * odds.mean(0)).sum()

@@ -16,7 +16,7 @@ from colrow.layers.mlp import ParallelMLP
 from colrow.layers.row import RowParallelLinear
 from colrow.models.build import from_config
 from colrow.models.cache import KeyValueCache
-from colrow.models.config import ModelConfig, common_attention
+from colrow.models.config import ModelConfig
 from colrow.models.decoder import Decoder
 from colrow.models.interface import Cache, TensorParallelModel
 from colrow.partition import Partition
@@ -191,10 +191,12 @@ def _part_decoding(name: str, part: nn.Module, model: Decoder, settings: BenchSe
 
     def refill() -> None:
         cache = model.make_cache(settings.batch, settings.sequence + TOKENS_PER_RUN)
-        attention = common_attention(model.config)
-        heads = attention.heads(model.division).key_value.size(model.tp.rank)
-        past = x.new_zeros(settings.batch, heads, settings.sequence, attention.head_dim)
-        cache.update(0, past, past)
+        attention = model.config.blocks[0].attention
+        heads, *sizes = attention.cache_shape(model.division, model.tp.rank)
+        keys, values = (
+            x.new_zeros(settings.batch, heads, settings.sequence, size) for size in sizes
+        )
+        cache.update(0, keys, values)
         caches[:] = [cache]
 
     @torch.inference_mode()

@@ -78,15 +78,10 @@ def _read(
     Of tensors that hold all experts a reader gives whole rows, of which columns are taken here.
     """
     step = piece.step
-    if step > 1:  # what lies between is read too
-        assert piece.dim is not None
-        rows, columns = (
-            tuple((a * step + piece.phase, (b - 1) * step + piece.phase + 1) for a, b in found)
-            if dim == piece.dim and found is not None
-            else found
-            for dim, found in enumerate((rows, columns))
-        )
-        assert rows is not None
+    if step > 1 and piece.dim == 0:  # what lies between is read too
+        rows = _spread(rows, piece)
+    elif step > 1 and columns is not None:
+        columns = _spread(columns, piece)
     if piece.stacked:
         assert piece.expert is not None
         own = ((piece.expert, piece.expert + 1),)
@@ -98,6 +93,14 @@ def _read(
     if step == 1:
         return chunk
     return chunk[::step] if piece.dim == 0 else chunk[:, ::step]
+
+
+def _spread(ranges: Ranges, piece: Piece) -> Ranges:
+    """The file's ranges from the first to the last index of each."""
+    return tuple(
+        (first * piece.step + piece.phase, (last - 1) * piece.step + piece.phase + 1)
+        for first, last in ranges
+    )
 
 
 def unpair(rows: Tensor, head_dim: int) -> Tensor:

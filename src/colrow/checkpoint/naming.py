@@ -15,7 +15,6 @@ from colrow.models.families.family import FusedLayout, Transposed
 from colrow.partition import Range, ShardSpec
 
 
-
 @dataclass(frozen=True)
 class Naming:
     """Names and layout of the tensors in one kind of file.

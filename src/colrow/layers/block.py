@@ -133,7 +133,7 @@ class ParallelBlock(Sharded, nn.Module):
         dropout_key: int | Tensor | None = None,
         router_losses: RouterLosses | None = None,
     ) -> Tensor:
-        layer = self.attention.qkv.layer
+        layer = f"{self.attention.prefix}qkv"
         if dropout_key is None and self.training and self.dropout.p + self.attention.dropout.p:
             dropout_key = common_seed("dropout masks", self.tp, layer=layer, device=x.device)
         divided = self.divided_sequence(

@@ -197,9 +197,11 @@ class ParallelExperts(Sharded, nn.Module):
         flat = chosen.reshape(-1)
         order = flat.argsort(stable=True)  # by expert
         tokens, experts = order // chosen.shape[1], flat[order]
-        counts = torch.bincount(flat, minlength=self.spec.count).tolist()
+        counts = self._counts(flat)
         up, down = self.experts.up, self.experts.down
-        hidden = grouped_linear(x.index_select(0, tokens), up.weight, counts)  # [rows, (2 *) ffn_local]
+        hidden = grouped_linear(
+            x.index_select(0, tokens), up.weight, counts
+        )  # [rows, (2 *) ffn_local]
         if up.bias is not None:
             hidden = hidden + up.bias.index_select(0, experts)
         expert = self.spec.expert
@@ -216,6 +218,13 @@ class ParallelExperts(Sharded, nn.Module):
             result = result + F.pad(bias, (first, x.shape[-1] - last))
         weighted = result * weights.reshape(-1)[order, None]  # in fp32, as the router computes
         return torch.zeros_like(x).index_add(0, tokens, weighted.to(x.dtype))
+
+    def _counts(self, experts: Tensor) -> list[int]:
+        """How many rows each expert has; as even as possible on meta, where none is chosen."""
+        if experts.is_meta:
+            return list(Partition.even(experts.numel(), self.spec.count).sizes)
+        found: list[int] = torch.bincount(experts, minlength=self.spec.count).tolist()
+        return found
 
     def _shared(self, x: Tensor, shared: SharedWeights) -> Tensor:
         """This rank's part of what the shared experts give, ``[tokens, hidden]``."""

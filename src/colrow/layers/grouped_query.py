@@ -31,7 +31,10 @@ def padded_groups(runs: Sequence[tuple[Range, Range]]) -> tuple[list[int], list[
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None
 ) -> Tensor:
-    """Attention of ``[batch, heads, queries, dim]`` where every KV head serves equally many."""
+    """Attention of ``[batch, heads, queries, dim]`` where every KV head serves equally many.
+
+    Values may have another last size than queries and keys.
+    """
     batch, q_heads, queries, dim = q.shape
     kv_heads = k.shape[1]
     if queries == 1 and q_heads != kv_heads:
@@ -40,7 +43,7 @@ def attend(
         if mask is not None and mask.shape[1] > 1:
             mask = mask.view(mask.shape[0], kv_heads, q_heads // kv_heads, -1)
         mixed = F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
-        return mixed.view(batch, q_heads, 1, dim)
+        return mixed.view(batch, q_heads, 1, -1)
     return F.scaled_dot_product_attention(
         q,
         k,

@@ -98,7 +98,8 @@ class Router(Described):
         best = groups.topk(routing.best_of_group, dim=-1).values.sum(-1)
         kept = torch.zeros_like(best, dtype=torch.bool)
         kept.scatter_(-1, best.topk(routing.active_groups, dim=-1).indices, True)
-        return groups.masked_fill(~kept[..., None], -torch.inf).flatten(-2)
+        allowed: Tensor = groups.masked_fill(~kept[..., None], -torch.inf).flatten(-2)
+        return allowed
 
     def extra_repr(self) -> str:
         """Size, and how many of the experts are active."""
@@ -136,10 +137,12 @@ class RouterLosses:
             apply(_Share, x.to(torch.promote_types(x.dtype, torch.float32)), self._tp.size)
             for x in self._logits
         ]
-        found = logits[0].new_zeros(())
+        found: Tensor = logits[0].new_zeros(())
         if balance:
             found = found + balance * self.balance(logits)
-        return found + z * self.z(logits) if z else found
+        if z:
+            found = found + z * self.z(logits)
+        return found
 
     def balance(self, logits: list[Tensor]) -> Tensor:
         """How unevenly tokens go to the experts; 1 times ``active`` where they do so evenly.

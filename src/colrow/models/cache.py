@@ -9,13 +9,15 @@ from torch import Tensor
 class KeyValueCache:
     """Keys and values of this rank's KV heads, in memory that is allocated once.
 
-    Each layer holds two tensors ``[batch, kv_heads_local, capacity, head_dim]``. Nothing is sent.
+    Each layer holds two tensors ``[batch, kv_heads_local, capacity, head_dim]``; latent attention's
+    are what keys and values are made of, and differ in their last size. Nothing is sent.
     Layers with a sliding window keep all positions too; their mask hides the old ones.
 
     Args:
         num_layers, batch, kv_heads, head_dim: sizes on this rank.
         capacity: positions to allocate. Where more come, the capacity doubles, which copies.
         dtype, device: of keys and values.
+        value_dim: the last size of values; by default that of keys.
         first_layer: number of the first layer, on a later stage of a pipeline.
     """
 
@@ -31,15 +33,18 @@ class KeyValueCache:
         *,
         dtype: torch.dtype,
         device: torch.device | str,
+        value_dim: int | None = None,
         first_layer: int = 0,
     ) -> None:
         for name, size in (("num_layers", num_layers), ("batch", batch), ("capacity", capacity)):
             if size < 1:
                 raise ValueError(f"{name}={size}: a key-value cache needs at least 1")
-        shape = (batch, kv_heads, capacity, head_dim)
         self._keys, self._values = (
-            [torch.empty(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-            for _ in range(2)
+            [
+                torch.empty(batch, kv_heads, capacity, size, dtype=dtype, device=device)
+                for _ in range(num_layers)
+            ]
+            for size in (head_dim, head_dim if value_dim is None else value_dim)
         )
         self._length, self._first_layer = 0, first_layer
 
@@ -76,8 +81,10 @@ class KeyValueCache:
         """
         place = layer - self._first_layer
         stored, past, new = self._keys[place], self.length, keys.shape[2]
-        expected = (*stored.shape[:2], new, stored.shape[3])
-        if tuple(keys.shape) != expected or keys.shape != values.shape:
+        expected, expected_values = (
+            (*held.shape[:2], new, held.shape[3]) for held in (stored, self._values[place])
+        )
+        if tuple(keys.shape) != expected or tuple(values.shape) != expected_values:
             raise ValueError(
                 f"keys {tuple(keys.shape)} and values {tuple(values.shape)} of layer {layer} do "
                 f"not continue a cache of {tuple(stored.shape)}: should be {expected}"

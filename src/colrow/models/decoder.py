@@ -110,6 +110,7 @@ class Decoder(StagedLayers):
         reduction: Reduction = "mean",
         dropout_key: int | Tensor | None = None,
         stage: Stage | None = None,
+        router_losses: bool = True,
     ) -> Tensor:
         """The next-token loss; every rank of the tp group returns the same value.
 
@@ -120,6 +121,7 @@ class Decoder(StagedLayers):
             input_ids: as in :meth:`forward`; the last stage of a pipeline takes hidden states.
             labels: ``[batch, sequence]``, usually ``input_ids``; shifted in here, so that logits
                 at position i are compared with the label at i + 1, as in transformers.
+            router_losses: whether losses of routers are added where the configuration has them.
             The others as in :meth:`forward` and :func:`vocab_parallel_cross_entropy`.
 
         Raises:
@@ -141,9 +143,9 @@ class Decoder(StagedLayers):
                 self.tp, *compared, dropout_key=key, layout=self.division, trained=True
             )
         check_next_token(labels)
-        router_losses = self._router_losses(attention_mask)
+        noted = self._router_losses(attention_mask) if router_losses else None
         hidden = self._hidden(
-            stage, input_ids, labels.shape[1], attention_mask, positions, None, key, router_losses
+            stage, input_ids, labels.shape[1], attention_mask, positions, None, key, noted
         )
         # Labels move rather than logits: a slice of the logits would be copied back in backward.
         nothing = labels.new_full((labels.shape[0], 1), ignore_index)
@@ -157,9 +159,9 @@ class Decoder(StagedLayers):
             reduction=reduction,
             partition=self.vocab,
         )
-        if router_losses is not None and reduction != "none":
+        if noted is not None and reduction != "none":
             config = self.config
-            added = router_losses.total(config.router_balance, config.router_z)
+            added = noted.total(config.router_balance, config.router_z)
             counted = (labels[:, 1:] != ignore_index).sum() if reduction == "sum" else 1
             losses = losses + added * counted
         return losses[:, :-1] if reduction == "none" else losses

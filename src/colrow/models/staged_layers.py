@@ -21,7 +21,7 @@ from colrow.layers.row import RowParallelLinear
 from colrow.layers.shared import SharedLayers, sum_gradients_
 from colrow.models.cache import KeyValueCache
 from colrow.models.communication import predict_step
-from colrow.models.config import ModelConfig, common_attention, num_parameters
+from colrow.models.config import ModelConfig, num_parameters
 from colrow.models.decoder_parts import DecoderParts, allocate
 from colrow.models.interface import Description, Prediction
 from colrow.models.one_token import OneToken
@@ -222,14 +222,23 @@ class StagedLayers(Sharded, nn.Module):
         Raises:
             ValueError: several stages on this rank, or blocks whose heads differ.
         """
-        stage, attention = self.one_stage(None), common_attention(self.config)
-        parameter = next(self.parameters())
+        stage, parameter = self.one_stage(None), next(self.parameters())
+        shapes = {
+            block.attention.cache_shape(self.division, self.tp.rank)
+            for block in dict.fromkeys(self.config.blocks)
+        }
+        if len(shapes) > 1:
+            raise ValueError(
+                f"the blocks of this {self.config.family} model have heads of several kinds"
+            )
+        ((heads, key_size, value_size),) = shapes
         return KeyValueCache(
             len(stage.blocks),
             batch,
-            attention.heads(self.division).key_value.size(self.tp.rank),
-            attention.head_dim,
+            heads,
+            key_size,
             capacity,
+            value_dim=value_size,
             dtype=parameter.dtype,
             device=parameter.device,
             first_layer=stage.start,

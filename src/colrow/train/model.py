@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from colrow.checkpoint.pretrained import from_pretrained, pretrained_config
 from colrow.comm.mesh import Mesh
 from colrow.files import check_inside
 from colrow.generation.tokenizer import end_tokens
+from colrow.layers.describe import ExpertsSpec
 from colrow.layers.dropout import ParallelDropout
 from colrow.leftovers import part_of
 from colrow.models.build import DecoderOptions, from_config
@@ -59,6 +61,12 @@ def build_model(settings: TrainSettings, mesh: Mesh) -> TensorParallelModel:
     if describe(settings).kind == "in place":
         from colrow.train.in_place import build_in_place
 
+        if settings.router_balance > 0 or settings.router_z:
+            raise ValueError(
+                "router_balance and router_z are of models that colrow's decoder computes, and "
+                "this one is split in place: leave them out"
+            )
+
         in_place = build_in_place(settings, mesh, dtype)
         in_place.module.train()
         return in_place
@@ -81,6 +89,7 @@ def _build_decoder(settings: TrainSettings, mesh: Mesh, dtype: torch.dtype) -> D
         model = from_pretrained(settings.model, mesh, dtype=dtype, layer_split=split, **options)
     if settings.dropout >= 0 or not random:
         set_dropout(model, max(0.0, settings.dropout))
+    set_router_losses(model, settings.router_balance, settings.router_z)
     return model
 
 
@@ -118,6 +127,28 @@ def set_dropout(model: Decoder, p: float) -> None:
         if isinstance(module, ParallelDropout):
             module.p = p
     model.config = with_dropout(model.config, p)
+
+
+def set_router_losses(model: Decoder, balance: float, z: float) -> None:
+    """The coefficients of the losses on routers; a negative one stays what the configuration says.
+
+    Raises:
+        ValueError: losses for a model without experts, or in a pipeline.
+    """
+    balance = model.config.router_balance if balance < 0 else balance
+    config = replace(model.config, router_balance=balance, router_z=z)
+    losses = bool(balance or z)
+    if losses and not any(isinstance(block.mlp, ExpertsSpec) for block in config.blocks):
+        raise ValueError(
+            f"router_balance and router_z are of mixtures of experts, and this {config.family} "
+            "model has no experts: leave them out"
+        )
+    if losses and model.pipeline.split.ranks > 1:
+        raise ValueError(
+            "the losses of routers count all layers together, and a pipeline stage has some of "
+            "them: set --router-balance 0 and leave --router-z out, or train with --pp 1"
+        )
+    model.config = config
 
 
 def describe(settings: TrainSettings) -> Description:

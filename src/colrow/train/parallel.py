@@ -48,14 +48,18 @@ class SummedLoss(nn.Module):
         self.module, self.compute_dtype = model.module, compute_dtype
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
         self._loss, self._arithmetic = model.loss, model.arithmetic
+        self._has_routers = model.description.kind == "decoder"
         inside = {id(m) for block in model.blocks for m in block.modules()}
         self._outside = [m for m in model.module.modules() if id(m) not in inside]
 
     def forward(self, input_ids: Tensor, labels: Tensor, dropout_key: int | None = None) -> Tensor:
         """The sum over the tokens that count; ``[batch, sequence]`` ids and labels.
 
-        In evaluation mode without label smoothing and z-loss.
+        In evaluation mode without label smoothing, z-loss and losses of routers.
         """
+        further: dict[str, Any] = {}
+        if self._has_routers and not self.training:
+            further["router_losses"] = False
         with cast_parameters(self._outside, self.compute_dtype), self._arithmetic():
             return self._loss(
                 input_ids,
@@ -64,6 +68,7 @@ class SummedLoss(nn.Module):
                 z_loss=self.z_loss if self.training else 0.0,
                 reduction="sum",
                 dropout_key=dropout_key,
+                **further,
             )
 
 

@@ -137,6 +137,12 @@ class TrainSettings:
     )
     label_smoothing: float = _option(0.0, "weight of the uniform distribution in the target")
     z_loss: float = _option(0.0, "weight of logsumexp squared")
+    router_balance: float = _option(
+        -1.0,
+        "weight of the loss that balances the experts of a mixture; by default what the model's "
+        "configuration says",
+    )
+    router_z: float = _option(0.0, "weight of squared logsumexps of routers' logits")
     recompute: str = _option(
         "none",
         "activations to compute again in backward: none, selective (attention), full (blocks)",
@@ -165,7 +171,8 @@ class TrainSettings:
         at_least = {1: ("tp", "pp", "global_batch", "steps", "keep", "log_every", "save_every",
                         "eval_sequences"),
                     0: ("stages_per_rank", "eval_every", "warmup_steps", "max_restarts", "clip",
-                        "weight_decay", "learning_rate", "momentum", "label_smoothing", "z_loss"),
+                        "weight_decay", "learning_rate", "momentum", "label_smoothing", "z_loss",
+                        "router_z"),
                     2: ("sequence",)}  # fmt: skip
         for least, names in at_least.items():
             for name in names:
@@ -178,6 +185,8 @@ class TrainSettings:
                     f"{entry.name}={getattr(self, entry.name)!r}: must be one of "
                     f"{', '.join(choices)}"
                 )
+        if self.router_balance != -1.0 and self.router_balance < 0:
+            raise ValueError(f"router_balance={self.router_balance}: must be at least 0")
         if self.dropout != -1.0 and not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout}: must be at least 0 and below 1")
         if self.sequence_parallel and self.sequence < self.tp:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import TypeAlias
 
 from colrow.layers.describe.parts import (
@@ -113,7 +113,12 @@ class AttentionSpec:
 
     def cached(self, division: Division, rank: int) -> int:
         """Numbers that a cache on one rank keeps of a token."""
-        return self.heads(division).key_value.size(rank) * (self.key_size + self.value_size)
+        heads, key, value = self.cache_shape(division, rank)
+        return heads * (key + value)
+
+    def cache_shape(self, division: Division, rank: int) -> tuple[int, int, int]:
+        """What a cache on one rank keeps of a token: for so many heads two runs of numbers."""
+        return self.heads(division).key_value.size(rank), self.key_size, self.value_size
 
     def exchanges(self) -> tuple[Exchange, ...]:
         """What it sends."""
@@ -144,6 +149,9 @@ class LatentAttentionSpec:
             ``rope`` rotated numbers that all heads share.
         nope, rope: numbers of a query and key per head without and with rotation.
         value: numbers of a value per head.
+        rotation: of the rotated numbers; None where it is not known, for sizes alone.
+        scale: what scores are multiplied by; None for ``(nope + rope) ** -0.5``.
+        norm_eps: of the norms of what is compressed.
     """
 
     hidden_size: int
@@ -153,8 +161,12 @@ class LatentAttentionSpec:
     nope: int
     rope: int
     value: int
+    _: KW_ONLY
     window: int | None = None
     dropout: float = 0.0
+    rotation: RopeConfig | None = None
+    scale: float | None = None
+    norm_eps: float = 1e-6
 
     @property
     def key_size(self) -> int:
@@ -191,21 +203,26 @@ class LatentAttentionSpec:
         if self.query_rank:
             found = {
                 "q_down": compressing(self.query_rank),
-                "q_norm": NormSpec(self.query_rank, by_head=True),
+                "q_norm": NormSpec(self.query_rank, eps=self.norm_eps, by_head=True),
                 "q_up": ColumnSpec(self.query_rank, (queries,)),
             }
         else:
             found = {"q": ColumnSpec(hidden, (queries,))}
         return found | {
             "kv_down": compressing(self.kv_rank + self.rope),
-            "kv_norm": NormSpec(self.kv_rank, by_head=True),
+            "kv_norm": NormSpec(self.kv_rank, eps=self.norm_eps, by_head=True),
             "kv_up": ColumnSpec(self.kv_rank, (heads.scaled(self.nope + self.value),)),
             "output": RowSpec(heads.scaled(self.value), hidden),
         }
 
     def cached(self, division: Division, rank: int) -> int:
-        """Numbers that a cache on one rank keeps of a token: what is compressed, on every rank."""
-        return self.kv_rank + self.rope
+        """Numbers that a cache on one rank keeps of a token."""
+        heads, key, value = self.cache_shape(division, rank)
+        return heads * (key + value)
+
+    def cache_shape(self, division: Division, rank: int) -> tuple[int, int, int]:
+        """As of other attention layers: what is compressed, and the rotated, on every rank."""
+        return 1, self.kv_rank, self.rope
 
     def linears(self, division: Division, rank: int) -> tuple[Linear, ...]:
         """Its matmuls with weights on one rank; those that compress are whole on every rank."""
@@ -226,8 +243,8 @@ class LatentAttentionSpec:
         )
 
     def exchanges(self) -> tuple[Exchange, ...]:
-        """What it sends: as other attention layers do, at its first and its last linear layer."""
-        return (Exchange("qkv", "column"), Exchange("output", "row"))
+        """What it sends: as other attention layers do; its input is read several times."""
+        return (Exchange("qkv", "column", keeps_input=True), Exchange("output", "row"))
 
 
 Attention: TypeAlias = AttentionSpec | LatentAttentionSpec

@@ -35,9 +35,7 @@ def with_experts(
 def gguf_with_experts(names: Names, *, dense: bool) -> dict[str, tuple[str, ...]]:
     """The same of llama.cpp's files, whose tensors hold all experts."""
     exps = "blk.{i}.ffn_gate_exps", "blk.{i}.ffn_up_exps"
-    return with_experts(
-        names, "blk.{i}.ffn_gate_inp", exps, "blk.{i}.ffn_down_exps", dense=dense
-    )
+    return with_experts(names, "blk.{i}.ffn_gate_inp", exps, "blk.{i}.ffn_down_exps", dense=dense)
 
 
 @dataclass(frozen=True)
