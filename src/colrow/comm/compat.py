@@ -1,9 +1,10 @@
-"""Ways into torch: names that changed from torch 2.11 to 2.13, and shorter ways."""
+"""Ways into torch: names that changed from torch 2.11 to 2.14, and shorter ways."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
@@ -50,6 +51,11 @@ all_gather_single: Callable[..., dist.Work | None] = (
 )
 reduce_scatter_single: Callable[..., dist.Work | None] = (
     getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+)
+
+# 2.14 made it public.
+set_timeout: Callable[[timedelta, dist.ProcessGroup], None] = (
+    getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
 )
 
 functional_all_reduce: Callable[..., Any] = functional.all_reduce

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from colrow.comm import compat
 from colrow.comm.engine import Engine, EngineName, choose_engine
 from colrow.comm.group import ParallelGroup
 from colrow.comm.mpi import BACKEND
@@ -163,7 +164,7 @@ def _limit_waits(group: dist.ProcessGroup, timeout: timedelta) -> None:
     if dist.get_backend(group) == BACKEND:
         group.limit_waits(timeout)  # type: ignore[attr-defined]
     else:
-        dist.distributed_c10d._set_pg_timeout(timeout, group)
+        compat.set_timeout(timeout, group)
 
 
 def _leave() -> None:

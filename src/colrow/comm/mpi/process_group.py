@@ -26,6 +26,14 @@ from colrow.comm.mpi.work import MpiWork
 class MpiGroup(Reductions, Exchanges):
     """The ranks of one communicator; called by torch.distributed."""
 
+    supports_coalescing = False
+
+    def _get_backend(self, device: torch.device) -> Any:
+        """For the CPU itself, which torch 2.14 asks whether it takes several messages at once."""
+        if torch.device(device).type == "cpu":
+            return self
+        return super()._get_backend(device)
+
     def broadcast(self, tensors: Sequence[Tensor], opts: Any) -> MpiWork:
         """The root's tensor."""
         x = tensors[0]
