@@ -139,7 +139,7 @@ def test_no_rank_has_all_logits(cases: dict[str, Case], ranks: RankPool) -> None
     ("options", "message"),
     [
         (["--pp", "2"], "a pipeline of 2 stages: for the described families only"),
-        (["--tp", "2", "--tensor-split", "2,1"], "this gemma2 is split in place, over equal"),
+        (["--tp", "2", "--tensor-split", "2,1"], "this opt is split in place, over equal"),
         (["--layer-split", "1"], "a layer split: for the described families only"),
     ],
 )
@@ -149,7 +149,7 @@ def test_what_is_not_possible_in_place_is_one_line(
     cases: dict[str, Case],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main(["generate", cases["gemma2"].path, "Hi", *options]) == 2
+    assert main(["generate", cases["opt"].path, "Hi", *options]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 
@@ -194,7 +194,7 @@ def test_code_that_comes_with_a_model_runs_only_when_asked(
 def test_the_command_says_which_kind_ran(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model: Any = build(Architecture("gemma2", fields=(("vocab_size", 256),)))
+    model: Any = build(Architecture("opt", fields=(("vocab_size", 256),)))
     model.generation_config.eos_token_id = None
     model.save_pretrained(tmp_path)
     models.save_byte_tokenizer(tmp_path)
@@ -204,8 +204,8 @@ def test_the_command_says_which_kind_ran(
     options = ["--max-new-tokens", "4", "--dtype", "fp32", "--json", str(file), "--no-chat"]
     assert main([*command, *options]) == 0
     found = json.loads(file.read_text())
-    assert (found["kind"], found["architecture"]) == ("in place", "gemma2")
+    assert (found["kind"], found["architecture"]) == ("in place", "opt")
     assert found["layers_per_stage"] is None and len(found["weight_bytes_per_rank"]) == 2
     assert all(size > 0 for size in found["cache_bytes_per_rank"])
     assert [len(answer["token_ids"]) for answer in found["answers"]] == [4, 4]
-    assert capsys.readouterr().err.startswith("gemma2, split in place: 8 tokens, ")
+    assert capsys.readouterr().err.startswith("opt, split in place: 8 tokens, ")

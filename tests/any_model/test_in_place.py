@@ -58,7 +58,7 @@ def check(tp: ParallelGroup, path: str, in_place: bool, expected: dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    ("name", "in_place"), [("gemma2", False), ("mixtral", True), ("llama", False), ("llama", True)]
+    ("name", "in_place"), [("gemma", False), ("mixtral", True), ("llama", False), ("llama", True)]
 )
 def test_loss_gradients_and_shards(
     name: str, in_place: bool, tmp_path: Path, ranks: RankPool

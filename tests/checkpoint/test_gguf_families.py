@@ -27,7 +27,19 @@ FAMILIES = {
     "gemma3": gguf.MODEL_ARCH.GEMMA3,
     "mixtral": gguf.MODEL_ARCH.LLAMA,
     "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
+    "gemma2": gguf.MODEL_ARCH.GEMMA2,
+    "phi4": gguf.MODEL_ARCH.PHI3,
+    "granite": gguf.MODEL_ARCH.GRANITE,
+    "cohere": gguf.MODEL_ARCH.COMMAND_R,
+    "cohere2": gguf.MODEL_ARCH.COHERE2,
+    "falcon": gguf.MODEL_ARCH.FALCON,
+    "falcon-new": gguf.MODEL_ARCH.FALCON,
+    "starcoder2": gguf.MODEL_ARCH.STARCODER2,
+    "glm4": gguf.MODEL_ARCH.GLM4,
+    "smollm3": gguf.MODEL_ARCH.SMOLLM3,
 }
+PAIRED = {"mixtral", "granite", "smollm3"}
+EPS = 2.0**-17  # which fp32 holds
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 48,
@@ -37,7 +49,7 @@ SIZES: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
     "sliding_window": None,
-    "rms_norm_eps": 2.0**-17,  # which fp32 holds
+    "rms_norm_eps": EPS,
 }
 FURTHER: dict[str, dict[str, Any]] = {
     "gemma3": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 7},
@@ -48,6 +60,60 @@ FURTHER: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 23,
         "norm_topk_prob": True,
         "head_dim": 8,
+    },
+    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 7},
+    "phi4": {
+        "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 32,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "short_factor": [1.0, 1.25, 1.5],
+            "long_factor": [1.0, 2.5, 4.5],
+            "attention_factor": 1.25,
+        },
+        "tie_word_embeddings": True,
+    },
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.25,
+        "attention_multiplier": 0.375,
+        "logits_scaling": 4.0,
+        "attention_bias": True,
+    },
+    "cohere": {"layer_norm_eps": EPS, "logit_scale": 0.25, "use_qk_norm": True},
+    "cohere2": {"layer_norm_eps": EPS, "logit_scale": 0.25, "sliding_window": 7},
+    "falcon": {"layer_norm_epsilon": EPS, "ffn_hidden_size": 101},
+    "falcon-new": {
+        "layer_norm_epsilon": EPS,
+        "ffn_hidden_size": 101,
+        "num_kv_heads": 2,
+        "new_decoder_architecture": True,
+    },
+    "starcoder2": {"norm_epsilon": EPS},
+    "glm4": {"head_dim": 8},
+}
+# Names of numbers in the metadata, as the converter writes them.
+NUMBERS: dict[str, dict[str, Any]] = {
+    "gemma2": {
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "attention.sliding_window": 7,
+    },
+    "phi4": {"rope.scaling.attn_factor": 1.25, "rope.scaling.original_context_length": 32},
+    "granite": {
+        "embedding_scale": 3.0,
+        "residual_scale": 0.25,
+        "attention.scale": 0.375,
+        "logit_scale": 4.0,
+    },
+    "cohere": {"logit_scale": 0.25, "rope.scaling.type": "none"},
+    "cohere2": {"logit_scale": 0.25, "attention.sliding_window": 7, "rope.scaling.type": "none"},
+    "mixtral": {"expert_count": 5, "expert_used_count": 2},
+    "gemma3": {"attention.sliding_window": 7},
+    "qwen3_moe": {
+        "expert_count": 5,
+        "expert_used_count": 2,
+        "expert_feed_forward_length": 23,
     },
 }
 
@@ -76,28 +142,27 @@ def written(name: str, model: Any, directory: Path, path: Path) -> Path:
     from safetensors.torch import load_file
 
     config, arch = model.config, FAMILIES[name]
-    writer = gguf.GGUFWriter(str(path), gguf.MODEL_ARCH_NAMES[arch])
+    space = gguf.MODEL_ARCH_NAMES[arch]
+    writer = gguf.GGUFWriter(str(path), space)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_feed_forward_length(SIZES["intermediate_size"])
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_head_count_kv(1 if name == "falcon" else 2)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    if name == "gemma3":
+    is_rms = not any("layernorm" in type(m).__name__.lower() for m in model.modules())
+    (writer.add_layer_norm_rms_eps if is_rms else writer.add_layer_norm_eps)(EPS)
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    if name.startswith("gemma"):
         writer.add_key_length(config.head_dim)
         writer.add_value_length(config.head_dim)
-        writer.add_sliding_window(config.sliding_window)
-        writer.add_rope_freq_base(1e6)
     else:
-        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-        writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    if name in ("mixtral", "qwen3_moe"):
-        writer.add_expert_count(config.num_local_experts)
-        writer.add_expert_used_count(config.num_experts_per_tok)
-    if name == "qwen3_moe":
-        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+        writer.add_rope_dimension_count(int(8 * rope.get("partial_rotary_factor", 1)))
+    for key, value in NUMBERS.get(name, {}).items():
+        add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        add[type(value)](f"{space}.{key}", value)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([f"<{index}>" for index in range(config.vocab_size)])
     for key, tensor in converted(name, load_file(directory / "model.safetensors"), config).items():
@@ -121,13 +186,21 @@ def converted(name: str, tensors: dict[str, Tensor], config: Any) -> dict[str, T
             assert int(number) == len(experts.setdefault(f"{before}.experts.{which}", []))
             experts[f"{before}.experts.{which}"].append(tensor)
             continue
-        if name == "mixtral" and key.endswith(("q_proj.weight", "k_proj.weight")):
+        if name in PAIRED and (".q_proj." in key or ".k_proj." in key):
             tensor = pair(tensor, config.hidden_size // config.num_attention_heads)
-        if name == "gemma3" and key.endswith("norm.weight"):
+        if name.startswith("gemma") and key.endswith("norm.weight"):
             tensor = tensor + 1
-        target = names.get_name(key, try_suffixes=(".weight",))
+        if "query_key_value" in key:
+            groups = tensor.view(1 if name == "falcon" else 2, -1, 8, *tensor.shape[1:])
+            parts = (groups[:, :-2], groups[:, -2:-1], groups[:, -1:])
+            tensor = torch.cat([part.reshape(-1, *tensor.shape[1:]) for part in parts])
+        target = names.get_name(key, try_suffixes=(".weight", ".bias"))
         assert target is not None, key
         found[target] = tensor
+    if name == "phi4":
+        for which in ("long", "short"):
+            factors = config.rope_parameters[f"{which}_factor"]
+            found[f"rope_factors_{which}.weight"] = torch.tensor(factors)
     for key, parts in experts.items():
         target = names.get_name(f"{key}.weight", try_suffixes=(".weight",))
         assert target is not None, key

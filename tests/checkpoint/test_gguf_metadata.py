@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,21 @@ def test_rotary_scaling(
     assert rope is not None and (rope.scaling, rope.factor) == (scaling, factor)
 
 
+def test_yarn_is_what_llama_cpp_makes_of_it(tmp_path: Path) -> None:
+    """Its magnitude grows with the factor, and a further one multiplies it."""
+    fields = {
+        "rope__scaling__type": "yarn",
+        "rope__scaling__factor": 4.0,
+        "rope__scaling__original_context_length": 16,
+        "rope__scaling__attn_factor": 2.0,
+    }
+    rope = fields_of(pretrained_config(file(tmp_path, **fields)))["rope"]
+    grown = 2 * (1 + 0.1 * math.log(4.0))
+    assert rope == replace(
+        rope, scaling="yarn", factor=4.0, original_max_positions=16, attention_factor=grown
+    )
+
+
 NEUTRAL: dict[str, Any] = {
     "attention__causal": True,
     "attention__scale": 16**-0.5,
@@ -161,8 +178,12 @@ def test_what_changes_nothing_is_accepted(tmp_path: Path) -> None:
         ({"pooling_type": 3}, "pooling_type"),
         ({"some_key_of_tomorrow": 1}, r"llama\.some_key_of_tomorrow=1, which is not supported"),
         ({"rope__freq_base_swa": 5.0}, "freq_base_swa"),
-        ({"rope__scaling__attn_factor": 2.0}, "attn_factor"),
-        ({"rope__scaling__type": "yarn"}, "rope scaling 'yarn' is not supported"),
+        ({"rope__scaling__type": "ntk"}, "rope scaling 'ntk' is not supported"),
+        ({"rope__scaling__type": "longrope"}, "without tensors of factors"),
+        (
+            {"rope__scaling__type": "yarn", "rope__scaling__yarn_ext_factor": 0.0},
+            "yarn_ext_factor=0",
+        ),
         ({"rope__dimension_count": 8}, r"rope\.dimension_count=8, but the size of a head is 16"),
         ({"attention__value_length": 8}, "value_length=8, but the length of keys is 16"),
         ({"vocab_size": 96}, "vocab_size=96, but the number of rows"),

@@ -34,7 +34,7 @@ def test_verify_takes_an_architecture_and_a_saved_model(
     assert main(["verify", "--architecture", "gpt2", "--tp", "2", "--dtype", "fp64"]) == 0
     assert "PASSED" in capsys.readouterr().out
     report = tmp_path / "report.json"
-    for architecture in (Architecture("bert", "AutoModelForMaskedLM"), Architecture("gemma2")):
+    for architecture in (Architecture("bert", "AutoModelForMaskedLM"), Architecture("gemma")):
         saved = tmp_path / architecture.model_type
         build(architecture).save_pretrained(saved)
         assert main(["verify", str(saved), "--tp", "2", "--json", str(report)]) == 0

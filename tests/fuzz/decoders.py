@@ -31,9 +31,15 @@ ROPES: list[dict[str, Any] | None] = [
     {"rope_type": "default", "rope_theta": 500.0},
     {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.5},
     LLAMA3_ROPE,
+    {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
 ]
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gpt2", "gpt_neox", "bloom"]
-_LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
+_LLAMAS = [
+    *("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "gemma2", "gemma3_text", "granite"),
+    *("cohere", "cohere2", "starcoder2", "glm", "glm4", "smollm3"),
+]
+FAMILIES = [*_LLAMAS, "falcon", "gpt2", "gpt_neox", "bloom"]
+_OWN_WIDTH = {"llama", "mistral", "qwen3", "gemma2", "gemma3_text", "glm", "glm4"}
 
 MODEL = {
     "family": OneOf(FAMILIES),
@@ -71,6 +77,37 @@ LAYOUT = {
 }
 
 
+def further(case: Case) -> dict[str, Any]:
+    """What the configurations of one family have beside those of LLaMA."""
+    family, window, biases = case["family"], case["window"], case["biases"]
+    half = 0.5 if case["partial"] < 1 and case["head_dim"] != 6 else 1.0
+    by_layer = {"use_sliding_window": True, "sliding_window": window, "max_window_layers": 1}
+    windows = {"sliding_window": window or 3}
+    gemma = {"hidden_activation": case["activation"], "query_pre_attn_scalar": 7, **windows}
+    cohere = {"layer_norm_eps": case["eps"], "logit_scale": 0.3, "attention_bias": biases}
+    found: dict[str, dict[str, Any]] = {
+        "llama": {"attention_bias": biases, "mlp_bias": biases},
+        "mistral": {"sliding_window": window},
+        "qwen2": by_layer if window else {},
+        "qwen3": {"attention_bias": biases, **(by_layer if window else {})},
+        "phi3": {"sliding_window": window, "partial_rotary_factor": half, "resid_pdrop": 0.0},
+        "olmo2": {"attention_bias": biases},
+        "gemma2": {**gemma, "attn_logit_softcapping": 2.0, "final_logit_softcapping": None},
+        "gemma3_text": {**gemma, "sliding_window_pattern": 2},
+        "granite": {"residual_multiplier": 0.3, "attention_multiplier": 0.4, "logits_scaling": 3},
+        "cohere": {**cohere, "use_qk_norm": case["tied"]},
+        "cohere2": {**cohere, **windows, "sliding_window_pattern": 2},
+        "starcoder2": {
+            **{"norm_epsilon": case["eps"], "use_bias": biases, "sliding_window": window},
+            **dict.fromkeys(("embedding_dropout", "residual_dropout"), 0.0),
+        },
+        "glm": {"attention_bias": biases, "partial_rotary_factor": half},
+        "glm4": {"attention_bias": biases, "partial_rotary_factor": half},
+        "smollm3": {"no_rope_layer_interval": 2, "mlp_bias": biases},
+    }
+    return found[family]
+
+
 def keys_of(case: Case) -> tuple[str, dict[str, Any]]:
     """transformers' name of the model type, and the keys of its configuration."""
     family, (heads, kv_heads), size = case["family"], case["heads"], case["head_dim"]
@@ -78,8 +115,9 @@ def keys_of(case: Case) -> tuple[str, dict[str, Any]]:
     every = {"vocab_size": case["vocab"], "bos_token_id": 0, "eos_token_id": 1}
     every |= {"pad_token_id": case["padding"], "tie_word_embeddings": case["tied"]}
     if family in _LLAMAS:
-        if case["own_width"]:  # the heads together are not as wide as the residual stream
-            width += heads * case["own_width"]
+        own_width = case["own_width"] if family in _OWN_WIDTH else 0
+        if own_width:  # the heads together are not as wide as the residual stream
+            width += heads * own_width
         keys = {
             "hidden_size": width,
             "num_hidden_layers": case["layers"],
@@ -92,22 +130,11 @@ def keys_of(case: Case) -> tuple[str, dict[str, Any]]:
             "max_position_embeddings": _POSITIONS,
             "attention_dropout": 0.0,
         }
-        if case["rope"]:
-            keys["rope_parameters"] = case["rope"]
-        if family == "llama":
-            keys |= {"attention_bias": case["biases"], "mlp_bias": case["biases"]}
-        elif family == "mistral":
-            keys["sliding_window"] = case["window"]
-        else:
-            if family == "qwen3":
-                keys["attention_bias"] = case["biases"]
-            if case["window"]:
-                keys |= {"use_sliding_window": True, "sliding_window": case["window"]}
-                keys["max_window_layers"] = 1
-        if family == "qwen2" and case["own_width"]:
-            keys["hidden_size"] = heads * size
+        if case["rope"] and family not in ("phi3", "gemma3_text"):
+            keys["rope_parameters"] = dict(case["rope"])  # to which transformers adds
+        if family not in _OWN_WIDTH:
             del keys["head_dim"]
-        return family, every | keys
+        return family, every | keys | further(case)
     if family == "gpt2":
         keys = {
             "n_embd": width,
@@ -118,6 +145,21 @@ def keys_of(case: Case) -> tuple[str, dict[str, Any]]:
             "layer_norm_epsilon": case["eps"],
             "n_positions": _POSITIONS,
             **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
+        }
+    elif family == "falcon":
+        keys = {
+            "hidden_size": width,
+            "num_hidden_layers": case["layers"],
+            "num_attention_heads": heads,
+            "num_kv_heads": kv_heads,
+            "ffn_hidden_size": case["ffn"],
+            "activation": case["activation"],
+            "layer_norm_epsilon": case["eps"],
+            "max_position_embeddings": _POSITIONS,
+            "bias": case["biases"],
+            "parallel_attn": case["parallel_residual"],
+            "multi_query": case["window"] is None,
+            "new_decoder_architecture": case["parallel_residual"] and case["window"] == 3,
         }
     elif family == "gpt_neox":
         keys = {
@@ -156,7 +198,8 @@ def make(world: World, case: Case) -> Any:
             raise NotRunError(f"transformers: {type(error).__name__}: {error}") from error
         with torch.no_grad():
             for parameter in model.parameters():
-                middle = 1.0 if parameter.dim() == 1 else 0.0
+                added = name.startswith("gemma")  # whose norms hold what is added to 1
+                middle = 1.0 if parameter.dim() == 1 and not added else 0.0
                 parameter.normal_(middle, case["weights"])
         if world.rank == 0:
             model.generation_config.eos_token_id = None

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from colrow import HeadPartition, ParallelAttention, ParallelGroup, Partition, rng
+from colrow.layers import scores
 from colrow.layers.context import AttentionContext
 from colrow.layers.describe import NormSpec
 from colrow.layers.options import RopeConfig
@@ -36,6 +37,8 @@ class DenseAttention:
     all_heads: bool = False  # the norms go over the features of all heads
     centred: bool = False
     scale: float | None = None
+    softcap: float | None = None
+    sinks: bool = False
     dropout: tuple[int, float] | None = None  # key and probability
     valid: Tensor | None = None
     positions: Tensor | None = None
@@ -69,13 +72,22 @@ class DenseAttention:
         if self.alibi:
             slopes = torch.tensor(bloom_slopes(self.num_heads), dtype=x.dtype)
             mask = mask + slopes.view(1, -1, 1, 1) * positions.view(batch, 1, 1, length)
-        if self.dropout is None:
+        if self.dropout is None and self.softcap is None and not self.sinks:
             mixed = F.scaled_dot_product_attention(q, k, v, mask, scale=self.scale)
         else:
-            key, p = self.dropout
-            scores = (q @ k.mT / math.sqrt(HEAD_DIM) + mask).softmax(-1)
-            keep = rng.uniform(key, torch.arange(scores.numel())).view(scores.shape) >= p
-            mixed = (scores * keep / (1 - p)) @ v
+            scores = q @ k.mT * (HEAD_DIM**-0.5 if self.scale is None else self.scale)
+            if self.softcap is not None:
+                scores = self.softcap * torch.tanh(scores / self.softcap)
+            scores = scores + mask
+            total = scores.exp().sum(-1, keepdim=True)
+            if self.sinks:
+                total = total + weights["sinks.weight"].exp().view(-1, 1, 1)
+            scores = scores.exp() / total
+            if self.dropout is not None:
+                key, p = self.dropout
+                keep = rng.uniform(key, torch.arange(scores.numel())).view(scores.shape) >= p
+                scores = scores * keep / (1 - p)
+            mixed = scores @ v
         mixed = mixed.transpose(1, 2).reshape(batch, length, -1)
         return F.linear(mixed, weights["output.weight"], weights.get("output.bias"))
 
@@ -91,13 +103,18 @@ class DenseAttention:
 
 
 def rotate(x: Tensor, positions: Tensor, rope: RopeConfig) -> Tensor:
-    """Each pair (i, i + dims/2) as a complex number, turned by position times frequency."""
+    """Each pair of dimensions as a complex number, turned by position times frequency."""
     half = rope.dims // 2
     frequencies = torch.tensor([rope.theta ** (-2 * i / rope.dims) for i in range(half)])
     angles = positions.double()[:, None, :, None] * frequencies.float().double()
-    turned = torch.complex(x[..., :half], x[..., half : rope.dims])
-    turned = turned * torch.polar(torch.ones_like(angles), angles)
-    return torch.cat([turned.real, turned.imag, x[..., rope.dims :]], -1)
+    rotating = x[..., : rope.dims]
+    first, second = rotating.split(half, -1)
+    if rope.interleaved:
+        first, second = rotating[..., 0::2], rotating[..., 1::2]
+    turned = torch.complex(first, second) * torch.polar(torch.ones_like(angles), angles)
+    pair = [turned.real, turned.imag]
+    both = torch.stack(pair, -1).flatten(-2) if rope.interleaved else torch.cat(pair, -1)
+    return torch.cat([both, x[..., rope.dims :]], -1)
 
 
 def bloom_slopes(num_heads: int) -> list[float]:
@@ -203,6 +220,56 @@ def check_dropout(tp: ParallelGroup) -> None:
             dense = DenseAttention(*counts, alibi=alibi, window=window, dropout=dropout)
             what = f"{counts} {alibi=} {window=} {dropout=}"
             compare(tp, layer, dense, x, what, run=lambda x, a=layer: a(x, dropout_key=key))
+
+
+def check_scores(tp: ParallelGroup) -> None:
+    """Soft caps and sinks, with gradients; with a cache and in parts they give the same."""
+    rope, sequence = replace(ROPE, interleaved=True), Partition.even(SEQUENCE, tp.size)
+    kinds = ((1.5, False, None), (None, True, (77, 0.4)), (0.7, True, None))
+    for number, (counts, kind) in enumerate(itertools.product(COUNTS, kinds)):
+        softcap, sinks, dropout = kind
+        window, sp, scale = (None, 3)[number % 2], number % 3 == 0, 0.9
+        layer = ParallelAttention(
+            HIDDEN,
+            HeadPartition.create(*counts, tp.size),
+            HEAD_DIM,
+            tp,
+            rope=rope,
+            window=window,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            dropout=dropout[1] if dropout else 0.0,
+            sequence_parallel=sp,
+            dtype=FP64,
+        )
+        options = {"rope": rope, "window": window, "scale": scale}
+        dense = DenseAttention(*counts, softcap=softcap, sinks=sinks, dropout=dropout, **options)  # type: ignore[arg-type]
+        x = random(BATCH, SEQUENCE, HIDDEN).requires_grad_()
+        for recompute in (False, True):
+            compare(
+                tp,
+                layer,
+                dense,
+                x,
+                f"{counts} {kind} {window=} {sp=} {recompute=}",
+                x_spec=divided(x, 1, sequence) if sp else None,
+                y_spec=(lambda y: divided(y, 1, sequence)) if sp else None,
+                run=lambda x, a=layer, r=recompute: a(
+                    x, sequence=sequence, dropout_key=77, recompute=r
+                ),
+            )
+        if sp:
+            continue
+        weights = whole_weights(layer)
+        place(layer, weights, tp.rank)
+        layer.eval()
+        whole = replace(dense, dropout=None)(weights, x)
+        cache = Cache()
+        with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(scores, "_ELEMENTS", 2 * BATCH * SEQUENCE)
+            steps = [layer(part, cache=cache) for part in x.split([4, 2, 1], 1)]
+        torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-11, atol=1e-12)
 
 
 def check_padding(tp: ParallelGroup) -> None:
@@ -339,7 +406,7 @@ def check_conversion(tp: ParallelGroup) -> None:
             for other in (narrow, late):
                 assert other.get_buffer(name).dtype == table.dtype
                 assert torch.equal(other.get_buffer(name), table)
-        tables = {"frequencies" if "rope" in position else "slopes", "kv_of_query"}
+        tables = {"frequencies" if "rope" in position else "slopes"}
         if len(plain.runs) > 1:
             tables |= {"padded", "unpadded"}
         assert {name for name, _ in plain.named_buffers()} == tables
@@ -384,6 +451,11 @@ def test_against_dense(ranks: RankPool, n: int) -> None:
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_norms_of_all_heads(ranks: RankPool, n: int) -> None:
     ranks(n, check_norms_of_all_heads)
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_soft_caps_and_sinks(ranks: RankPool, n: int) -> None:
+    ranks(n, check_scores)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -39,12 +40,15 @@ from colrow.layers.describe import (
     RouterSpec,
     Routing,
     RowSpec,
+    SinksSpec,
     TableSpec,
     parameters_of,
 )
-from colrow.layers.norm import head_norm, hidden_norm
+from colrow.layers.head_norm import head_norm
+from colrow.layers.norm import hidden_norm
 from colrow.layers.options import RopeConfig
 from colrow.layers.router import Router
+from colrow.layers.scores import Sinks
 from colrow.layers.shared import SharedLayers
 from colrow.models.compose import decoder
 from colrow.models.decoder_parts import DecoderParts
@@ -80,6 +84,14 @@ BLOCKS: dict[str, dict[str, Any]] = {
     "norms of each head": {"qk_norm": "each_head", "attention_scale": 0.3},
     "norms of all heads": {"qk_norm": "all_heads", "norms": "after", "norm_wide": True},
     "norms of all heads, one KV head": {"qk_norm": "all_heads", "num_kv_heads": 1},
+    "soft caps and sinks": {"attention_softcap": 2.0, "sinks": True},
+    "one norm for both": {
+        "norm": "layernorm",
+        "norm_bias": False,
+        "parallel_residual": True,
+        "one_norm": True,
+        "qk_norm": "by_head",
+    },
     "norms around": {"norms": "around", "norm_centred": True, "norm_wide": True},
     "experts": {"experts": 4, "active_experts": 2, "num_heads": 4, "num_kv_heads": 4},
     "all that experts can have": {
@@ -121,16 +133,24 @@ def parts_alone(tp: ParallelGroup, sequence_parallel: bool) -> list[tuple[nn.Mod
                 RowSpec(ffn, HIDDEN, bias),
             ),
         ]
-    forms = (NormSpec(HIDDEN), NormSpec(HIDDEN, centred=True), NormSpec(HIDDEN, "layernorm"))
+    forms = (
+        NormSpec(HIDDEN),
+        NormSpec(HIDDEN, centred=True),
+        NormSpec(HIDDEN, "layernorm"),
+        NormSpec(HIDDEN, "layernorm", bias=False),
+    )
     for norm in forms:
         layer = hidden_norm(norm, tp, divided_sequence=sequence_parallel, layer="", dtype=FP64)
         found.append((layer, norm))
-    for norm in (
-        NormSpec(HEAD_DIM, by_head=True),
-        NormSpec(5 * HEAD_DIM, partition=query),
-        NormSpec(HEAD_DIM, partition=key_value),
+    own = partial(NormSpec, HEAD_DIM, "layernorm", bias=False)
+    for norm, divided, over_all in (
+        (NormSpec(HEAD_DIM, by_head=True), heads.query, False),
+        (NormSpec(5 * HEAD_DIM, partition=query), heads.query, True),
+        (NormSpec(HEAD_DIM, partition=key_value), heads.key_value, True),
+        (own(heads=5, partition=heads.query), heads.query, False),
+        (own(heads=1, partition=heads.key_value), heads.key_value, False),
     ):
-        layer = head_norm(norm, tp, features=norm.partition, layer="", dtype=FP64)
+        layer = head_norm(norm, tp, divided, over_all=over_all, layer="", dtype=FP64)
         found.append((layer, norm))
     return [
         *found,
@@ -140,6 +160,7 @@ def parts_alone(tp: ParallelGroup, sequence_parallel: bool) -> list[tuple[nn.Mod
         ),
         (PositionEmbedding(16, HIDDEN, tp, **options), TableSpec(16, HIDDEN)),
         (Router(HIDDEN, 4, 2, tp, dtype=FP64), RouterSpec(4, HIDDEN)),
+        (Sinks(heads.query, tp, dtype=FP64), SinksSpec(heads.query)),
     ]
 
 

@@ -135,13 +135,13 @@ def test_learned_positions_end() -> None:
     [
         (
             {"model_type": "mamba"},
-            "unknown architecture 'mamba': the decoder knows bloom, gemma",
+            "unknown architecture 'mamba': the decoder knows bloom, cohere",
         ),
         ({"vocab_size": None}, "no integer 'vocab_size'"),
         ({"hidden_act": "mish"}, "activation 'mish': the decoder knows gelu"),
         ({"hidden_size": 41}, "hidden_size=41 is not a multiple of num_heads=5"),
         ({"num_key_value_heads": 3}, "num_heads=5 is not a multiple of num_kv_heads=3"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope type 'yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "mrope"}}, "rope type 'mrope' is not supported"),
         ({"head_dim": 7}, "7 is not even"),
     ],
 )

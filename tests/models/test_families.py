@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 import colrow
 from colrow.comm.collectives import gather_from_tp
 from colrow.comm.group import ParallelGroup
+from colrow.models.config import num_parameters
 from colrow.verification.comparison import relative_error
 from tests.models import tiny
 from tests.ranks import RankPool
@@ -66,9 +68,11 @@ def round_trip(tp: ParallelGroup, root: Path, names: list[str]) -> dict[str, lis
 
     wrong = {}
     for name in names:
-        whole = colrow.full_state_dict(colrow.from_pretrained(root / name, tp))
+        model = colrow.from_pretrained(root / name, tp)
+        whole = colrow.full_state_dict(model)
         if tp.rank == 0:
             stored = load_file(root / name / "model.safetensors")
+            assert num_parameters(model.config) == sum(map(Tensor.numel, stored.values())), name
             wrong[name] = [key for key in stored if not torch.equal(stored[key], whole[key])]
             wrong[name] += list(whole.keys() ^ stored.keys())
     return wrong

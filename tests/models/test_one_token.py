@@ -24,7 +24,10 @@ from tests.generation import models
 from tests.models import tiny
 from tests.ranks import RankPool
 
-FLAT = {"llama", "llama-biased-tied", "qwen2", "gpt_neox", "gpt_neox-serial"}
+FLAT = {
+    *("llama", "llama-biased-tied", "qwen2", "gpt2", "gpt2-untied", "gpt_neox", "gpt_neox-serial"),
+    *("phi4", "falcon-new", "falcon-serial", "glm", "smollm3"),
+}
 PROMPT = 4
 IDS = tiny.batch()[:1, :9]
 
@@ -271,14 +274,16 @@ def changes() -> dict[str, Callable[[Any], None]]:
         "norm": lambda b: setattr(b, "mlp_norm", Same()),
         "no norm": lambda b: setattr(b.attention_norm, "eps", 0.5),
         "window": lambda b: setattr(b.attention, "window", 3),
-        "alibi": lambda b: setattr(b.attention, "rope", None),
+        "no rotation": lambda b: setattr(b.attention, "rope", None),
+        "soft cap": lambda b: setattr(b.attention, "softcap", 2.0),
+        "alibi": lambda b: setattr(b.attention, "alibi", True),
         "activation": lambda b: setattr(b.mlp, "activation", "relu"),
         "residual": lambda b: setattr(b, "parallel_residual", True),
         "frequencies": lambda b: setattr(b.attention, "frequencies", b.attention.frequencies * 2),
         "weight norm": lambda b: parametrised(b.mlp.up),
         "tensor": lambda b: with_scale(b.mlp_norm),
         "child": lambda b: b.mlp.add_module("adapter", torch.nn.Linear(2, 2)),
-        "attribute": lambda b: setattr(b.attention, "softcap", 30.0),
+        "attribute": lambda b: setattr(b.attention, "further", 30.0),
         "rope": lambda b: setattr(
             b.attention, "rope", dataclasses.replace(b.attention.rope, theta=3.0)
         ),
@@ -304,6 +309,7 @@ class Scaled(Tensor):
 
 
 SAME_NUMBERS = {
+    "alibi",
     "child",
     "attribute",
     "query norm",
@@ -312,7 +318,7 @@ SAME_NUMBERS = {
     "frequencies",
     "forward of dropout",
 }
-SERVED = {"no norm", "activation", "residual", "rope", "append"}
+SERVED = {"no norm", "no rotation", "activation", "residual", "rope", "append"}
 
 
 @pytest.mark.parametrize("before", [False, True], ids=["after", "before"])

@@ -23,6 +23,7 @@ SIZES = {"vocab_size": 97, "hidden_size": 40, "num_hidden_layers": 2, "intermedi
 ONE_KV = {"num_attention_heads": 5, "num_key_value_heads": 1}
 TWO_KV = {"num_attention_heads": 8, "num_key_value_heads": 2, "hidden_size": 48}
 THREE_KV = {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 36}
+WIDE = {key: value for key, value in SIZES.items() if key != "intermediate_size"}
 GPT = {"vocab_size": 97, "n_layer": 2, "hidden_size": 40, "n_head": 5}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -31,6 +32,15 @@ LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
+}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 4.0,
+    "mscale": 0.7,
+    "mscale_all_dim": 1.3,
 }
 # One layer, as a config.json: the smallest that is loaded.
 SMALLEST: dict[str, Any] = {
@@ -93,6 +103,89 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "tie_word_embeddings": False,  # tied, so small a model only repeats itself
         },
     ),
+    "gemma2": (
+        "gemma2",
+        {
+            **SIZES,
+            **ONE_KV,
+            "head_dim": 8,
+            "query_pre_attn_scalar": 12,
+            "sliding_window": 7,
+            "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 3.0,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "phi4": (
+        "phi3",
+        {
+            **SIZES,
+            **TWO_KV,
+            "hidden_size": 64,
+            "partial_rotary_factor": 0.75,
+            "max_position_embeddings": 128,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "short_factor": [1.0, 1.1, 1.3],
+                "long_factor": [1.0, 1.5, 4.0],
+            },
+            "tie_word_embeddings": True,
+        },
+    ),
+    "granite": (
+        "granite",
+        {
+            **SIZES,
+            **THREE_KV,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.22,
+            "attention_multiplier": 0.3,
+            "logits_scaling": 5.0,
+            "rope_parameters": YARN_ROPE,
+        },
+    ),
+    "cohere": (
+        "cohere",
+        {**SIZES, **THREE_KV, "logit_scale": 0.25, "attention_bias": True, "use_qk_norm": True},
+    ),
+    "cohere2": (
+        "cohere2",
+        {
+            **SIZES,
+            **ONE_KV,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 7,
+        },
+    ),
+    "falcon": (
+        "falcon",
+        {**WIDE, "num_attention_heads": 5, "ffn_hidden_size": 101, "bias": True},
+    ),
+    "falcon-new": (
+        "falcon",
+        {
+            **WIDE,
+            "hidden_size": 48,
+            "num_attention_heads": 8,
+            "num_kv_heads": 2,
+            "new_decoder_architecture": True,
+            "tie_word_embeddings": False,
+            "max_position_embeddings": 64,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+        },
+    ),
+    "falcon-serial": (
+        "falcon",
+        {**WIDE, "num_attention_heads": 5, "multi_query": False, "parallel_attn": False},
+    ),
+    "starcoder2": ("starcoder2", {**SIZES, **ONE_KV, "sliding_window": 7}),
+    "glm": ("glm", {**SIZES, **TWO_KV, "head_dim": 8}),
+    "glm4": ("glm4", {**SIZES, **ONE_KV, "head_dim": 8, "attention_bias": False}),
+    "smollm3": (
+        "smollm3",
+        {**SIZES, **THREE_KV, "no_rope_layer_interval": 2, "mlp_bias": True},
+    ),
     "mixtral": (
         "mixtral",
         {
@@ -150,7 +243,7 @@ def make(name: str, directory: Path) -> torch.nn.Module:
         with torch.no_grad():
             for parameter in model.parameters():
                 # Gemma's norms hold what is added to 1.
-                middle = 1.0 if parameter.dim() == 1 and kind != "gemma3_text" else 0.0
+                middle = 1.0 if parameter.dim() == 1 and not kind.startswith("gemma") else 0.0
                 parameter.normal_(middle, 0.2)
         model.save_pretrained(directory)
     return prepare_reference(model)

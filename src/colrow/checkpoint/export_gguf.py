@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from colrow.checkpoint.gguf_rope import FACTORS
 from colrow.checkpoint.load import place_of
 from colrow.checkpoint.naming import gguf_naming, pieces
 from colrow.checkpoint.pretrained import pretrained_config
@@ -30,6 +31,8 @@ def _equal(lent: object, value: object) -> bool:
     """Whether two settings are the same in fp32, in which GGUF files hold numbers."""
     if isinstance(lent, RopeConfig) and isinstance(value, RopeConfig):
         return all(_equal(getattr(lent, name), of) for name, of in vars(value).items())
+    if isinstance(lent, tuple) and isinstance(value, tuple):
+        return len(lent) == len(value) and all(map(_equal, lent, value))
     if isinstance(lent, float) and isinstance(value, float | int):
         return math.isclose(lent, value, rel_tol=1e-6)
     return lent == value
@@ -76,8 +79,11 @@ def write_gguf(model: Decoder, path: str | Path, like: str | Path, dtype: torch.
                     field.name, field.contents(), field.types[0], sub_type=sub_type
                 )
         for name, tensor in _tensors(model).items():
-            wide = dtype if tensor.dim() > 1 else torch.float32
+            wide = dtype if tensor.dim() > 1 and "norm" not in name else torch.float32
             writer.add_tensor(name, tensor.to(wide).contiguous().numpy())
+        for lent in source.tensors:
+            if lent.name in FACTORS:
+                writer.add_tensor(lent.name, lent.data)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

@@ -27,17 +27,16 @@ _READ = {
     "rope.dimension_count",
     "rope.freq_base",
     "rope.scale_linear",
+    "rope.scaling.attn_factor",
     "rope.scaling.factor",
-    "rope.scaling.type",
-    "vocab_size",
-}
-# What only other kinds of rotary scaling use, which are refused by their type.
-_UNUSED = {
-    "rope.scaling.finetuned",
     "rope.scaling.original_context_length",
+    "rope.scaling.type",
     "rope.scaling.yarn_beta_fast",
     "rope.scaling.yarn_beta_slow",
+    "vocab_size",
 }
+# What llama.cpp reads and does not compute with.
+_UNUSED = {"rope.scaling.finetuned"}
 # What the decoder has none of, to the values that mean none of it.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "attention.causal": (True,),
@@ -52,7 +51,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "pooling_type": (-1, 0),
     "residual_scale": (0, 1),
     "rope.scaling.alpha": (0, 1),
-    "rope.scaling.attn_factor": (1,),
     "rope.scaling.yarn_attn_factor": (1,),
     "rope.scaling.yarn_ext_factor": (-1, 0),
     "rope.scaling.yarn_log_multiplier": (0,),

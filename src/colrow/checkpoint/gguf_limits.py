@@ -15,6 +15,7 @@ _WHOLE = {
     "rope.dimension_count": "head_dim",
     "feed_forward_length": "ffn_size",
     "context_length": "max_positions",
+    "rope.scaling.original_context_length": "max_positions",
     "vocab_size": "vocab_size",
 }
 _NUMBERS = (
@@ -23,6 +24,9 @@ _NUMBERS = (
     "rope.freq_base",
     "rope.scaling.factor",
     "rope.scale_linear",
+    "rope.scaling.attn_factor",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
 )
 
 

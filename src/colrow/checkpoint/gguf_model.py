@@ -11,9 +11,9 @@ from typing import Any
 from colrow.checkpoint.gguf_file import GGUFTensorReader
 from colrow.checkpoint.gguf_keys import check_keys, check_scale, check_vocabulary
 from colrow.checkpoint.gguf_limits import check_gguf_numbers
+from colrow.checkpoint.gguf_rope import rope_from_gguf
 from colrow.checkpoint.gguf_tokens import named_ends, token_id
 from colrow.checkpoint.reader import TensorReader
-from colrow.layers.options import RopeConfig
 from colrow.models.config import ModelConfig
 from colrow.models.families import families
 from colrow.models.families.family import Family, GGUFForm
@@ -29,11 +29,6 @@ def config_from_gguf(reader: TensorReader) -> ModelConfig:
         raise ValueError(f"{reader.description} is not a GGUF file")
     architecture = str(reader.metadata_value("general.architecture", ""))
     family, form = _family(reader, architecture)
-    if "rope_freqs.weight" in reader.names():
-        raise ValueError(
-            f"{reader.description} scales rotary frequencies by a tensor (Llama 3.1 and later), "
-            "which is not supported; use the Hugging Face directory of the model"
-        )
     check_gguf_numbers(reader, architecture)
     check_keys(reader, architecture, form.reads.union(form.keys.values()))
 
@@ -64,7 +59,8 @@ def config_from_gguf(reader: TensorReader) -> ModelConfig:
     equal("attention.value_length", head_dim, "the length of keys")
     equal("vocab_size", vocab_size, "the number of rows of token_embd.weight")
     check_vocabulary(reader, vocab_size)
-    check_scale(reader, architecture, head_dim)
+    if "attention.scale" not in form.reads:
+        check_scale(reader, architecture, head_dim)
     window = int(number("attention.sliding_window", 0))
     if window and not form.windows:
         raise ValueError(
@@ -78,7 +74,9 @@ def config_from_gguf(reader: TensorReader) -> ModelConfig:
         dims = int(number("rope.dimension_count", head_dim))
         if not family.rope.partial:
             equal("rope.dimension_count", head_dim, "the size of a head")
-        fields["rope"] = _rope(reader, architecture, dims)
+        fields["rope"] = rope_from_gguf(
+            reader, architecture, dims, interleaved=family.rope.interleaved
+        )
     for field, tensor in form.optional_biases.items():
         fields[field] = tensor in names
     is_rms = fields["norm"] == "rmsnorm"
@@ -99,7 +97,7 @@ def config_from_gguf(reader: TensorReader) -> ModelConfig:
         "eos_token_ids": named_ends(reader),
         "pad_token_id": token_id(reader, "padding"),
     }
-    family.complete_gguf(fields, number)
+    family.complete_gguf(fields, number, names)
     return family.compose(fields)
 
 
@@ -131,28 +129,3 @@ def _family(reader: GGUFTensorReader, architecture: str) -> tuple[Family, GGUFFo
 def _has(reader: GGUFTensorReader, keys: frozenset[str], key: str) -> bool:
     """Whether a file has this key; 0 is as good as none (``expert_count`` of dense models)."""
     return key in keys and reader.metadata_value(key) != 0
-
-
-def _rope(reader: GGUFTensorReader, architecture: str, dims: int) -> RopeConfig:
-    """A factor alone is of the linear kind, and older files call it ``rope.scale_linear``."""
-
-    def value(key: str, default: object = None) -> object:
-        return reader.metadata_value(f"{architecture}.rope.{key}", default)
-
-    def number(key: str, default: float) -> float:
-        found = value(key, default)
-        if not isinstance(found, int | float):
-            raise ValueError(f"{reader.description} has {architecture}.rope.{key}={found!r}")
-        return float(found)
-
-    kind = value("scaling.type", "linear")
-    if kind not in ("none", "linear"):
-        raise ValueError(f"{reader.description}: rope scaling {kind!r} is not supported")
-    factor = number("scaling.factor", number("scale_linear", 0.0)) or 1.0
-    scaled = kind == "linear" and factor != 1.0
-    return RopeConfig(
-        theta=number("freq_base", 10000.0),
-        dims=dims,
-        scaling="linear" if scaled else "default",
-        factor=factor if scaled else 1.0,
-    )

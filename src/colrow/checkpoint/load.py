@@ -7,6 +7,7 @@ import re
 import torch
 from torch import Tensor
 
+from colrow.checkpoint.gguf_rope import FACTORS
 from colrow.checkpoint.naming import Naming, Piece, pieces
 from colrow.checkpoint.reader import Ranges, TensorReader, row_chunks
 from colrow.checkpoint.tied_head import missing_prefix
@@ -143,6 +144,7 @@ def check_tensors(config: ModelConfig, reader: TensorReader, naming: Naming) -> 
             )
     tied = set(naming.modules["head"]) if config.tie_embeddings else set()
     ignored = {f"{name}.weight" for name in tied}
+    ignored |= FACTORS
     extra = sorted(name for name in names - expected.keys() - ignored if not _IGNORED.search(name))
     if extra:
         raise ValueError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from colrow.layers.describe import BlockSpec, ExpertsSpec
+from colrow.layers.describe import AttentionSpec, BlockSpec, ExpertsSpec
 from colrow.models.config import ModelConfig, attention_of
 from colrow.models.families import family_named
 from colrow.models.families.family import FusedLayout, Transposed
@@ -70,7 +70,7 @@ class Piece:
 def hf_naming(config: ModelConfig) -> Naming:
     """Names of the family's Hugging Face checkpoints."""
     family = family_named(config.family)
-    return Naming(family.modules, family.fused, family.transposed, family.alternating)
+    return Naming(family.modules_of(config), family.fused, family.transposed, family.alternating)
 
 
 def gguf_naming(config: ModelConfig) -> Naming:
@@ -79,10 +79,15 @@ def gguf_naming(config: ModelConfig) -> Naming:
     Raises:
         ValueError: a family that has none.
     """
-    form = family_named(config.family).gguf
+    family = family_named(config.family)
+    form = family.gguf
     if form is None:
         raise ValueError(f"{config.family} models are not read from or written to GGUF files")
-    return Naming(form.modules, paired_heads=form.paired_heads, centred_norms=form.centred_norms)
+    return Naming(
+        family.gguf_modules_of(config),
+        paired_heads=form.paired_heads,
+        centred_norms=form.centred_norms,
+    )
 
 
 def module_template(module: str) -> tuple[str, str]:
@@ -147,8 +152,7 @@ def _of_tensor(
                 step, phase = len(spec.blocks), index
             elif naming.fused == "interleaved":
                 assert of is not None
-                head_dim = attention_of(of).head_dim
-                ranges = _interleaved(first, last, index, len(spec.blocks), head_dim)
+                ranges = _interleaved(first, last, index, attention_of(of))
             else:
                 ranges = ((offset + first, offset + last),)
         shape = (*spec.shape[: spec.dim], length, *spec.shape[spec.dim + 1 :])
@@ -174,11 +178,15 @@ def _of_tensor(
     return found
 
 
-def _interleaved(
-    first: int, last: int, index: int, blocks: int, head_dim: int
-) -> tuple[Range, ...]:
-    """Rows of block ``index`` where the file holds, head by head, one head of every block."""
-    return tuple(
-        ((head * blocks + index) * head_dim, (head * blocks + index + 1) * head_dim)
-        for head in range(first // head_dim, last // head_dim)
-    )
+def _interleaved(first: int, last: int, index: int, attention: AttentionSpec) -> tuple[Range, ...]:
+    """Rows of queries, keys or values (0, 1, 2) where the file holds, one KV head after the other,
+    the query heads that read it, its key and its value.
+    """
+    dim, group = attention.head_dim, attention.num_heads // attention.num_kv_heads
+
+    def place(head: int) -> int:
+        kv, query = divmod(head, group) if index == 0 else (head, group + index - 1)
+        return kv * (group + 2) + query
+
+    heads = range(first // dim, last // dim)
+    return tuple((place(head) * dim, (place(head) + 1) * dim) for head in heads)

@@ -141,10 +141,13 @@ def _continue(
             _learn(relay, part, rows)
             if not rows.ended(part.start, part.stop):
                 ids = input_ids[part.start : part.stop, part.skipped :]
-                if step:
-                    previous = rows.step(step - 1, part.start, part.stop)
-                    ids = torch.tensor(previous, device=input_ids.device).unsqueeze(1)
                 past = length - part.skipped + step
+                if step:
+                    over = relay.starts_over(part, past)
+                    before = range(0 if over else step - 1, step)
+                    chosen = [rows.step(each, part.start, part.stop) for each in before]
+                    new = torch.tensor(chosen, device=input_ids.device).T
+                    ids = torch.cat([ids, new], dim=1) if over else new
                 seen = None if part.mask is None else part.mask[:, :past]
                 _turn(relay, part, rows, ids, seen, sampling, step)
         if rows.ended(parts[0].start, parts[-1].stop):

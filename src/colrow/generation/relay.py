@@ -15,6 +15,7 @@ from torch import Tensor
 from colrow.comm import primitives
 from colrow.comm.group import ParallelGroup
 from colrow.comm.primitives import Pending
+from colrow.models.cache import KeyValueCache
 from colrow.models.decoder import Decoder
 from colrow.models.interface import Cache, TensorParallelModel
 from colrow.models.stages import Stage
@@ -55,6 +56,7 @@ class Relay:
     def __init__(self, model: TensorParallelModel) -> None:
         self.model, self.layout = model, None
         self.pp, self.stage = ParallelGroup.single("pp"), Stage(0, 1, 0, 0)
+        self._short_texts: int | None = None
         if not isinstance(model, Decoder):
             return
         if len(model.stages) > 1:
@@ -63,6 +65,7 @@ class Relay:
                 "each rank, so load the model with a layer split of one number for each rank"
             )
         self.layout = (model.division, model.pipeline.split)
+        self._short_texts = model.config.short_texts
         self.pp, self.stage = model.pipeline.pp, model.stages[0]
 
     def parts(self, batch: int, capacity: int, mask: Tensor | None) -> list[list[Part]]:
@@ -89,6 +92,19 @@ class Relay:
             cache = self.model.make_cache(stop - start, capacity - skipped)
             found.append(Part(start, stop, skipped, own, cache))
         return [[part] for part in found] if alone else [found]
+
+    def starts_over(self, part: Part, past: int) -> bool:
+        """Whether these rows, now of ``past`` tokens, must go through the model anew; empties
+        their cache if so.
+
+        LongRoPE's factors are others for texts beyond a length, also for the tokens before it; what
+        the cache holds was rotated with those for shorter ones.
+        """
+        if past - 1 != self._short_texts:
+            return False
+        assert isinstance(part.cache, KeyValueCache)
+        part.cache.clear()
+        return True
 
     def receive_hidden(self, part: Part, new: int) -> Tensor:
         """``[rows, new, hidden]`` from the stage before."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,14 @@ from colrow.layers.column import QKVParallelLinear
 from colrow.layers.context import AttentionCache, AttentionContext
 from colrow.layers.describe import NormSpec
 from colrow.layers.dropout import ParallelDropout
-from colrow.layers.grouped_query import attend, group_sizes, padded_groups
+from colrow.layers.grouped_query import attend, padded_groups
+from colrow.layers.head_norm import DividedRMSNorm, head_norm, normed_together
 from colrow.layers.linear import Sharded
 from colrow.layers.memory_saving import recomputed
-from colrow.layers.norm import DividedRMSNorm, head_norm, normed_together
 from colrow.layers.options import RopeConfig
 from colrow.layers.position import alibi_slopes, apply_rope, rope_frequencies
 from colrow.layers.row import RowParallelLinear
+from colrow.layers.scores import Sinks, attend_written_out
 from colrow.layers.shared import SharedLayers, SharedWeights
 from colrow.partition import HeadPartition
 from colrow.sharding import SequenceDivision, Sharding
@@ -53,9 +54,13 @@ class ParallelAttention(Sharded, nn.Module):
             together, of which each rank has some: the ranks add up their squares, two numbers for
             each token in fp32 (fp64 for fp64), once in forward and once in backward.
         scale: what scores are multiplied by; ``head_dim ** -0.5`` by default.
+        softcap: scores are ``softcap * tanh(score / softcap)`` before they are masked (Gemma 2).
+        sinks: each head has one more score, learned, whose weight goes nowhere (gpt-oss).
         window: how many keys back a query sees, itself included; None for all.
         dropout: probability of dropping an attention weight in training. Its mask follows the
-            global head index, and is computed outside the fused kernel.
+            global head index. With dropout, a soft cap or sinks attention is computed outside the
+            fused kernel, with every score in memory: see
+            :func:`colrow.layers.scores.attend_written_out`.
         sequence_parallel: whether input and result are shards of the sequence; the heads always
             see the whole of it.
         sharding: this and more, see :class:`colrow.Sharding`.
@@ -81,6 +86,8 @@ class ParallelAttention(Sharded, nn.Module):
         query_norm: NormSpec | None = None,
         key_norm: NormSpec | None = None,
         scale: float | None = None,
+        softcap: float | None = None,
+        sinks: bool = False,
         window: int | None = None,
         dropout: float = 0.0,
         sequence_parallel: bool = False,
@@ -95,7 +102,7 @@ class ParallelAttention(Sharded, nn.Module):
         self.heads, self.head_dim, self.tp = heads, head_dim, tp
         self.rope, self.window, self.layer_index = rope, window, layer_index
         self.sharding = Sharding.of(sharding, sequence_parallel)
-        self.scale = scale
+        self.scale, self.softcap = scale, softcap
         self.qkv = QKVParallelLinear(
             hidden_size,
             heads,
@@ -120,17 +127,19 @@ class ParallelAttention(Sharded, nn.Module):
             device=device,
             dtype=dtype,
         )
+        self.sinks = None
+        if sinks:
+            self.sinks = Sinks(heads.query, tp, layer=f"{prefix}sinks", device=device, dtype=dtype)
         self.query_norm = self.key_norm = None
         if (query_norm is None) != (key_norm is None):
             raise ValueError(f"{layer}: queries and keys have norms both, or neither has one")
         if query_norm is not None and key_norm is not None:
-            # The queries' says which: of a single KV head both have the same size.
-            over_all = query_norm.size != head_dim
             self.query_norm, self.key_norm = (
                 head_norm(
                     norm,
                     tp,
-                    features=part.scaled(head_dim) if over_all else None,
+                    part,
+                    over_all=query_norm.size != head_dim,  # of one KV head both have the same size
                     layer=f"{prefix}{name}",
                     device=device,
                     dtype=dtype,
@@ -144,7 +153,6 @@ class ParallelAttention(Sharded, nn.Module):
         self.alibi = alibi
         self.slopes: Tensor | None
         self.frequencies: Tensor | None
-        self.kv_of_query: Tensor
         self.padded: Tensor
         self.unpadded: Tensor
         self._make_tables()
@@ -164,8 +172,6 @@ class ParallelAttention(Sharded, nn.Module):
         for index, name in enumerate(("padded", "unpadded")):
             places = None if groups is None else torch.tensor(groups[index], device=place)
             self.register_buffer(name, places, persistent=False)
-        kv_heads = [kv for kv, size in enumerate(group_sizes(self.runs)) for _ in range(size)]
-        self.register_buffer("kv_of_query", torch.tensor(kv_heads, device=place), persistent=False)
         self.register_buffer("slopes", slopes, persistent=False)
         self.register_buffer("frequencies", frequencies, persistent=False)
 
@@ -220,13 +226,18 @@ class ParallelAttention(Sharded, nn.Module):
             q, k = qk.split([self.q_heads, self.kv_heads], dim=2)
             qk = torch.cat(self._normed(q, k, shared), dim=2)
         if self.rope is not None and self.frequencies is not None:
-            qk = apply_rope(qk, context.rope(self.frequencies, self.rope, qk.dtype))
+            tables = context.rope(self.frequencies, self.rope, qk.dtype)
+            qk = apply_rope(qk, tables, interleaved=self.rope.interleaved)
         q, k = qk.split([self.q_heads, self.kv_heads], dim=2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(self.layer_index, k, v)
-        attend = self._attend_with_dropout if drops else self._attend
-        arguments = (q, k, v, context, *([dropout_key] if drops else []))
+        attend: Callable[..., Tensor] = self._attend
+        arguments: tuple[object, ...] = (q, k, v, context)
+        if drops or self.softcap is not None or self.sinks is not None:
+            attend = self._attend_written_out
+            sinks = None if self.sinks is None else self.sinks.weight
+            arguments = (*arguments, sinks, dropout_key if drops else None)
         mixed = recomputed(attend, *arguments) if recompute else attend(*arguments)
         mixed = mixed.transpose(1, 2).reshape(batch, queries, -1)  # [batch, queries, q_local * dim]
         result: Tensor = self.output(mixed, sequence=sequence, shared=shared)
@@ -262,30 +273,33 @@ class ParallelAttention(Sharded, nn.Module):
         )
         return mixed.index_select(1, self.unpadded)
 
-    def _attend_with_dropout(
+    def _attend_written_out(
         self,
         q: Tensor,
         k: Tensor,
         v: Tensor,
         context: AttentionContext,
+        sinks: Tensor | None,
         key: int | Tensor | None,
     ) -> Tensor:
-        """Attention written out, with a dropout mask that follows the global head index."""
-        k, v = k.index_select(1, self.kv_of_query), v.index_select(1, self.kv_of_query)
-        scale = self.head_dim**-0.5 if self.scale is None else self.scale
-        scores = q @ k.transpose(-1, -2) * scale
+        """With every score in memory; a dropout mask follows the global head index."""
         bias = self._bias(context, q.dtype)
-        if bias is None or bias.dtype == torch.bool:
-            seen = context.full_mask(self.window) if bias is None else bias
-            scores = scores.masked_fill(~seen, -math.inf)
-        else:
-            scores = scores + bias
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        weights = torch.softmax(scores, dim=-1, dtype=wide).to(q.dtype)
-        kept: Tensor = self.dropout(
-            weights, key=key, dim=1, partition=self.heads.query, rank=self.tp.rank
+        drop = None
+        if key is not None:
+            drop = partial(
+                self.dropout, key=key, dim=1, partition=self.heads.query, rank=self.tp.rank
+            )
+        return attend_written_out(
+            q,
+            k,
+            v,
+            self.runs,
+            context.full_mask(self.window) if bias is None else bias,
+            scale=self.head_dim**-0.5 if self.scale is None else self.scale,
+            softcap=self.softcap,
+            sinks=sinks,
+            drop=drop,
         )
-        return kept @ v
 
     def _bias(self, context: AttentionContext, dtype: torch.dtype) -> Tensor | None:
         """Mask (bool), or ALiBi bias with the mask in it, or None for plain causal attention."""

@@ -57,6 +57,7 @@ class ParallelBlock(Sharded, nn.Module):
         attention_norm, mlp_norm: norms in front of them, or None.
         attention_post_norm, mlp_post_norm: norms behind them, before the result is added, or None.
         parallel_residual: which of the two forms.
+        one_norm: of the parallel form: the MLP reads what attention's norm gives.
         residual_scale: what the layers give is multiplied by it before it is added.
         dropout: on the output of both layers, in training.
 
@@ -85,6 +86,7 @@ class ParallelBlock(Sharded, nn.Module):
         attention_post_norm: nn.Module | None = None,
         mlp_post_norm: nn.Module | None = None,
         parallel_residual: bool = False,
+        one_norm: bool = False,
         residual_scale: float = 1.0,
         dropout: float = 0.0,
     ) -> None:
@@ -103,7 +105,8 @@ class ParallelBlock(Sharded, nn.Module):
         self.attention_norm, self.attention = attention_norm, attention
         self.attention_post_norm = attention_post_norm
         self.mlp_norm, self.mlp, self.mlp_post_norm = mlp_norm, mlp, mlp_post_norm
-        self.parallel_residual, self.residual_scale = parallel_residual, residual_scale
+        self.parallel_residual, self.one_norm = parallel_residual, one_norm
+        self.residual_scale = residual_scale
         self.dropout = ParallelDropout(dropout)
         self.own_bucket = False
         self.compute_dtype: torch.dtype | None = None
@@ -142,8 +145,9 @@ class ParallelBlock(Sharded, nn.Module):
         sequence = WHOLE if divided is None else divided  # both layers must divide it alike
         if shared is None or self.own_bucket:
             shared = self._shared_layers.weights(self.tp, layer)
+        normed = _normed(self.attention_norm, x, shared)
         attended = self.attention(
-            _normed(self.attention_norm, x, shared),
+            normed,
             context=context,
             cache=cache,
             sequence=sequence,
@@ -153,12 +157,12 @@ class ParallelBlock(Sharded, nn.Module):
         )
         attended = self._scaled(_normed(self.attention_post_norm, attended, shared))
         residual = x + self._drop(attended, divided, _derived(dropout_key, "attention"))
-        mlp_input = x if self.parallel_residual else residual
-        mlp_input = _normed(self.mlp_norm, mlp_input, shared)
+        if not self.one_norm:
+            normed = _normed(self.mlp_norm, x if self.parallel_residual else residual, shared)
         if isinstance(self.mlp, ParallelExperts):
-            expanded = self.mlp(mlp_input, sequence=sequence, shared=shared, losses=router_losses)
+            expanded = self.mlp(normed, sequence=sequence, shared=shared, losses=router_losses)
         else:
-            expanded = self.mlp(mlp_input, sequence=sequence, shared=shared)
+            expanded = self.mlp(normed, sequence=sequence, shared=shared)
         expanded = self._scaled(_normed(self.mlp_post_norm, expanded, shared))
         return residual + self._drop(expanded, divided, _derived(dropout_key, "mlp"))
 

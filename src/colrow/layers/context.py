@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from colrow.layers.options import RopeConfig
-from colrow.layers.position import rope_tables
+from colrow.layers.position import rope_frequencies, rope_tables
 from colrow.partition import Partition
 
 
@@ -81,10 +81,17 @@ class AttentionContext:
     def rope(
         self, frequencies: Tensor, config: RopeConfig, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """Rotations of the new positions."""
+        """Rotations of the new positions.
+
+        Those that depend on the length follow the largest new position, in the whole batch, as in
+        transformers: what a cache holds stays as it was rotated when it was new.
+        """
         key = (config, dtype)
         if key not in self._rope:
-            self._rope[key] = rope_tables(frequencies, self.positions, dtype)
+            if config.by_length:
+                length = int(self.positions.max()) + 1
+                frequencies = rope_frequencies(config, "cpu", length=length).to(frequencies.device)
+            self._rope[key] = rope_tables(config, frequencies, self.positions, dtype)
         return self._rope[key]
 
     def mask(self, window: int | None) -> Tensor | None:

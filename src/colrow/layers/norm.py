@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -11,14 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from colrow.comm import collectives
 from colrow.comm.autograd import apply
 from colrow.comm.group import ParallelGroup
 from colrow.layers.describe import NormSpec, unknown
 from colrow.layers.described import Described
 from colrow.layers.options import Norm
 from colrow.layers.shared import SharedWeights
-from colrow.partition import Partition
 
 
 class _Norm(Described):
@@ -78,9 +75,9 @@ class RMSNorm(_Norm):
     def forward(self, x: Tensor, *, shared: SharedWeights | None = None) -> Tensor:
         """``[..., size]`` to the same shape."""
         shared = shared or SharedWeights.of_layer(self)
-        weight = _factor(shared(self, "weight"), self.centred)
+        weight = factor(shared(self, "weight"), self.centred)
         if self.wide and x.dtype.itemsize < 4:
-            normed = F.rms_norm(x.float(), (self.size,), _widened(weight), self.eps)
+            normed = F.rms_norm(x.float(), (self.size,), widened(weight), self.eps)
             return normed.to(x.dtype)
         if x.is_cpu and not torch.compiler.is_compiling():
             if not torch.is_grad_enabled() and x.numel() == self.size:
@@ -91,7 +88,7 @@ class RMSNorm(_Norm):
         if x.dtype == weight.dtype and x.dtype.itemsize >= 4:
             return F.rms_norm(x, (self.size,), weight, self.eps)
         # Rounded before the weight is applied, as models are trained, and nothing wide is kept.
-        wide = _widened(x)
+        wide = widened(x)
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return (normed.to(x.dtype) * weight).to(x.dtype)
 
@@ -101,7 +98,7 @@ def normed_row(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     ``[..., size]`` to the same shape.
     """
-    wide = _widened(x.view(-1))
+    wide = widened(x.view(-1))
     return ((wide * rms_scale(wide, eps)).to(x.dtype) * weight).to(x.dtype).view(x.shape)
 
 
@@ -168,104 +165,6 @@ class LayerNorm(_Norm):
         return F.layer_norm(x, (self.size,), shared(self, "weight"), bias, self.eps)
 
 
-class DividedRMSNorm(Described):
-    """An RMS norm over features of which each rank has some: those of all heads together.
-
-    The ranks add up the squares of what they have, see :func:`normed_together`. What several ranks
-    have (keys that are read on both) counts once, and its weight's gradient is summed over them.
-
-    Args:
-        spec: with a ``partition``.
-        tp: the tensor-parallel group.
-        layer: name for messages and the ledger.
-
-    Parameters: ``weight`` ``[size_local]``.
-    """
-
-    def __init__(
-        self,
-        spec: NormSpec,
-        tp: ParallelGroup,
-        *,
-        layer: str = "",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        if spec.partition is None or spec.kind != "rmsnorm":
-            raise ValueError(f"{layer}: an RMS norm with a partition is needed, not {spec}")
-        super().__init__(spec, tp, layer=layer, device=device, dtype=dtype)
-        self.spec = spec
-        start, stop = spec.partition.bounds[tp.rank]
-        before = max((end for _, end in spec.partition.bounds[: tp.rank]), default=start)
-        self._first_counted = min(max(start, before), stop) - start
-
-    def squares(self, x: Tensor) -> Tensor:
-        """``[..., size_local]`` to this rank's part of the sum of squares, ``[...]``, in fp32."""
-        return _widened(x[..., self._first_counted :]).square().sum(-1)
-
-    def scaled(self, x: Tensor, squares: Tensor, shared: SharedWeights) -> Tensor:
-        """The norm of ``[..., size_local]``, given the sum over all ranks, ``[...]``."""
-        weight, wide = _factor(shared(self, "weight"), self.spec.centred), _widened(x)
-        scale = torch.rsqrt(squares / self.spec.size + self.spec.eps).unsqueeze(-1)
-        if self.spec.wide:
-            return (wide * scale * weight).to(x.dtype)
-        return ((wide * scale).to(x.dtype) * weight).to(x.dtype)
-
-    def extra_repr(self) -> str:
-        """Size held and in all."""
-        return f"{self.weight.numel()} of {self.spec.size}, eps={self.spec.eps}"
-
-
-def normed_together(
-    norms: tuple[DividedRMSNorm, ...], values: tuple[Tensor, ...], shared: SharedWeights, layer: str
-) -> tuple[Tensor, ...]:
-    """Several divided norms, whose squares travel together.
-
-    Communicates: an all-reduce of one number in fp32 (fp64 for fp64) for each norm and token, once
-    in forward and once in backward.
-
-    Args:
-        values: ``[batch, sequence, heads_local, head_dim]`` for each of the norms.
-        layer: name for the ledger.
-    """
-    tp, flat = norms[0].tp, [value.flatten(2) for value in values]
-    mine = torch.stack([norm.squares(x) for norm, x in zip(norms, flat, strict=True)], dim=-1)
-    # Every rank goes on with the sum, for features of its own: its gradient is a sum as well.
-    total = collectives.copy_to_tp(
-        collectives.reduce_from_tp(mine, tp, layer=layer), tp, layer=layer
-    )
-    return tuple(
-        norm.scaled(x, squares, shared).view(value.shape)
-        for norm, x, squares, value in zip(norms, flat, total.unbind(-1), values, strict=True)
-    )
-
-
-def head_norm(
-    norm: NormSpec,
-    tp: ParallelGroup,
-    *,
-    features: Partition | None,
-    layer: str,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> RMSNorm | DividedRMSNorm:
-    """The norm of queries or keys: of each head, or of all heads' features.
-
-    Args:
-        features: how the features of all heads are divided, for a norm over them; None for a norm
-            over each head's.
-
-    Raises:
-        ValueError: a norm that is no RMS norm.
-    """
-    if norm.kind != "rmsnorm":
-        unknown(norm, "attention")
-    if features is not None:
-        divided = replace(norm, partition=features)
-        return DividedRMSNorm(divided, tp, layer=layer, device=device, dtype=dtype)
-    return _rms_norm(norm, tp, "shard", layer=layer, device=device, dtype=dtype)
-
-
 def hidden_norm(
     norm: NormSpec,
     tp: ParallelGroup,
@@ -282,15 +181,22 @@ def hidden_norm(
     """
     applied_to: Literal["all", "shard"] = "shard" if divided_sequence else "all"
     if norm.kind == "rmsnorm":
-        return _rms_norm(norm, tp, applied_to, layer=layer, device=device, dtype=dtype)
-    if norm.centred or norm.wide:
+        return rms_norm(norm, tp, applied_to, layer=layer, device=device, dtype=dtype)
+    if norm.centred or norm.wide or norm.heads:
         unknown(norm, "LayerNorm")
     return LayerNorm(
-        norm.size, tp, eps=norm.eps, applied_to=applied_to, layer=layer, device=device, dtype=dtype
+        norm.size,
+        tp,
+        eps=norm.eps,
+        applied_to=applied_to,
+        bias=norm.bias,
+        layer=layer,
+        device=device,
+        dtype=dtype,
     )
 
 
-def _rms_norm(
+def rms_norm(
     norm: NormSpec,
     tp: ParallelGroup,
     applied_to: Literal["all", "shard"],
@@ -299,6 +205,7 @@ def _rms_norm(
     device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> RMSNorm:
+    """An RMS norm as described."""
     return RMSNorm(
         norm.size,
         tp,
@@ -312,10 +219,11 @@ def _rms_norm(
     )
 
 
-def _factor(weight: Tensor, centred: bool) -> Tensor:
+def factor(weight: Tensor, centred: bool) -> Tensor:
     """What is multiplied with; a centred weight is what is added to 1."""
-    return 1 + _widened(weight) if centred else weight
+    return 1 + widened(weight) if centred else weight
 
 
-def _widened(x: Tensor) -> Tensor:
+def widened(x: Tensor) -> Tensor:
+    """In fp32 where it is narrower."""
     return x if x.dtype.itemsize >= 4 else x.float()

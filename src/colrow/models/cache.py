@@ -66,6 +66,10 @@ class KeyValueCache:
         """Memory of all layers on this rank."""
         return sum(x.numel() * x.element_size() for x in (*self._keys, *self._values))
 
+    def clear(self) -> None:
+        """Forgets all positions; the memory stays."""
+        self._length = 0
+
     def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Stores ``[batch, kv_heads_local, new, head_dim]`` behind what was there.
 

@@ -19,12 +19,13 @@ from colrow.layers.describe import (
     Routing,
 )
 from colrow.layers.options import Activation, ClampedGate, Norm, Position, RopeConfig
-from colrow.models.config import ModelConfig
+from colrow.models.config import ModelConfig, attention_of
 from colrow.models.config_limits import check_fields
 
 Norms = Literal["before", "after", "around"]
 """Where a block's norms stand: in front of its layers, behind them, or both."""
-QKNorm = Literal["none", "each_head", "all_heads"]
+QKNorm = Literal["none", "each_head", "all_heads", "by_head"]
+"""Of queries and keys: of each head, of all together, or of each with a weight of its own."""
 
 
 def decoder(
@@ -42,18 +43,24 @@ def decoder(
     norm_eps: float = 1e-5,
     norm_centred: bool = False,
     norm_wide: bool = False,
+    norm_bias: bool = True,
     norms: Norms = "before",
     activation: Activation = "silu",
     gated: bool = True,
     position: Position = "rope",
     rope: RopeConfig | None = None,
     window_rope: RopeConfig | None = None,
+    rope_layers: tuple[bool, ...] = (),
     parallel_residual: bool = False,
+    one_norm: bool = False,
+    residual_scale: float = 1.0,
     qkv_bias: bool = False,
     output_bias: bool = False,
     mlp_bias: bool = False,
     qk_norm: QKNorm = "none",
     attention_scale: float | None = None,
+    attention_softcap: float | None = None,
+    sinks: bool = False,
     windows: tuple[int | None, ...] = (),
     experts: int = 0,
     active_experts: int = 0,
@@ -67,6 +74,8 @@ def decoder(
     router_z: float = 0.0,
     embedding_scale: float = 1.0,
     embedding_norm: bool = False,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
     tie_embeddings: bool = False,
     embedding_dropout: float = 0.0,
     attention_dropout: float = 0.0,
@@ -81,13 +90,16 @@ def decoder(
     """Composes the blocks.
 
     Args:
-        norm, norm_eps, norm_centred, norm_wide: of all norms, see
+        norm, norm_eps, norm_centred, norm_wide, norm_bias: of all norms, see
             :class:`colrow.layers.describe.NormSpec`.
         norms: where they stand in a block.
         position: how positions enter; "rope" with ``rope``.
         window_rope: of the layers with a window, where they rotate differently.
-        qk_norm: norms of queries and keys, over each head's features or over all heads'.
+        rope_layers: per layer, whether it has rotary positions; empty for all of them.
+        qk_norm: norms of queries and keys.
         attention_scale: what scores are multiplied by; by default ``head_dim ** -0.5``.
+        attention_softcap, sinks: of attention scores, see
+            :class:`colrow.layers.describe.AttentionSpec`.
         windows: per layer, how many keys back a query sees (itself included), or None for all;
             empty for all layers without one.
         experts, active_experts: of a mixture of experts in place of the MLP; 0 without.
@@ -104,20 +116,24 @@ def decoder(
     check_fields(given)
     if (position == "rope") != (rope is not None):
         raise ValueError(f"position={position!r} and rope={rope} do not go together")
-    if windows and len(windows) != num_layers:
-        raise ValueError(f"{len(windows)} windows for {num_layers} layers")
-    if window_rope is not None and rope is None:
-        raise ValueError("window_rope is of a model with rotary positions, and rope is None")
+    for name, each in (("windows", windows), ("rope_layers", rope_layers)):
+        if each and len(each) != num_layers:
+            raise ValueError(
+                f"{name} says something of {len(each)} layers, and there are {num_layers}"
+            )
+    if rope is None and (window_rope is not None or rope_layers):
+        raise ValueError("window_rope and rope_layers are of a model with rotary positions")
 
     def normed(size: int, kind: Norm = norm) -> NormSpec:
-        return NormSpec(size, kind, norm_eps, norm_centred, norm_wide)
+        return NormSpec(size, kind, norm_eps, norm_centred, norm_wide, bias=norm_bias)
 
-    sizes = {"each_head": (head_dim, head_dim)}.get(
-        qk_norm, (num_heads * head_dim, num_kv_heads * head_dim)
-    )
-    query_norm, key_norm = (
-        None if qk_norm == "none" else normed(size, "rmsnorm") for size in sizes
-    )
+    def of_heads(count: int) -> NormSpec | None:
+        if qk_norm == "none":
+            return None
+        if qk_norm == "by_head":
+            return replace(normed(head_dim, "layernorm"), bias=False, heads=count)
+        return normed(head_dim * (count if qk_norm == "all_heads" else 1), "rmsnorm")
+
     attention = AttentionSpec(
         hidden_size,
         num_heads,
@@ -127,9 +143,11 @@ def decoder(
         output_bias=output_bias,
         rope=rope,
         alibi=position == "alibi",
-        query_norm=query_norm,
-        key_norm=key_norm,
+        query_norm=of_heads(num_heads),
+        key_norm=of_heads(num_kv_heads),
         scale=attention_scale,
+        softcap=attention_softcap,
+        sinks=sinks,
         dropout=attention_dropout,
     )
     mlp = MLPSpec(hidden_size, ffn_size, activation, gated, mlp_bias, clamped)
@@ -146,33 +164,43 @@ def decoder(
         attention,
         mixture,
         attention_norm=before,
-        mlp_norm=before,
+        mlp_norm=None if one_norm else before,
         attention_post_norm=after,
         mlp_post_norm=after,
         parallel_residual=parallel_residual,
+        one_norm=one_norm,
+        residual_scale=residual_scale,
         dropout=residual_dropout,
     )
-    seen: dict[tuple[int | None, bool], BlockSpec] = {}
+    kinds = tuple(
+        zip(
+            windows or (None,) * num_layers,
+            rope_layers or (rope is not None,) * num_layers,
+            (number in dense_layers for number in range(num_layers)),
+            strict=True,
+        )
+    )
 
-    def of_layer(number: int) -> BlockSpec:
-        window, dense = windows[number] if windows else None, number in dense_layers
-        if (window, dense) not in seen:
-            own = replace(block, mlp=mlp) if dense else block
-            if window is not None:
-                turned = attention if window_rope is None else replace(attention, rope=window_rope)
-                own = replace(own, attention=replace(turned, window=window))
-            seen[window, dense] = own
-        return seen[window, dense]
+    def of_kind(window: int | None, turned: bool, dense: bool) -> BlockSpec:
+        own = rope if window is None or window_rope is None else window_rope
+        return replace(
+            block,
+            attention=replace(attention, window=window, rope=own if turned else None),
+            mlp=mlp if dense else mixture,
+        )
 
+    made = {kind: of_kind(*kind) for kind in kinds}
     return ModelConfig(
         family=family,
         vocab_size=vocab_size,
-        blocks=tuple(map(of_layer, range(num_layers))),
+        blocks=tuple(made[kind] for kind in kinds),
         max_positions=max_positions,
         norm=normed(hidden_size),
         positions="learned" if position == "learned" else None,
         embedding_scale=embedding_scale,
         embedding_norm=normed(hidden_size) if embedding_norm else None,
+        logit_scale=logit_scale,
+        logit_softcap=logit_softcap,
         tie_embeddings=tie_embeddings,
         embedding_dropout=embedding_dropout,
         initializer_range=initializer_range,
@@ -193,20 +221,19 @@ def fields_of(config: ModelConfig) -> dict[str, Any]:
         ValueError: for blocks that they cannot say.
     """
     first, windows = config.blocks[0], tuple(block.attention.window for block in config.blocks)
-    attention = first.attention
+    attention = attention_of(first)
     mixtures = [b.mlp for b in config.blocks if isinstance(b.mlp, ExpertsSpec)]
     dense = [b.mlp for b in config.blocks if isinstance(b.mlp, MLPSpec)]
-    if not isinstance(attention, AttentionSpec):
-        raise ValueError(f"{type(attention).__name__} is none of the kinds that fields can say")
+    turning = tuple(attention_of(block).rope is not None for block in config.blocks)
     ropes = {
-        block.attention.window is None: block.attention.rope
+        block.attention.window is None: rope
         for block in config.blocks
-        if isinstance(block.attention, AttentionSpec)
+        if (rope := attention_of(block).rope) is not None
     }
     rope = ropes.get(True, ropes.get(False))
     mixture = mixtures[0] if mixtures else None
     mlp = dense[0] if dense else mixtures[0].expert
-    norm, qk_norm = config.norm, attention.query_norm
+    norm = config.norm
     rotates, alibi = rope is not None, attention.alibi
     found: dict[str, Any] = {
         "family": config.family,
@@ -222,6 +249,7 @@ def fields_of(config: ModelConfig) -> dict[str, Any]:
         "norm_eps": norm.eps,
         "norm_centred": norm.centred,
         "norm_wide": norm.wide,
+        "norm_bias": norm.bias,
         "norms": (
             "before"
             if first.attention_post_norm is None
@@ -234,14 +262,17 @@ def fields_of(config: ModelConfig) -> dict[str, Any]:
         "position": ("rope" if rotates else "alibi" if alibi else config.positions or "none"),
         "rope": rope,
         "window_rope": ropes.get(False) if ropes.get(False) != rope else None,
+        "rope_layers": turning if any(turning) and not all(turning) else (),
         "parallel_residual": first.parallel_residual,
+        "one_norm": first.one_norm,
+        "residual_scale": first.residual_scale,
         "qkv_bias": attention.qkv_bias,
         "output_bias": attention.output_bias,
         "mlp_bias": mlp.bias,
-        "qk_norm": (
-            "none" if qk_norm is None else "all_heads" if attention.norms_all_heads else "each_head"
-        ),
+        "qk_norm": _kind_of_norm(attention),
         "attention_scale": attention.scale,
+        "attention_softcap": attention.softcap,
+        "sinks": attention.sinks,
         "windows": windows if any(window is not None for window in windows) else (),
         "experts": mixture.count if mixture else 0,
         "active_experts": mixture.active if mixture else 0,
@@ -259,6 +290,8 @@ def fields_of(config: ModelConfig) -> dict[str, Any]:
         "router_z": config.router_z,
         "embedding_scale": config.embedding_scale,
         "embedding_norm": config.embedding_norm is not None,
+        "logit_scale": config.logit_scale,
+        "logit_softcap": config.logit_softcap,
         "tie_embeddings": config.tie_embeddings,
         "embedding_dropout": config.embedding_dropout,
         "attention_dropout": attention.dropout,
@@ -271,8 +304,20 @@ def fields_of(config: ModelConfig) -> dict[str, Any]:
         "pad_token_id": config.pad_token_id,
     }
     if decoder(**found) != config:
-        raise ValueError(f"the blocks of this {config.family} model differ in more than windows")
+        raise ValueError(
+            f"the blocks of this {config.family} model differ in more than windows and "
+            "rotary positions"
+        )
     return found
+
+
+def _kind_of_norm(attention: AttentionSpec) -> QKNorm:
+    norm = attention.query_norm
+    if norm is None:
+        return "none"
+    if norm.heads:
+        return "by_head"
+    return "all_heads" if attention.norms_all_heads else "each_head"
 
 
 def with_dropout(config: ModelConfig, p: float) -> ModelConfig:

@@ -20,6 +20,7 @@ from colrow.layers.describe import (
     TableSpec,
     parameters_of,
 )
+from colrow.layers.options import RopeConfig
 from colrow.partition import Partition, parse_shares
 
 
@@ -39,6 +40,8 @@ class ModelConfig:
         positions: "learned" for a vector for each position that is added to the token's, else None.
         embedding_scale: what the token's vector is multiplied by.
         embedding_norm: a norm right after the embedding, or None.
+        logit_scale: what the head's result is multiplied by.
+        logit_softcap: logits are then ``cap * tanh(logit / cap)``; None leaves them as they are.
         tie_embeddings: the head uses the embedding's weight.
         embedding_dropout: probability, in training.
         initializer_range: standard deviation of initial weights.
@@ -58,6 +61,8 @@ class ModelConfig:
     positions: Literal["learned"] | None = None
     embedding_scale: float = 1.0
     embedding_norm: NormSpec | None = None
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
     tie_embeddings: bool = False
     embedding_dropout: float = 0.0
     initializer_range: float = 0.02
@@ -83,6 +88,19 @@ class ModelConfig:
     def longest(self) -> int | None:
         """The longest sequence that can be computed; None where positions go on for ever."""
         return self.max_positions if self.positions == "learned" else None
+
+    @property
+    def short_texts(self) -> int | None:
+        """The longest text that LongRoPE's factors for short ones are of; None without these."""
+        ropes = {block.attention.rope for block in self.blocks if block.attention.rotates}
+        lengths = [
+            rope.original_max_positions
+            for rope in ropes
+            if isinstance(rope, RopeConfig)
+            and rope.scaling == "longrope"
+            and rope.short_factors != rope.long_factors
+        ]
+        return min(lengths, default=None)
 
     @property
     def drops(self) -> bool:

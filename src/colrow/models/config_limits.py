@@ -36,11 +36,16 @@ _SWITCHES = (
     "mlp_bias",
     "norm_centred",
     "norm_wide",
+    "norm_bias",
+    "one_norm",
+    "sinks",
     "embedding_norm",
     "tie_embeddings",
     "scaled_residual_init",
     "freeze_padding",
 )
+_SCALES = ("attention_scale", "embedding_scale", "residual_scale", "logit_scale")
+_CAPS = ("attention_softcap", "logit_softcap")
 _TOKENS, _TOKEN = 10_000, 1 << 40
 _ABOVE_ZERO = ("rope_theta", "rotary_emb_base", "factor", "low_freq_factor", "high_freq_factor")
 _ROPE_TABLES = ("rope_parameters", "rope_scaling")
@@ -81,9 +86,14 @@ def check_fields(fields: Mapping[str, object], keys: Mapping[str, str] | None = 
             check_whole(name(field), fields[field], 0, SIZES["ffn_size"])
     for field in ("router_balance", "router_z"):
         check_number(field, fields.get(field, 0.0))
-    for field in ("attention_scale", "embedding_scale"):
+    for field in (*_SCALES, *_CAPS):
         if fields.get(field) is not None:
             check_number(name(field), fields[field])
+            if field in _CAPS and not fields[field]:
+                raise ValueError(f"{name(field)}={shown(fields[field])}: must be above 0")
+    for turns in _items(fields.get("rope_layers", ())):
+        if not isinstance(turns, bool):
+            raise ValueError(f"{name('rope_layers')} has {shown(turns)}: must be true or false")
     _check_list(name("eos_token_ids"), fields.get("eos_token_ids", ()), _TOKENS, -_TOKEN)
     layers = SIZES["num_layers"]
     windows = [each for each in _items(fields.get("windows", ())) if each is not None]

@@ -12,6 +12,7 @@ from colrow.layers.describe import ExpertsSpec
 from colrow.layers.fused import column_linear
 from colrow.layers.loss import Reduction, vocab_parallel_cross_entropy
 from colrow.layers.router import RouterLosses
+from colrow.layers.scores import softcapped
 from colrow.layers.shared import SharedWeights
 from colrow.models.inputs import (
     check_labels,
@@ -283,6 +284,14 @@ class Decoder(StagedLayers):
 
     def logits(self, hidden: Tensor, sequence: SequenceDivision, shared: SharedWeights) -> Tensor:
         """The head: ``[batch, sequence (_local), hidden]`` to local logits."""
+        logits = self._projected(hidden, sequence, shared)
+        if self.config.logit_scale != 1:
+            logits = logits * self.config.logit_scale
+        return softcapped(logits, self.config.logit_softcap)
+
+    def _projected(
+        self, hidden: Tensor, sequence: SequenceDivision, shared: SharedWeights
+    ) -> Tensor:
         if self.head is not None:
             logits: Tensor = self.head(hidden, sequence=sequence, shared=shared)
             return logits

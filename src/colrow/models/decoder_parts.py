@@ -96,12 +96,13 @@ class DecoderParts:
             attention_post_norm=self.norm(block.attention_post_norm, f"{name}.attention_post_norm"),
             mlp_post_norm=self.norm(block.mlp_post_norm, f"{name}.mlp_post_norm"),
             parallel_residual=block.parallel_residual,
+            one_norm=block.one_norm,
             residual_scale=block.residual_scale,
             dropout=block.dropout,
         )
 
     def _attention(self, spec: Attention, index: int) -> ParallelAttention:
-        if not isinstance(spec, AttentionSpec) or spec.softcap is not None or spec.sinks:
+        if not isinstance(spec, AttentionSpec):
             unknown(spec, "the decoder")
         return ParallelAttention(
             spec.hidden_size,
@@ -115,6 +116,8 @@ class DecoderParts:
             query_norm=spec.query_norm,
             key_norm=spec.key_norm,
             scale=spec.scale,
+            softcap=spec.softcap,
+            sinks=spec.sinks,
             window=spec.window,
             dropout=spec.dropout,
             sharding=self.sharding,

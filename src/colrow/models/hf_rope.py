@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
-from colrow.layers.options import RopeConfig
+from colrow.files import shown
+from colrow.layers.options import RopeConfig, Scaling
 
 # Field of RopeConfig, key of rope_parameters.
-_SCALING_KEYS = (
-    ("factor", "factor"),
-    ("low_freq_factor", "low_freq_factor"),
-    ("high_freq_factor", "high_freq_factor"),
-    ("original_max_positions", "original_max_position_embeddings"),
-)
+_SCALING_KEYS = {
+    "factor": "factor",
+    "low_freq_factor": "low_freq_factor",
+    "high_freq_factor": "high_freq_factor",
+    "original_max_positions": "original_max_position_embeddings",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+    "truncate": "truncate",
+    "attention_factor": "attention_factor",
+    "short_factors": "short_factor",
+    "long_factors": "long_factor",
+}
+_ORIGINAL = _SCALING_KEYS["original_max_positions"]
+_TRAINED = "max_position_embeddings"
+# Of each kind the fields of its scaling.
+_FIELDS: dict[Scaling, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_positions"),
+    "yarn": (
+        *("factor", "original_max_positions", "beta_fast", "beta_slow", "truncate"),
+        "attention_factor",
+    ),
+    "longrope": ("original_max_positions", "attention_factor", "short_factors", "long_factors"),
+}
 _ROPE_KEYS = {
-    *("rope_type", "type", "rope_theta", "partial_rotary_factor"),
-    *(key for _, key in _SCALING_KEYS),
+    *("rope_type", "type", "rope_theta", "partial_rotary_factor", "mscale", "mscale_all_dim"),
+    *_SCALING_KEYS.values(),
 }
 
 
@@ -29,12 +52,16 @@ class RopeKeys:
             not the usual ones, transformers looks at no other spelling.
         partial: whether a part of a head may rotate at all.
         usual_theta: the base where none is given.
+        interleaved: see :class:`colrow.layers.options.RopeConfig`.
+        kinds: what transformers takes a name of a kind for.
     """
 
     theta: str = "rope_theta"
     share: str = "partial_rotary_factor"
     partial: bool = False
     usual_theta: float = 10000.0
+    interleaved: bool = False
+    kinds: Mapping[str, Scaling] = field(default_factory=lambda: {kind: kind for kind in _FIELDS})
 
 
 def rope_config(
@@ -73,8 +100,10 @@ def _rope(
 ) -> RopeConfig:
     given = {key: value for key, value in table.items() if value is not None}
     kind = str(given.get("rope_type") or given.get("type") or "default")
-    if kind not in ("default", "linear", "llama3"):
-        raise ValueError(f"rope type {kind!r} is not supported: default, linear and llama3 are")
+    scaling = keys.kinds.get(kind)
+    if scaling is None:
+        known = ", ".join(keys.kinds)
+        raise ValueError(f"rope type {kind!r} is not supported for {family} models: {known} are")
     if unknown := sorted(given.keys() - _ROPE_KEYS):
         raise ValueError(
             f"rope_parameters has {unknown[0]}={given[unknown[0]]!r}, which is not supported"
@@ -83,24 +112,58 @@ def _rope(
     share = float(str(_beside("partial_rotary_factor", keys.share, given, values, family) or 1.0))
     if share != 1.0 and not keys.partial:
         raise ValueError(f"{family} with partial_rotary_factor={share} is not supported")
-    needed = {"default": 0, "linear": 1, "llama3": 4}[kind]
-    if needed == 4:
-        original, trained = (
-            "original_max_position_embeddings",
-            values.get("max_position_embeddings"),
-        )
-        given[original] = values.get(original) or given.get(original) or trained
-    scaling = {}
-    for name, key in _SCALING_KEYS[:needed]:
-        if given.get(key) is None:
-            raise ValueError(f"rope type {kind!r} needs {key}, which rope_parameters lacks")
-        scaling[name] = given[key]
+    given[_ORIGINAL] = values.get(_ORIGINAL) or given.get(_ORIGINAL) or values.get(_TRAINED)
+    fields: dict[str, Any] = {}
+    if scaling == "dynamic":
+        fields["original_max_positions"] = values.get(_TRAINED)
+    for name in _FIELDS[scaling]:
+        value = given.get(_SCALING_KEYS[name])
+        if value is None:
+            value = _assumed(name, scaling, given, values)
+        if value is None:
+            raise ValueError(
+                f"rope type {kind!r} needs {_SCALING_KEYS[name]}, which rope_parameters lacks"
+            )
+        if name.endswith("_factors"):
+            if not isinstance(value, list):
+                raise ValueError(f"rope {_SCALING_KEYS[name]}={shown(value)}: must be a list")
+            value = tuple(value)
+        fields[name] = value
     return RopeConfig(
         theta=theta,
         dims=int(head_dim * share),
-        scaling=kind,  # type: ignore[arg-type]
-        **scaling,  # type: ignore[arg-type]
+        scaling=scaling,
+        interleaved=keys.interleaved,
+        **fields,
     )
+
+
+def _assumed(
+    name: str, scaling: Scaling, given: Mapping[str, Any], values: Mapping[str, Any]
+) -> object:
+    """What transformers takes for a missing setting of a scaling; None where it needs one."""
+    trained, original = values.get(_TRAINED), given.get(_ORIGINAL)
+    factor = given.get("factor")
+    if factor is None and isinstance(trained, int) and isinstance(original, int):
+        factor = trained / original
+    if name == "factor" and scaling == "yarn":
+        return factor
+    if name == "attention_factor" and isinstance(factor, int | float):
+        if scaling == "yarn":
+            scales = given.get("mscale"), given.get("mscale_all_dim")
+            both = all(isinstance(scale, int | float) and scale for scale in scales)
+            over, under = (float(str(scale)) for scale in scales) if both else (1.0, 0.0)
+            return yarn_magnitude(factor, over) / yarn_magnitude(factor, under)
+        if factor <= 1:
+            return 1.0
+        if isinstance(original, int) and original > 1:
+            return math.sqrt(1 + math.log(factor) / math.log(original))
+    return {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}.get(name)
+
+
+def yarn_magnitude(factor: float, scale: float = 1.0) -> float:
+    """What YaRN multiplies by for positions stretched by a factor (Peng et al. 2023, sec. 3.4)."""
+    return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
 
 
 def _beside(
@@ -127,8 +190,8 @@ def spelled_rope(rope: RopeConfig, head_dim: int) -> dict[str, object]:
     table: dict[str, object] = {"rope_type": rope.scaling, "rope_theta": rope.theta}
     if rope.dims != head_dim:
         table["partial_rotary_factor"] = rope.dims / head_dim
-    needed = {"default": 0, "linear": 1, "llama3": 4}[rope.scaling]
-    return table | {key: getattr(rope, name) for name, key in _SCALING_KEYS[:needed]}
+    spelled = {_SCALING_KEYS[name]: getattr(rope, name) for name in _FIELDS[rope.scaling]}
+    return table | {k: list(v) if isinstance(v, tuple) else v for k, v in spelled.items()}
 
 
 def windows(

@@ -58,15 +58,18 @@ def _kind(
 
 def _block_fits(block: ParallelBlock) -> bool:
     serial_or_parallel = type(block.parallel_residual) is bool
-    return serial_or_parallel and block.compute_dtype is None and block.residual_scale == 1
+    plain = block.one_norm is False and block.residual_scale == 1
+    return serial_or_parallel and plain and block.compute_dtype is None
 
 
 def _attention_fits(attention: ParallelAttention) -> bool:
     inner = group_sizes(attention.runs)[1:-1]
     return (
-        type(attention.rope) is RopeConfig
+        type(attention.rope) in (RopeConfig, type(None))
         and attention.window is None
         and attention.scale is None
+        and attention.softcap is None
+        and attention.sinks is None
         and attention.alibi is False
         and attention.query_norm is None
         and attention.key_norm is None
@@ -105,7 +108,7 @@ _NORMS = (RMSNorm, LayerNorm)
 _KINDS: dict[type[nn.Module], _Kind] = {
     ParallelBlock: _kind(
         ParallelBlock,
-        "tp sharding parallel_residual residual_scale own_bucket compute_dtype recompute "
+        "tp sharding parallel_residual one_norm residual_scale own_bucket compute_dtype recompute "
         "_shared_layers attention_post_norm mlp_post_norm",
         _block_fits,
         attention_norm=_NORMS,
@@ -116,8 +119,8 @@ _KINDS: dict[type[nn.Module], _Kind] = {
     ),
     ParallelAttention: _kind(
         ParallelAttention,
-        "heads head_dim tp rope scale window layer_index sharding prefix q_heads kv_heads runs "
-        "alibi query_norm key_norm _shared_layers padded unpadded kv_of_query slopes frequencies",
+        "heads head_dim tp rope scale softcap sinks window layer_index sharding prefix q_heads "
+        "kv_heads runs alibi query_norm key_norm _shared_layers padded unpadded slopes frequencies",
         _attention_fits,
         qkv=QKVParallelLinear,
         output=RowParallelLinear,

@@ -25,6 +25,7 @@ from colrow.layers.decoding import Kernel
 from colrow.layers.grouped_query import group_sizes
 from colrow.layers.mlp import ParallelMLP
 from colrow.layers.norm import RMSNorm, rms_scale
+from colrow.layers.options import RopeConfig
 from colrow.layers.row import RowParallelLinear
 from colrow.models.known_blocks import Unchanged, known
 from colrow.models.pipeline import Blocks
@@ -60,6 +61,8 @@ class OneToken:
         self._rotations: dict[Any, Tensor] = {}
         for block in self._known:
             attention: Any = block.attention
+            if attention.rope is None:
+                continue
             table = self._rotations.setdefault(attention.rope, attention.frequencies)
             self._fits = self._fits and torch.equal(table, attention.frequencies)
         self._passes = threading.local()  # each thread has rows of its own
@@ -70,7 +73,7 @@ class OneToken:
 
     @staticmethod
     def fits(blocks: Blocks) -> bool:
-        """Whether the blocks are of the kind that is written out here: RoPE over all keys."""
+        """Whether the blocks are of the kind that is written out here: all keys, plain scores."""
         return all(known(block) for block in blocks)
 
     def serves(self, input_ids: Tensor, x: Tensor, attention_mask: Tensor | None) -> bool:
@@ -177,7 +180,7 @@ def _attention(
     rope, index, dim = attention.rope, attention.layer_index, attention.head_dim
     groups = group_sizes(attention.runs)
     widest = max(groups)
-    if rope is None or any(size != widest for size in groups[1:-1]):
+    if any(size != widest for size in groups[1:-1]):
         raise ValueError(f"{attention.qkv.layer} is of no kind that is written out here")
     queries, keys = attention.q_heads, attention.kv_heads
     before = widest - groups[0] if keys > 1 else 0
@@ -189,25 +192,45 @@ def _attention(
     source = fused.view(-1, dim)
     value = source[heads:].view(1, keys, 1, dim)
     source = source[:heads]
-    cos, sin = rows(("cos", rope), rope.dims), rows(("sin", rope), rope.dims)
-    swapped = rows("swapped", heads, rope.dims)
-    rotating, rotated = source[:, : rope.dims], target[:, : rope.dims]
-    first, second = rotating.chunk(2, dim=1)
-    halves = list(zip((second, first), sin.chunk(2), swapped.chunk(2, dim=1), strict=True))
-    rest = (target[:, rope.dims :], source[:, rope.dims :]) if rope.dims < dim else None
+    rotate = _rotation(rope, source, target, rows)
 
     def forward(cache: AttentionCache) -> Tensor:
+        rotate()
+        new = (key, value) if getattr(cache, "copies", False) else (key.clone(), value.clone())
+        mixed = F.scaled_dot_product_attention(grouped, *cache.update(index, *new))
+        return mixed.reshape(-1)[before * dim : (before + queries) * dim]
+
+    return forward
+
+
+def _rotation(
+    rope: RopeConfig | None, source: Tensor, target: Tensor, rows: _Rows
+) -> Callable[[], object]:
+    """Copies heads ``[heads, head_dim]`` to the target, rotated where there is a rotation."""
+    if rope is None:
+        return lambda: target.copy_(source)
+    dims, interleaved = rope.dims, rope.interleaved
+
+    def pairs(x: Tensor) -> tuple[Tensor, Tensor]:
+        """The first and the second of each pair of dimensions."""
+        first, second = (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
+        return first, second
+
+    cos, sin = rows(("cos", rope), dims), rows(("sin", rope), dims)
+    swapped = rows("swapped", len(source), dims)
+    rotating, rotated = source[:, :dims], target[:, :dims]
+    halves = list(zip(pairs(rotating)[::-1], pairs(sin), pairs(swapped), strict=True))
+    rest = (target[:, dims:], source[:, dims:]) if dims < source.shape[1] else None
+
+    def rotate() -> None:
         torch.mul(rotating, cos, out=rotated)
         for other, signed, product in halves:
             torch.mul(other, signed, out=product)
         rotated.add_(swapped)
         if rest is not None:
             rest[0].copy_(rest[1])
-        new = (key, value) if getattr(cache, "copies", False) else (key.clone(), value.clone())
-        mixed = F.scaled_dot_product_attention(grouped, *cache.update(index, *new))
-        return mixed.reshape(-1)[before * dim : (before + queries) * dim]
 
-    return forward
+    return rotate
 
 
 def _norm(norm: nn.Module, x: Tensor, out: Tensor, rows: _Rows) -> Callable[[], Tensor]:

@@ -85,7 +85,9 @@ def block_bytes(block: BlockSpec, layout: Layout, rank: int, *, flash: bool) -> 
         for mlp, _ in block.mlp.passes[1:]:
             ffn = layout.division.of(mlp.ffn_size).size(rank)
             shared += float(tokens * (3 if mlp.gated else 2) * ffn * sizes.item)
-    inputs = 2 * _column_input(block.hidden_size, layout)
+    gathered = layout.program.keep_gathered_input and layout.sequence_parallel
+    copies = 1 if block.one_norm and not gathered else 2
+    inputs = copies * _column_input(block.hidden_size, layout)
     mlp_bytes = _mlp(block.mlp.passes[0][0], layout, sizes)
     if layout.precision == "fp8":
         # Linear layers keep their inputs in 8 bits; the attention's output is kept wide too, since
@@ -161,13 +163,12 @@ def _column_input(hidden_size: int, layout: Layout) -> float:
 
 def _attention(block: BlockSpec, layout: Layout, sizes: Sizes, rank: int, *, flash: bool) -> float:
     """The fused Q, K, V; rotated or normed copies; the scores where they are stored; the output."""
-    attention, program = block.attention, layout.program
+    attention = block.attention
     normed = _normed_heads(attention, layout, sizes)
-    if not flash and program.written_dropout and attention.dropout:
-        # Contiguous copies of queries, and of keys and values for every query head, take the place
-        # of the fused tensor; softmax is kept in fp32, beside the mask and the product of both.
+    if not flash and (per_score := _written_out(attention, layout)):
+        # Contiguous copies of queries, keys and values take the place of the fused tensor.
         scores = 0.0 if layout.recompute == "selective" else sizes.scores
-        return 4 * sizes.query + normed + scores * (4 + 1 + sizes.item)
+        return 2 * (sizes.query + sizes.key_value) + normed + scores * per_score
     output = sizes.query * attention.value_size / attention.key_size
     kept = sizes.query + 2 * sizes.key_value + output + normed
     if attention.rotates:
@@ -181,6 +182,22 @@ def _attention(block: BlockSpec, layout: Layout, sizes: Sizes, rank: int, *, fla
     if not attention.dropout:
         return kept + sizes.scores * sizes.item
     return kept + sizes.scores * (2 * sizes.item + 1)
+
+
+def _written_out(attention: Attention, layout: Layout) -> int:
+    """Bytes that are kept of a score where attention is written out; 0 where it is not.
+
+    Softmax is kept in fp32, beside the mask of dropout and the product of both, or what the values
+    are multiplied by, and the tangent of a soft cap.
+    """
+    item, drops = layout.itemsize, attention.dropout > 0
+    if not layout.program.written_dropout or (attention.plain_scores and not drops):
+        return 0
+    capped = sinks = False
+    if isinstance(attention, AttentionSpec):
+        capped, sinks = attention.softcap is not None, attention.sinks
+    copied = drops or sinks or item != 4
+    return 4 + int(drops) + item * (int(copied) + int(capped))
 
 
 def _mlp(mlp: MLPSpec, layout: Layout, sizes: Sizes) -> float:
@@ -214,7 +231,8 @@ def embedding_bytes(config: ModelConfig, layout: Layout) -> float:
 
 
 def head_bytes(config: ModelConfig, layout: Layout, rank: int) -> tuple[float, float]:
-    """The final norm with the head's input, and the fp32 probabilities that the loss keeps."""
+    """The final norm with the head's input, and what is kept of logits: fp32 probabilities."""
     logits = layout.tokens * layout.division.of(config.vocab_size).size(rank)
     norm_and_input = _norm(config.norm, layout) + _column_input(config.hidden_size, layout)
-    return norm_and_input, 4.0 * logits
+    capped = layout.itemsize if config.logit_softcap is not None else 0
+    return norm_and_input, (4.0 + capped) * logits

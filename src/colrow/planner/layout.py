@@ -238,7 +238,7 @@ class Layout:
         if self.recompute == "selective" or not device_has_flash:
             return False
         drops = attention.dropout > 0 and not program.flash_dropout
-        return program.flash_attention and not drops
+        return program.flash_attention and attention.plain_scores and not drops
 
     def layers_of_stage(self, model: ModelShape) -> tuple[int, ...]:
         """Transformer layers of each pipeline device.

@@ -3,8 +3,8 @@
 Plain Python, no torch. Layers are built from these values, and whoever has to know a layer without
 running it walks them: loading, saving, predicted traffic, planning, the balance of stages. Two
 kinds build on each other. *Parts* (:class:`ColumnSpec`, :class:`RowSpec`, :class:`NormSpec`,
-:class:`EmbeddingSpec`, :class:`TableSpec`, :class:`RouterSpec`, :class:`StackedSpec`) are single
-layers as a group of ranks divides them.
+:class:`EmbeddingSpec`, :class:`TableSpec`, :class:`SinksSpec`, :class:`RouterSpec`,
+:class:`StackedSpec`) are single layers as a group of ranks divides them.
 *Compositions* (:class:`AttentionSpec`, :class:`MLPSpec`, :class:`ExpertsSpec`, :class:`BlockSpec`)
 say what a model has; given a :class:`Division` they list their parts by name. Who meets a
 composition that it does not know calls :func:`unknown`.
@@ -25,6 +25,7 @@ from colrow.layers.describe.parts import (
     Part,
     RouterSpec,
     RowSpec,
+    SinksSpec,
     StackedSpec,
     Start,
     TableSpec,
@@ -53,6 +54,7 @@ __all__ = [
     "RouterSpec",
     "Routing",
     "RowSpec",
+    "SinksSpec",
     "StackedSpec",
     "Start",
     "TableSpec",

@@ -13,6 +13,7 @@ from colrow.layers.describe.parts import (
     NormSpec,
     Part,
     RowSpec,
+    SinksSpec,
     TableSpec,
 )
 from colrow.layers.options import RopeConfig
@@ -30,14 +31,13 @@ class AttentionSpec:
         rope: rotary positions, or None.
         alibi: linear position biases.
         query_norm, key_norm: norms of queries and keys: of each head's (their size is ``head_dim``)
-            or of all heads' together (their size is that of the heads); None where there are none.
+            or of all heads' together (their size is that of the heads); of each head's with a
+            weight for each head where they have ``heads``; None where there are none.
         window: how many keys back a query sees (itself included), or None for all.
         scale: what scores are multiplied by; None for ``head_dim ** -0.5``.
         softcap: scores are ``softcap * tanh(score / softcap)``; None leaves them as they are.
         sinks: each head has one more score, learned, whose weight goes nowhere.
         dropout: probability of dropping an attention weight, in training.
-
-    No layer computes soft caps or sinks yet: the decoder refuses them.
     """
 
     hidden_size: int
@@ -86,6 +86,11 @@ class AttentionSpec:
         return self.rope is not None
 
     @property
+    def plain_scores(self) -> bool:
+        """Whether scores are only scaled and masked, as fused kernels know them."""
+        return self.softcap is None and not self.sinks
+
+    @property
     def norms_all_heads(self) -> bool:
         """Whether a norm goes over the features of all heads, which are divided."""
         return self.query_norm is not None and self.query_norm.size != self.head_dim
@@ -101,13 +106,17 @@ class AttentionSpec:
         blocks = (query, key_value, key_value)
         found: dict[str, Part] = {"qkv": ColumnSpec(self.hidden_size, blocks, self.qkv_bias)}
         for name, norm, owned in (
-            ("query_norm", self.query_norm, query),
-            ("key_norm", self.key_norm, key_value),
+            ("query_norm", self.query_norm, heads.query),
+            ("key_norm", self.key_norm, heads.key_value),
         ):
-            if norm is not None and self.norms_all_heads:
+            if norm is not None and norm.heads:
                 found[name] = replace(norm, partition=owned)
+            elif norm is not None and self.norms_all_heads:
+                found[name] = replace(norm, partition=owned.scaled(self.head_dim))
             elif norm is not None:
                 found[name] = replace(norm, by_head=True)
+        if self.sinks:
+            found["sinks"] = SinksSpec(heads.query)
         found["output"] = RowSpec(query, self.hidden_size, self.output_bias)
         return found
 
@@ -182,6 +191,11 @@ class LatentAttentionSpec:
     def rotates(self) -> bool:
         """Whether queries and keys are rotated by their positions."""
         return self.rope > 0
+
+    @property
+    def plain_scores(self) -> bool:
+        """Whether scores are only scaled and masked, as fused kernels know them."""
+        return True
 
     def heads(self, division: Division) -> HeadPartition:
         """Which rank computes which heads; each has keys and values of its own."""

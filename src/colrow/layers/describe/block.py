@@ -21,6 +21,7 @@ class BlockSpec:
         attention_norm, mlp_norm: norms in front of them, or None.
         attention_post_norm, mlp_post_norm: norms behind them, before they are added, or None.
         parallel_residual: which of the two forms.
+        one_norm: of a parallel block: the MLP reads what attention's norm gives.
         residual_scale: what is added is multiplied by it first.
         dropout: on what is added, in training.
     """
@@ -32,8 +33,17 @@ class BlockSpec:
     attention_post_norm: NormSpec | None = None
     mlp_post_norm: NormSpec | None = None
     parallel_residual: bool = False
+    one_norm: bool = False
     residual_scale: float = 1.0
     dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        alone = self.attention_norm is not None and self.mlp_norm is None
+        if self.one_norm and not (self.parallel_residual and alone):
+            raise ValueError(
+                "one_norm is of a parallel block with a norm in front of attention and none in "
+                "front of the MLP"
+            )
 
     @property
     def hidden_size(self) -> int:

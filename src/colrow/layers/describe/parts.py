@@ -149,6 +149,9 @@ class NormSpec:
         partition: how the dimension is divided over the ranks, which then add up their squares;
             None where each rank has all of it.
         by_head: each rank norms its own heads, so that all its gradients are partial.
+        bias: whether a LayerNorm has one.
+        heads: each of so many heads has a weight of its own, ``[heads, size]``, and the partition
+            is that of the heads; 0 for one weight.
     """
 
     size: int
@@ -158,16 +161,19 @@ class NormSpec:
     wide: bool = False
     partition: Partition | None = None
     by_head: bool = False
+    bias: bool = True
+    heads: int = 0
 
     def parameters(self) -> dict[str, ParameterSpec]:
         """By attribute."""
+        shape = (self.heads, self.size) if self.heads else (self.size,)
         if self.partition is not None:
-            shard = ShardSpec((self.size,), 0, (self.partition,))
+            shard = ShardSpec(shape, 0, (self.partition,))
         else:
-            shard = ShardSpec.replicated(self.size)
+            shard = ShardSpec.replicated(*shape)
         gradient: Gradient = "partial" if self.by_head else "by_sequence"
         found = {"weight": ParameterSpec(shard, "zeros" if self.centred else "ones", gradient)}
-        if self.kind == "layernorm":
+        if self.kind == "layernorm" and self.bias:
             found["bias"] = ParameterSpec(shard, "zeros", gradient)
         return found
 
@@ -202,6 +208,17 @@ class TableSpec:
         """By attribute."""
         shard = ShardSpec.replicated(self.rows, self.columns)
         return {"weight": ParameterSpec(shard, "normal", self.gradient)}
+
+
+@dataclass(frozen=True)
+class SinksSpec:
+    """One number for each query head, divided with the heads."""
+
+    heads: Partition
+
+    def parameters(self) -> dict[str, ParameterSpec]:
+        """By attribute."""
+        return {"weight": ParameterSpec(ShardSpec((self.heads.length,), 0, (self.heads,)))}
 
 
 @dataclass(frozen=True)
@@ -265,7 +282,14 @@ class StackedSpec:
 
 
 Part: TypeAlias = (
-    ColumnSpec | RowSpec | NormSpec | EmbeddingSpec | TableSpec | RouterSpec | StackedSpec
+    ColumnSpec
+    | RowSpec
+    | NormSpec
+    | EmbeddingSpec
+    | TableSpec
+    | SinksSpec
+    | RouterSpec
+    | StackedSpec
 )
 
 

@@ -6,9 +6,9 @@ of its weights in Hugging Face and GGUF files, and the keys of its configuration
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from colrow.models.compose import decoder
 from colrow.models.config import ModelConfig
@@ -17,6 +17,7 @@ from colrow.models.hf_rope import RopeKeys, rope_config, spelled_rope
 FusedLayout = Literal["side_by_side", "interleaved"]
 Transposed = Literal["none", "blocks", "experts"]
 Windowed = Literal["never", "always", "listed", "by_layer", "own"]
+GGUFNumber: TypeAlias = Callable[[str, float | None], float]
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class Family:
         keys: field of :func:`decoder` to key of the configuration.
         fixed: fields that are the same for every model of the family.
         fused: how a single checkpoint matrix holds several of ours: one after the other
-            ("side_by_side") or head by head ("interleaved").
+            ("side_by_side") or KV head by KV head, the query heads that read it before its key and
+            its value ("interleaved").
         transposed: which matrices are stored ``[in, out]``: those of blocks, or of experts.
         alternating: a checkpoint's matrix that holds both of experts' gate and up has a row of the
             one, then a row of the other.
@@ -100,6 +102,14 @@ class Family:
         if fields["position"] == "rope":
             fields["rope"] = rope_config(values, fields["head_dim"], self.rope, self.name)
 
+    def modules_of(self, config: ModelConfig) -> Mapping[str, tuple[str, ...]]:
+        """The names of its weights in a Hugging Face checkpoint of this model."""
+        return self.modules
+
+    def gguf_modules_of(self, config: ModelConfig) -> Mapping[str, tuple[str, ...]]:
+        """The names of its weights in a GGUF file of this model."""
+        return {} if self.gguf is None else self.gguf.modules
+
     def compose(self, fields: Mapping[str, Any]) -> ModelConfig:
         """The model that these fields describe."""
         return decoder(family=self.name, **fields)
@@ -109,10 +119,13 @@ class Family:
         if fields["rope"] is not None:
             values["rope_parameters"] = spelled_rope(fields["rope"], fields["head_dim"])
 
-    def complete_gguf(self, fields: dict[str, Any], number: Any) -> None:
-        """Adds to the fields of a GGUF file those that llama.cpp knows without a key.
+    def complete_gguf(
+        self, fields: dict[str, Any], number: GGUFNumber, names: Collection[str]
+    ) -> None:
+        """Adds to the fields of a GGUF file what llama.cpp's loader makes of it for this family.
 
         Args:
             number: a function from a key of the architecture's namespace, and what to take where it
                 is missing, to its number.
+            names: of the tensors in the file.
         """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from colrow.files import shown
 from colrow.layers.describe import Routing
 from colrow.models.config_limits import SIZES, check_whole
 from colrow.models.families import llama
-from colrow.models.families.family import GGUFForm
+from colrow.models.families.family import GGUFForm, GGUFNumber
 from colrow.models.families.mixtures import (
     ROUTER_LOSS_KEYS,
     Mixture,
@@ -51,7 +51,7 @@ class Qwen3Moe(Mixture):
         values["norm_topk_prob"] = fields["routing"].normalised
 
     def complete_gguf(
-        self, fields: dict[str, Any], number: Callable[[str, float | None], float]
+        self, fields: dict[str, Any], number: GGUFNumber, names: Collection[str]
     ) -> None:
         """llama.cpp divides the weights by their sum, and has experts in every layer."""
         fields["routing"] = Routing(normalised=True)
