@@ -16,7 +16,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu coverage fuzz lint format bench-peers bench-gpu clean
+.PHONY: help demo test test-slow test-gpu coverage fuzz lint format bench-peers bench-gpu zoo clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -70,6 +70,9 @@ bench-peers: $(INSTALLED) $(MODEL) $(PEERS)/.installed ## time colrow and its pe
 
 bench-gpu: $(INSTALLED) ## time one rank's work on a GPU (GPU_ARGS="--only loss")
 	$(BIN)/python -m benchmarks.gpu $(GPU_ARGS)
+
+zoo: $(INSTALLED) ## split a tiny model of every architecture and compare (ZOO_ARGS="--only llama,gpt2")
+	$(BIN)/colrow zoo $(ZOO_ARGS)
 
 clean: ## remove .venv, .cache and everything built
 	rm -rf .venv .cache .coverage .coverage.* build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

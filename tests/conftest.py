@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from colrow.train.tokens import Encoded, write_tokens
-from tests import devices
+from tests import devices, forked
 from tests.models import tiny
 from tests.ranks import RankPool
 
@@ -25,7 +25,7 @@ _LONGEST = (
     "launch/test_ranks.py",
     "optim/test_whole_tensors.py",
     "pipeline/test_training.py",
-    "launch/test_watch.py",
+    "launch/test_places.py",
     "fuzz/test_fixed_cases.py",
     "models/test_families.py",
     "train/test_faults.py",
@@ -47,6 +47,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure() -> None:
     """Tiny tensors, and as many processes as cores: one thread for each."""
     torch.set_num_threads(1)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Ranks that have used CUDA, if only to count the GPUs, must not be forked."""
+    if session.config.getoption("--device") != "cuda":
+        forked.fork_launched_ranks()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before the fixtures of a test, which start ranks too."""
+    forked.launch_forks = item.get_closest_marker("new_interpreters") is None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

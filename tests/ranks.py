@@ -16,24 +16,13 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from tests import devices
+from tests import devices, forked
 
 POOL_SIZE = 4
 _SECONDS_TO_START = 120
 _SECONDS_TO_END = 10
 # How long the others may go on after a rank raised, before they count as waiting for it.
 _SECONDS_TO_FOLLOW = 2.0
-# Imported once, in the server that the ranks are forked from: a rank begins in milliseconds.
-_PRELOADED = [
-    "pytest",
-    "transformers.generation.utils",
-    "transformers.models.auto.modeling_auto",
-    "transformers.models.llama.modeling_llama",
-    "colrow.pipeline.runner",
-    "colrow.train.loop",
-    "colrow.zoo.compare",
-    "tests.devices",
-]
 
 
 @dataclass(frozen=True)
@@ -150,7 +139,8 @@ class RankPool:
 
         self._directory = tempfile.mkdtemp(prefix="colrow-tests-")
         pipes = [multiprocessing.Pipe() for _ in range(self._size)]
-        multiprocessing.get_context("forkserver").set_forkserver_preload(_PRELOADED)
+        if self._method == "forkserver":
+            forked.start_server()
         with inherited_environment({"OMP_NUM_THREADS": "1"}):
             self._context = start_processes(  # type: ignore[no-untyped-call]
                 _work,

@@ -13,7 +13,7 @@ import torch
 from benchmarks.gpu.decoding import FixedCache
 from benchmarks.gpu.shapes import shares
 from colrow.comm import mesh as meshes
-from colrow.comm import primitives
+from colrow.comm import point_to_point, primitives
 from colrow.comm.agreement import assert_on_device, different_seeds, require_same
 from colrow.comm.group import ParallelGroup
 from colrow.comm.mesh import Mesh
@@ -26,7 +26,7 @@ from colrow.models.decoder import Decoder
 from colrow.pipeline.runner import PipelineRunner
 from colrow.planner.catalog import find_model
 from tests import pretend_cuda
-from tests.comm.test_collectives import check_messages
+from tests.comm.test_point_to_point import check_messages
 from tests.ranks import RankPool
 
 NAMES = ("llama-3-8b", "gpt3-175b", "bloom-176b", "gpt-neox-20b", "qwen3-8b")
@@ -108,12 +108,12 @@ def test_a_long_message_is_cut_to_what_a_gpus_assertion_takes(
 
 def check_messages_by_the_host(tp: ParallelGroup) -> None:
     """What Gloo gets of a GPU's tensors: copies in the host's memory."""
-    through_host = primitives._through_host
-    primitives._through_host = lambda x, tp: True
+    through_host = point_to_point._through_host
+    point_to_point._through_host = lambda x, tp: True
     try:
         check_messages(tp)
     finally:
-        primitives._through_host = through_host
+        point_to_point._through_host = through_host
     assert tp.cuda_by_gloo
 
 

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import ast
+import importlib
 import math
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,6 +39,29 @@ def run(name: str) -> str:
     return " ".join(ended.stdout.split())
 
 
+@pytest.fixture
+def shown(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Callable[[str], str]:
+    """As :func:`run`, in this process: what stands last in the script is run in its module."""
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def shown(name: str) -> str:
+        file = EXAMPLES / f"{name}.py"
+        module = importlib.import_module(f"examples.{name}")
+        script = ast.Module(ast.parse(file.read_text()).body[-1:], [])
+        try:
+            exec(compile(script, file, "exec"), {**vars(module), "__name__": "__main__"})
+        except SystemExit as stop:
+            assert not stop.code, capfd.readouterr()
+        out, error = capfd.readouterr()
+        assert "Warning" not in error
+        return " ".join(out.split())
+
+    return shown
+
+
 def cells(output: str, first: str) -> list[str]:
     """The other cells of the table row that begins with ``first``."""
     return [cell.strip() for cell in output.split(f"│ {first} ")[1].split("│")[1:]]
@@ -50,8 +76,8 @@ def test_column_and_row_agree_with_the_dense_layers() -> None:
         assert float(cells(output, check)[1]) < 1e-12
 
 
-def test_column_then_row_sends_half_the_collectives() -> None:
-    output = run("column_then_row_mlp")
+def test_column_then_row_sends_half_the_collectives(shown: Callable[[str], str]) -> None:
+    output = shown("column_then_row_mlp")
     # Each rank sends [256, 384] floats twice; gathering, (0.5 + 1) x [256, 384 + 1536] floats.
     assert cells(output, "column_then_row, 1 rank")[:2] == ["0", "0.00"]
     assert cells(output, "column_then_row, 2 ranks")[:2] == ["2", f"{2 * 256 * 384 * 4 / 1e6:.2f}"]
@@ -59,8 +85,8 @@ def test_column_then_row_sends_half_the_collectives() -> None:
     assert cells(output, "gather_after_each, 2 ranks")[:2] == ["4", gathering]
 
 
-def test_a_layer_all_reduces_twice_in_each_direction() -> None:
-    output = run("layer_all_reduces")
+def test_a_layer_all_reduces_twice_in_each_direction(shown: Callable[[str], str]) -> None:
+    output = shown("layer_all_reduces")
     plain, sequence_parallel = output.split("sequence parallelism on")
     assert re.findall(r"(forward|backward) │ │ (\d) in all │ │ ([\d,]+)", plain) == [
         ("forward", "2", "786,432"),
@@ -76,8 +102,8 @@ def test_a_layer_all_reduces_twice_in_each_direction() -> None:
     assert output.count("predicted and recorded: the same; by hand: 262,144 bytes each") == 2
 
 
-def test_where_time_goes_adds_up() -> None:
-    output = run("where_time_goes")
+def test_where_time_goes_adds_up(shown: Callable[[str], str]) -> None:
+    output = shown("where_time_goes")
     shares = re.findall(r"tp=(\d) .*?(\d+)% matmul, (\d+)% waiting .*? hidden\) ([#=.]+)", output)
     assert [tp for tp, *_ in shares] == ["1", "2", "4"]
     for tp, matmul, waiting, bar in shares:
@@ -86,16 +112,16 @@ def test_where_time_goes_adds_up() -> None:
         assert (bar.count("=") == 0) or int(tp) > 1
 
 
-def test_hybrid_is_the_step_of_one_process() -> None:
-    output = run("hybrid_tp_dp")
+def test_hybrid_is_the_step_of_one_process(shown: Callable[[str], str]) -> None:
+    output = shown("hybrid_tp_dp")
     for what in ("loss", "gradients", "weights after the step"):
         assert float(cells(output, what)[0]) < 1e-12
     assert "rank 0 holds 33,072 of 59,376 parameters" in output
     assert "sent 6 collectives in backward" in output
 
 
-def test_each_mistake_is_refused_or_shown_to_be_wrong() -> None:
-    output = run("three_mistakes")
+def test_each_mistake_is_refused_or_shown_to_be_wrong(shown: Callable[[str], str]) -> None:
+    output = shown("three_mistakes")
     assert output.count("ValueError: ") == 5
     assert "expects this rank's 6 of 12 input features" in output
     numbers = [

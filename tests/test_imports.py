@@ -20,6 +20,7 @@ ROOMS = (
     "colrow.files",
     "colrow.leftovers",
     "colrow.partition",
+    "colrow.head_partition",
     "colrow.sharding",
     "colrow.rng",
     # Ranks, and what goes between them.
@@ -42,12 +43,7 @@ ROOMS = (
     "colrow.inplace.weights",
     "colrow.inplace",
     # Tiny models of every architecture; then a model of any of them as the commands take it.
-    "colrow.zoo.overrides",
-    "colrow.zoo.sizes",
-    "colrow.zoo.shrink",
-    "colrow.zoo.architectures",
-    "colrow.zoo.example_batch",
-    "colrow.zoo.model_run",
+    "colrow.tiny_models",
     "colrow.any_model",
     # What is done with a model.
     "colrow.generation",
@@ -56,7 +52,6 @@ ROOMS = (
     "colrow.train",
     "colrow.bench",
     "colrow.verification",
-    "colrow.zoo",
     "colrow.cli",
     "colrow",
 )

@@ -8,10 +8,10 @@ import torch
 import torch.distributed as dist
 
 from colrow import ParallelGroup
+from colrow.head_partition import HeadPartition
 from colrow.layers.describe import AttentionSpec, Division
 from colrow.models.compose import decoder, fields_of, with_dropout
 from colrow.models.config import ModelConfig, common_attention
-from colrow.partition import HeadPartition
 from colrow.planner.catalog import find_model
 
 

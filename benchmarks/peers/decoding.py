@@ -69,7 +69,7 @@ class Colrow(Decoder):
         return self.model.loss(self.ids, self.ids).item()
 
     def generate(self) -> tuple[list[int], list[float]]:
-        from colrow.generation.engine import generate
+        from colrow.generation.generate import generate
 
         times: list[float] = []
         started = time.perf_counter()

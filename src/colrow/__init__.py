@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from colrow.comm.ledger import record as record
     from colrow.comm.mesh import Mesh as Mesh
     from colrow.comm.mesh import init_mesh as init_mesh
-    from colrow.generation.engine import generate as generate
-    from colrow.generation.options import Sampling as Sampling
+    from colrow.generation.generate import generate as generate
+    from colrow.generation.sampling_settings import Sampling as Sampling
+    from colrow.head_partition import HeadPartition as HeadPartition
     from colrow.inplace.api import parallelize as parallelize
     from colrow.inplace.api import plan_for as plan_for
     from colrow.inplace.weights.load import load_weights as load_weights
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
     from colrow.optim.adafactor import Adafactor as Adafactor
     from colrow.optim.muon import Muon as Muon
     from colrow.optim.scaler import GradScaler as GradScaler
-    from colrow.partition import HeadPartition as HeadPartition
     from colrow.partition import Partition as Partition
     from colrow.partition import ShardSpec as ShardSpec
     from colrow.sharding import Sharding as Sharding

@@ -17,11 +17,11 @@ from colrow.cli import main
 from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import record
 from colrow.comm.mesh import Mesh
-from colrow.generation.engine import generate
-from colrow.generation.options import Sampling
+from colrow.generation.generate import generate
+from colrow.generation.sampling_settings import Sampling
 from colrow.inplace.weights.meta import model_of
+from colrow.tiny_models.architectures import Architecture, build
 from colrow.verification.reference import full_precision
-from colrow.zoo.architectures import Architecture, build
 from tests.generation import models
 from tests.ranks import RankPool
 

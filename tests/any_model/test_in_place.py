@@ -16,9 +16,9 @@ from colrow.any_model.loading import load_model
 from colrow.comm.group import ParallelGroup
 from colrow.comm.mesh import Mesh
 from colrow.models.interface import TensorParallelModel
+from colrow.tiny_models.architectures import Architecture, build
 from colrow.verification.comparison import relative_error
 from colrow.verification.reference import full_precision
-from colrow.zoo.architectures import Architecture, build
 from tests.ranks import RankPool
 
 pytestmark = pytest.mark.cpu_only("tiny models of transformers in fp64, on the CPU")

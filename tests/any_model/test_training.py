@@ -14,11 +14,11 @@ import torch
 from colrow.any_model.export import alone
 from colrow.checkpoint.training import TrainingCheckpoints
 from colrow.cli import main
+from colrow.tiny_models.architectures import Architecture, build
 from colrow.train.loop import train
-from colrow.train.model import build_model, check_settings
 from colrow.train.settings import TrainSettings
+from colrow.train.starting_model import build_model, check_settings
 from colrow.verification.reference import quiet_transformers
-from colrow.zoo.architectures import Architecture, build
 from tests.ranks import RankPool, run_world
 from tests.train import runs
 from tests.train.curves import curve_of, logged, settings_for, write_inputs

@@ -24,7 +24,7 @@ from colrow.inplace.weights.meta import model_of
 from colrow.models.config_limits import check_any_config
 from colrow.models.hf_config import config_from_file
 from colrow.planner.config_json import model_from_config_json
-from colrow.zoo.architectures import saved_architecture
+from colrow.tiny_models.architectures import saved_architecture
 from tests.models.tiny import SMALLEST
 
 HUGE = 1 << 62

@@ -19,7 +19,7 @@ from colrow.checkpoint.pretrained import pretrained_config
 from colrow.comm.collectives import gather_from_tp
 from colrow.comm.group import ParallelGroup
 from colrow.models.hf_config import config_from_file
-from colrow.train.model import copy_model_files
+from colrow.train.starting_model import copy_model_files
 from colrow.verification.comparison import relative_error
 from colrow.verification.reference import load_reference, precision
 from tests.generation.test_pipeline import Pipe

@@ -19,7 +19,7 @@ from colrow.checkpoint.pretrained import pretrained_config
 from colrow.cli import main
 from colrow.generation.tokenizer import end_tokens, load_tokenizer
 from colrow.models.compose import fields_of
-from colrow.train.model import copy_model_files
+from colrow.train.starting_model import copy_model_files
 from tests.checkpoint.test_loading import SIZES, write
 
 F32 = gguf.GGMLQuantizationType.F32

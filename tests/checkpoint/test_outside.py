@@ -14,11 +14,11 @@ import torch
 
 import colrow
 from colrow.any_model.export import write_hf_directory
-from colrow.checkpoint import training_storage
+from colrow.checkpoint import training_index
 from colrow.checkpoint.opening import open_reader
 from colrow.checkpoint.pretrained import pretrained_config, stored_dtype
 from colrow.checkpoint.training import TrainingCheckpoints
-from colrow.checkpoint.training_storage import INDEX, read_index
+from colrow.checkpoint.training_index import INDEX, read_index
 from colrow.cli import main
 from colrow.comm.group import ParallelGroup
 from colrow.comm.mesh import Mesh
@@ -26,7 +26,7 @@ from colrow.generation.tokenizer import end_tokens, load_tokenizer
 from colrow.models.hf_config import config_from_file
 from colrow.planner import model_from_config_json
 from colrow.planner.machine_file import load_machine
-from colrow.train.sources import documents
+from colrow.train.documents import documents
 from colrow.train.tokens import Encoded, TokenFile, write_tokens
 from tests.models.tiny import SMALLEST
 
@@ -222,7 +222,7 @@ def change(checkpoints: TrainingCheckpoints, edit: Callable[[dict[str, Any]], No
     content = json.loads(path.read_text())
     content.pop("sha256")
     edit(content)
-    path.write_text(json.dumps({**content, "sha256": training_storage._digest(content)}))
+    path.write_text(json.dumps({**content, "sha256": training_index._digest(content)}))
 
 
 def first(index: dict[str, Any]) -> dict[str, Any]:

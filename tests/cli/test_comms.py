@@ -17,9 +17,9 @@ from colrow.cli import main
 from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import Call
 from colrow.comm.mesh import Mesh
-from colrow.models.interface import Prediction
+from colrow.models.interface import PredictedCalls
+from colrow.tiny_models.architectures import Architecture, build
 from colrow.verification.traffic import Traffic, record_step
-from colrow.zoo.architectures import Architecture, build
 from tests.ranks import RankPool
 
 # Each in place: fused and separate projections, soft caps, experts, one KV head, latents, biases.
@@ -72,7 +72,7 @@ def test_a_model_in_place(name: str, tmp_path: Path, ranks: RankPool) -> None:
             assert traffic.predicted == traffic.recorded and len(traffic.recorded) > 5
 
 
-def foretold(tp: ParallelGroup, changes: str) -> Prediction:
+def foretold(tp: ParallelGroup, changes: str) -> PredictedCalls:
     def forward(batch: int, sequence: int, seed: int) -> list[Call]:
         size = 4 * batch * sequence
         if changes == "sizes":

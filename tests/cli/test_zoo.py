@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from colrow.cli import main
-from colrow.zoo.architectures import Architecture, build
+from colrow.tiny_models.architectures import Architecture, build
 
 
 @pytest.mark.slow
@@ -61,3 +61,13 @@ def test_bad_usage_is_one_line(
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+def test_without_a_clone_the_zoo_says_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("colrow.cli.zoo.__file__", str(tmp_path / "lib/colrow/cli/zoo.py"))
+    assert main(["zoo", "--only", "llama"]) == 2
+    assert "run it in a clone of the repository" in capsys.readouterr().err
+    assert main(["zoo", "--only", "llama", "--list"]) == 0
+    assert capsys.readouterr().out == "llama\n"

@@ -12,9 +12,9 @@ from colrow import (
     gather_from_tp,
     reduce_from_tp,
 )
-from colrow.comm import primitives
+from colrow.comm import point_to_point, primitives
 from colrow.comm.clock import Clock
-from colrow.comm.ledger import Call, Entry, Ledger, record, summarize
+from colrow.comm.ledger import Call, Ledger, RecordedCall, record, summarize
 from colrow.layers.options import RopeConfig
 from colrow.models.compose import decoder
 from tests.ranks import RankPool
@@ -54,9 +54,9 @@ def check_messages(tp: ParallelGroup) -> None:
     x = torch.ones(2, 5)
     with record(tp) as ledger:
         if tp.rank == 0:
-            primitives.send(x, tp, 1, layer="a")
+            point_to_point.send(x, tp, 1, layer="a")
         elif tp.rank == 1:
-            primitives.recv(x, tp, 0, layer="a", phase="backward")
+            point_to_point.recv(x, tp, 0, layer="a", phase="backward")
     expected = [
         [Call("send", "forward", "a", 40, "float32")],
         [Call("recv", "backward", "a", 40, "float32")],
@@ -150,7 +150,7 @@ def test_times_of_a_device_are_its_events_read_late(monkeypatch: pytest.MonkeyPa
         clock.done()
         stream.now += 100
     assert ledger.calls == [call] and stream.synchronized == 0
-    assert ledger.entries == [Entry(call, 3.0, 2.0)] == ledger.entries
+    assert ledger.entries == [RecordedCall(call, 3.0, 2.0)] == ledger.entries
     assert ledger.seconds() == 3.0 and ledger.seconds(exposed=True) == 2.0
 
 

@@ -36,7 +36,7 @@ ROPES: list[dict[str, Any] | None] = [
 ]
 _LLAMAS = [
     *("llama", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "gemma2", "gemma3_text", "granite"),
-    *("cohere", "cohere2", "starcoder2", "glm", "glm4", "smollm3"),
+    *("cohere", "cohere2", "starcoder2", "glm", "glm4", "smollm3", "mixtral"),
 ]
 FAMILIES = [*_LLAMAS, "falcon", "gpt2", "gpt_neox", "bloom"]
 _OWN_WIDTH = {"llama", "mistral", "qwen3", "gemma2", "gemma3_text", "glm", "glm4"}
@@ -104,6 +104,10 @@ def further(case: Case) -> dict[str, Any]:
         "glm": {"attention_bias": biases, "partial_rotary_factor": half},
         "glm4": {"attention_bias": biases, "partial_rotary_factor": half},
         "smollm3": {"no_rope_layer_interval": 2, "mlp_bias": biases},
+        "mixtral": {
+            **{"num_local_experts": 3 + biases, "num_experts_per_tok": 2},
+            "sliding_window": window,
+        },
     }
     return found[family]
 

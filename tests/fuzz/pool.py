@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import colrow
-from colrow.zoo.pool import Raised, TaskFailure, Workers
+from benchmarks.zoo.pool import Raised, TaskFailure, Workers
 from tests.fuzz.case import Case, World
 
 SECONDS_PER_CASE = 90.0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from colrow.zoo.pool import Raised, TaskFailure
+from benchmarks.zoo.pool import Raised, TaskFailure
 from tests.fuzz.__main__ import main
 from tests.fuzz.campaign import command_for
 from tests.fuzz.case import Fields, OneOf, Several

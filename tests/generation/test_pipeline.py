@@ -15,8 +15,8 @@ from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import Call, record
 from colrow.comm.mesh import Mesh
 from colrow.generation.answer import Writer, padded
-from colrow.generation.engine import Generation, generate
-from colrow.generation.options import Sampling
+from colrow.generation.generate import Generation, generate
+from colrow.generation.sampling_settings import Sampling
 from colrow.models.cache import KeyValueCache
 from colrow.models.config import common_attention
 from colrow.models.decoder import Decoder

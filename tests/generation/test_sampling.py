@@ -8,8 +8,8 @@ from torch import Tensor
 
 from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import record
-from colrow.generation.options import Sampling
 from colrow.generation.sampling import next_tokens, top_candidates
+from colrow.generation.sampling_settings import Sampling
 from colrow.partition import Partition
 from tests.devices import moved
 from tests.ranks import RankError, RankPool

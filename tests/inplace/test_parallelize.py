@@ -18,8 +18,8 @@ from colrow.comm.mesh import Mesh
 from colrow.inplace.analysis import analyse
 from colrow.inplace.api import plan_for
 from colrow.inplace.apply import agreement
-from colrow.zoo.architectures import architectures, build
-from colrow.zoo.compare import compare_on
+from colrow.tiny_models.architectures import architectures, build
+from colrow.verification.in_place import compare_on
 from tests.ranks import RankPool
 
 LIMIT = 1e-10
@@ -90,7 +90,7 @@ def test_transformers_models(ranks: RankPool, name: str) -> None:
 
 
 def check_architecture(tp: ParallelGroup, name: str) -> None:
-    outcome = compare_on(mesh_of(tp), architectures([name])[0], "colrow", "")
+    outcome = compare_on(mesh_of(tp), architectures([name])[0])
     assert outcome is None or outcome.verdict == "passed", outcome
 
 

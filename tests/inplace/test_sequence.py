@@ -12,10 +12,10 @@ from torch import Tensor, nn
 import colrow
 from colrow.comm.group import ParallelGroup
 from colrow.inplace.analysis import analyse
+from colrow.tiny_models.architectures import architectures, build
+from colrow.tiny_models.example_batch import batch
 from colrow.verification.comparison import gradient_errors, relative_error
 from colrow.verification.reference import full_precision
-from colrow.zoo.architectures import architectures, build
-from colrow.zoo.example_batch import batch
 from tests.inplace.test_parallelize import mesh_of
 from tests.ranks import RankPool
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 import colrow
 from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import Call, Ledger, record
+from colrow.tiny_models.architectures import Architecture, build
+from colrow.tiny_models.example_batch import batch
 from colrow.verification.reference import full_precision
-from colrow.zoo.architectures import Architecture, build
-from colrow.zoo.example_batch import batch
 from tests.inplace.test_parallelize import mesh_of
 from tests.ranks import RankPool
 

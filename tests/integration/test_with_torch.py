@@ -12,11 +12,11 @@ from torch import Tensor, nn
 import colrow
 from colrow.comm.group import ParallelGroup
 from colrow.comm.mesh import Mesh
+from colrow.tiny_models.architectures import Architecture, build
+from colrow.tiny_models.example_batch import batch
 from colrow.train.clip import grad_norm
 from colrow.verification.comparison import gradient_errors
 from colrow.verification.reference import full_precision
-from colrow.zoo.architectures import Architecture, build
-from colrow.zoo.example_batch import batch
 from tests.ranks import RankPool, run_world
 
 LLAMA = Architecture("llama")

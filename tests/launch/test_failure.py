@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 from colrow.launch.failure import Evidence, root_cause
-from colrow.launch.watch import Place
+from colrow.launch.places import Place
 
 
 def error(directory: Path, rank: int, message: str, *, lost: bool, time_ns: int = 0) -> None:

@@ -67,6 +67,7 @@ def fail_the_first_time(directory: str) -> int:
     return rank
 
 
+@pytest.mark.new_interpreters
 def test_results_come_by_rank_and_nothing_listens_beyond_loopback(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -82,6 +83,7 @@ def test_results_come_by_rank_and_nothing_listens_beyond_loopback(
     assert "OMP_NUM_THREADS" not in os.environ
 
 
+@pytest.mark.new_interpreters
 def test_ranks_keep_freed_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -96,6 +98,7 @@ def users_settings() -> tuple[dict[str, str], int]:
     return allocator_settings(), torch.get_num_threads()
 
 
+@pytest.mark.new_interpreters
 def test_the_users_allocator_and_thread_count_win(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in allocator_settings():
         monkeypatch.delenv(name)

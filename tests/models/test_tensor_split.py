@@ -18,8 +18,8 @@ from colrow.comm.mesh import Mesh
 from colrow.models.config import common_attention, num_parameters
 from colrow.models.decoder import Decoder
 from colrow.planner.catalog import find_model
-from colrow.train.model import build_model
 from colrow.train.settings import TrainSettings
+from colrow.train.starting_model import build_model
 from colrow.verification.comparison import relative_error
 from colrow.verification.traffic import dry_run, record_step
 from colrow.verification.verify import verify

@@ -16,9 +16,9 @@ from colrow.pipeline.runner import PipelineRunner
 from colrow.pipeline.schedules import Schedule
 from colrow.sharding import Sharding
 from colrow.train.batches import Order, Windows
-from colrow.train.model import set_dropout
 from colrow.train.optimizer import adamw
 from colrow.train.parallel import parallelize
+from colrow.train.starting_model import set_dropout
 from colrow.train.step import Stepper
 from colrow.train.tokens import TokenFile
 from tests.train.layouts import CLIP, CONFIG

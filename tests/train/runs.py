@@ -14,9 +14,9 @@ from colrow.comm.group import ParallelGroup
 from colrow.optim.scaler import GradScaler
 from colrow.train.batches import Order, Windows
 from colrow.train.loop import make_loss
-from colrow.train.model import build_model
 from colrow.train.optimizer import make_optimizers
 from colrow.train.settings import TrainSettings
+from colrow.train.starting_model import build_model
 from colrow.train.step import Stepper
 from colrow.train.tokens import TokenFile
 from colrow.verification.reference import quiet_transformers

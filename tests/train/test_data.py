@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from colrow.train.batches import IGNORED, Order, Windows
-from colrow.train.sources import documents
+from colrow.train.documents import documents
 from colrow.train.tokenize import prepare_tokens
 from colrow.train.tokens import Encoded, TokenFile, write_tokens
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from colrow.tiny_models.architectures import Architecture, build
 from colrow.verification.reference import quiet_transformers
-from colrow.zoo.architectures import Architecture, build
 from tests.ranks import RankPool
 from tests.train.runs import assert_same, curve, expected, make_settings
 

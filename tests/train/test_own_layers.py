@@ -15,7 +15,7 @@ from colrow.checkpoint.training import TrainingCheckpoints
 from colrow.comm import primitives
 from colrow.comm.group import ParallelGroup
 from colrow.partition import Partition, ShardSpec
-from colrow.shards.same import Held, problem_of
+from colrow.shards.same import HeldTensor, problem_of
 from colrow.train.clip import grad_norm
 from tests.inplace.test_parallelize import OwnModel, mesh_of
 from tests.ranks import RankPool
@@ -187,10 +187,10 @@ def compare(tp: ParallelGroup) -> list[str]:
     nan = other.clone()
     nan[0, 0] = float("nan")
     for mine in (base, other, base.flip(0), base.T, base.view(-1), None, base.bfloat16(), nan):
-        held = [Held("a", base, False), Held("b", mine if tp.rank else base, True)]
+        held = [HeldTensor("a", base, False), HeldTensor("b", mine if tp.rank else base, True)]
         found.append(problem_of(held, tp))
-    found.append(problem_of([Held("ab"[tp.rank], base, True)], tp))
-    found.append(problem_of([Held("nan", base * float("nan"), False)], tp))
+    found.append(problem_of([HeldTensor("ab"[tp.rank], base, True)], tp))
+    found.append(problem_of([HeldTensor("nan", base * float("nan"), False)], tp))
     assert primitives.all_reduce(torch.ones(1), tp).item() == tp.size
     return found
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import colrow
 from colrow.comm.group import ParallelGroup
 from colrow.train.batches import Order, Windows
-from colrow.train.model import set_dropout
+from colrow.train.starting_model import set_dropout
 from colrow.train.step import evaluate
 from colrow.train.tokens import TokenFile
 from tests.ranks import RankPool

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.zoo.board import markdown, summary, write_markdown
 from colrow.verification.comparison import gradient_errors
-from colrow.zoo.board import markdown, summary, write_markdown
-from colrow.zoo.compare import Outcome
+from colrow.verification.in_place import Outcome
 
 OUTCOMES = [
     Outcome("llama", "causal LM", "colrow", False, 2, "passed", share=1.0, gradient_error=3e-15),

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch.distributed as dist
 
-from colrow.zoo.pool import TaskFailure, Workers
+from benchmarks.zoo.pool import TaskFailure, Workers
 
 
 def add(number: int) -> tuple[int, int]:

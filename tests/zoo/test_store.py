@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.zoo.store import Store
 from colrow.cli import main
-from colrow.zoo.architectures import Architecture
-from colrow.zoo.compare import Outcome
-from colrow.zoo.store import Store
+from colrow.tiny_models.architectures import Architecture
+from colrow.verification.in_place import Outcome
 
 LLAMA = Outcome("llama", "causal LM", "colrow", False, 2, "passed", share=1.0)
 
@@ -42,7 +42,7 @@ def test_the_command_runs_only_what_is_missing(
         for a in architectures:
             rest["progress"](Outcome(a.name, a.task, system, a.even, tp, "passed"))  # type: ignore[operator]
 
-    monkeypatch.setattr("colrow.zoo.board.run_zoo", run_zoo)
+    monkeypatch.setattr("benchmarks.zoo.board.run_zoo", run_zoo)
     file = tmp_path / "zoo.jsonl"
     Store(file).add(LLAMA)
     assert main(["zoo", "--only", "llama,gpt2", "--tp", "2", "--resume", str(file)]) == 0

@@ -24,7 +24,7 @@ from colrow.inplace.observe.modes import arithmetic_of, evaluating
 from colrow.layers.loss import Reduction, vocab_parallel_cross_entropy
 from colrow.models.communication import LOSS_STATISTICS
 from colrow.models.inputs import check_labels, check_next_token
-from colrow.models.interface import Description, Prediction
+from colrow.models.interface import Description, PredictedCalls
 from colrow.partition import Partition, ShardSpec
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -203,7 +203,7 @@ class InPlaceModel:
             for rank in range(self.tp.size)
         ]
 
-    def predicted_calls(self, batch: int, sequence: int) -> Prediction:
+    def predicted_calls(self, batch: int, sequence: int) -> PredictedCalls:
         """What ``loss(...).backward()`` sends on this rank, from the record of the split.
 
         Communicates: what a few small forward passes send; every rank must call it.

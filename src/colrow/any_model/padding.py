@@ -15,8 +15,8 @@ from torch import Tensor
 
 from colrow.any_model.configuration import plain_tokens
 from colrow.any_model.continuation import Continuation
+from colrow.tiny_models.architectures import Architecture, build
 from colrow.verification.reference import full_precision, quiet_transformers
-from colrow.zoo.architectures import Architecture, build
 
 Step = Callable[[Tensor, Tensor | None, Continuation], Tensor]
 _LENGTH, _PADDINGS = 9, (0, 1, 2, 3, 5, 6, 7)

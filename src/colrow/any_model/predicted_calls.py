@@ -20,7 +20,7 @@ from colrow.any_model.senders import UnknownError, Watcher
 from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import Call
 from colrow.models.communication import INPUT_CHECK_ELEMENTS
-from colrow.models.interface import Prediction
+from colrow.models.interface import PredictedCalls
 
 _BATCHES = 2, 3
 
@@ -31,7 +31,7 @@ def predict(
     forward: Callable[[int, int, int], list[Call]],
     batch: int,
     sequence: int,
-) -> Prediction:
+) -> PredictedCalls:
     """What a step of ``[batch, sequence]`` tokens sends on this rank.
 
     Args:
@@ -42,7 +42,7 @@ def predict(
     Communicates: what five small forward passes send; every rank must call it.
     """
     if tp.size == 1:
-        return Prediction(())
+        return PredictedCalls(())
     # Shards of a sequence grow in steps of the ranks: the samples have the same remainder.
     first = sequence % tp.size + 2 * tp.size
     second = first + tp.size
@@ -65,8 +65,8 @@ def predict(
                 )
             found.append(Call(call.op, call.phase, call.layer, int(at[1]), call.dtype, tp.name))
     except UnknownError as error:
-        return Prediction((), str(error))
-    return Prediction(tuple(found))
+        return PredictedCalls((), str(error))
+    return PredictedCalls(tuple(found))
 
 
 def _extrapolated(

@@ -22,7 +22,7 @@ from colrow.inplace.apply.layers import (
 from colrow.inplace.apply.modules import ArgumentHook, SumResults
 from colrow.inplace.apply.sequence import DivideTokens, EnterBlocks, GatherTokens, LeaveBlocks
 from colrow.inplace.observe.calls import ModuleCall, argument_names
-from colrow.layers.shared import SharedRows
+from colrow.layers.shared_rows import SharedRows
 from colrow.partition import Partition
 
 _SPLIT_LAYERS = (ColumnSplit, RowSplit, VocabularySplit, GatheredSplit)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from colrow.bench.timing import time_rounds
-from colrow.comm import primitives
+from colrow.comm import point_to_point, primitives
 from colrow.comm.group import ParallelGroup
 from colrow.comm.mesh import Mesh
 from colrow.planner.links import fit_latency_bandwidth, wire_factor
@@ -167,9 +167,9 @@ def _send(buffer: Tensor, tp: ParallelGroup) -> Callable[[], object]:
     def send() -> None:
         sender = next(senders)
         if tp.rank == sender:
-            primitives.send(buffer, tp, 1 - sender)
+            point_to_point.send(buffer, tp, 1 - sender)
         elif tp.rank == 1 - sender:
-            primitives.recv(buffer, tp, sender)
+            point_to_point.recv(buffer, tp, sender)
 
     buffer.fill_(tp.rank)
     send()

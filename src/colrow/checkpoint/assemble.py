@@ -10,13 +10,13 @@ from torch.distributed.tensor import DTensor
 
 from colrow.checkpoint.naming import hf_naming, pieces
 from colrow.checkpoint.whole_tensors import WholeTensor, decoders_tensors
-from colrow.comm import primitives
+from colrow.comm import point_to_point
 from colrow.comm.compat import local_tensor
 from colrow.comm.group import ParallelGroup
 from colrow.models.decoder import Decoder
 from colrow.shards.boxes import Placement, divisions, tensor_parallel_group
 from colrow.shards.model_shards import shards_for
-from colrow.shards.same import Held, check_same, owner_of
+from colrow.shards.same import HeldTensor, check_same, owner_of
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
@@ -69,7 +69,7 @@ def _assemble(
     tp = tensor_parallel_group(model)
     tensors = {} if decoder is None else decoders_tensors(decoder)
     held = (
-        Held(name, value(named[name]), declared or decoder is not None, owner_of(model, name))
+        HeldTensor(name, value(named[name]), declared or decoder is not None, owner_of(model, name))
         for name, (spec, declared) in divided.items()
         if spec.dim is None
     )
@@ -100,10 +100,10 @@ def _on_first(
     if tp.rank not in (0, rank):
         return None
     if tp.rank > 0:
-        primitives.send(shard, tp, 0, layer=name)
+        point_to_point.send(shard, tp, 0, layer=name)
         return None
     if rank > 0:
-        shard = primitives.recv(shard.new_empty(shape), tp, rank, layer=name)
+        shard = point_to_point.recv(shard.new_empty(shape), tp, rank, layer=name)
     return shard.cpu()
 
 
@@ -125,16 +125,16 @@ def _join_stages(mine: dict[str, Tensor], model: Decoder) -> dict[str, Tensor]:
         layer = f"stage of rank {rank}"
         if pp.rank == rank:
             there = torch.tensor([name in mine for name in shapes], device=like.device)
-            primitives.send(there.to(torch.uint8), pp, 0, layer=layer)
+            point_to_point.send(there.to(torch.uint8), pp, 0, layer=layer)
             for name in shapes:
                 if name in mine:
-                    primitives.send(mine[name].to(like.device), pp, 0, layer=layer)
+                    point_to_point.send(mine[name].to(like.device), pp, 0, layer=layer)
         elif pp.rank == 0:
             flags = torch.empty(len(shapes), dtype=torch.uint8, device=like.device)
-            there = primitives.recv(flags, pp, rank, layer=layer)
+            there = point_to_point.recv(flags, pp, rank, layer=layer)
             for (name, shape), found in zip(shapes.items(), there.tolist(), strict=True):
                 if found:
-                    buffer = primitives.recv(like.new_empty(shape), pp, rank, layer=layer)
+                    buffer = point_to_point.recv(like.new_empty(shape), pp, rank, layer=layer)
                     mine[name] = buffer.cpu()
     return mine if pp.rank == 0 else {}
 

@@ -6,44 +6,32 @@ import re
 import shutil
 import warnings
 import weakref
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from colrow.checkpoint.training_index import check_files, read_index
 from colrow.checkpoint.training_plan import ShardLoadPlanner, ShardSavePlanner, StoredShard
+from colrow.checkpoint.training_state import Optimizers, collect, held_by_all, listed, make_states
 from colrow.checkpoint.training_storage import (
     PART,
     CheckpointReader,
     CheckpointWriter,
-    check_files,
-    read_index,
     remove_unfinished,
 )
-from colrow.comm.compat import local_tensor
 from colrow.comm.mesh import Mesh
 from colrow.layers.describe import Division
 from colrow.leftovers import lock, unlock
 from colrow.models.config import ModelConfig
-from colrow.partition import ShardSpec
-from colrow.shards.boxes import (
-    Placement,
-    buffer_placements,
-    placements,
-    tensor_parallel_group,
-    unwrap,
-)
-from colrow.shards.optimizers import check_optimizer, whole_states
-from colrow.shards.same import Held, owner_of, problem_of
-
-Optimizers = torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
+from colrow.shards.boxes import tensor_parallel_group, unwrap
+from colrow.shards.same import problem_of
 
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -123,8 +111,8 @@ class TrainingCheckpoints:
         """
         self.wait()
         tp = tensor_parallel_group(unwrap(module))
-        self._agree(problem_of(_held_by_all(module, optimizer), tp if tp.size > 1 else self._tp))
-        shards, scalars = _collect(module, optimizer, copy=True)
+        self._agree(problem_of(held_by_all(module, optimizer), tp if tp.size > 1 else self._tp))
+        shards, scalars = collect(module, optimizer, copy=True)
         content = {"step": step, "optimizer": scalars, "user": state}
         self._pending = (step, self._thread.submit(self._write, step, shards, content))
 
@@ -201,8 +189,8 @@ class TrainingCheckpoints:
         path = self.path(step)
         index = self._verified(path)
         for one in listed(optimizer):
-            _make_states(index, module, one)
-        shards, _ = _collect(module, optimizer, copy=False)
+            make_states(index, module, one)
+        shards, _ = collect(module, optimizer, copy=False)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that one process loads alone
             try:
@@ -279,115 +267,6 @@ class TrainingCheckpoints:
         for rank, found in enumerate(problems):
             if found:
                 raise ValueError(f"{found} (found by rank {rank})")
-
-
-def listed(optimizers: Optimizers | None) -> list[torch.optim.Optimizer]:
-    """One optimiser, several or none, as a list."""
-    if optimizers is None:
-        return []
-    return [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
-
-
-def _collect(
-    module: nn.Module, optimizers: Optimizers | None, *, copy: bool
-) -> tuple[dict[str, StoredShard], dict[str, dict[str, float]]]:
-    """What is divided, by name, and the optimiser's numbers.
-
-    With ``copy``, the boxes that this rank owns, copied to the CPU; without, views of all boxes.
-    """
-    shards: dict[str, StoredShard] = {}
-    scalars: dict[str, dict[str, float]] = {}
-    places, several = placements(unwrap(module)), listed(optimizers)
-    for optimizer in several:
-        check_optimizer(optimizer, module)
-    for name, parameter in unwrap(module).named_parameters():
-        shards[f"model.{name}"] = _shard(parameter, places[name], copy)
-        for optimizer in several:
-            whole = whole_states(optimizer)
-            for key, value in optimizer.state.get(parameter, {}).items():
-                tensor = isinstance(value, Tensor) and value.dim() > 0
-                if key in whole:
-                    place = Placement(ShardSpec.replicated(*value.shape), places[name].tp_rank)
-                    shards[f"optimizer.{name}.{key}"] = _shard(value, place, copy)
-                elif tensor and value.shape == parameter.shape:
-                    shards[f"optimizer.{name}.{key}"] = _shard(value, places[name], copy)
-                else:
-                    scalars.setdefault(name, {})[key] = _number(value, name, key, optimizer)
-    buffers = dict(unwrap(module).named_buffers())
-    for name, place in buffer_placements(unwrap(module)).items():
-        shards[f"buffer.{name}"] = _shard(buffers[name], place, copy)
-    return shards, scalars
-
-
-def _number(value: Any, name: str, key: str, optimizer: torch.optim.Optimizer) -> float:
-    """A state that is one number.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    if isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1):
-        return float(value)
-    what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-    raise ValueError(
-        f"the state {key!r} that {type(optimizer).__name__} keeps for {name} is {what:.80}: a "
-        "checkpoint stores numbers and tensors of the parameter's shape, which can be divided "
-        "anew. Use torch.optim.AdamW or another elementwise optimiser, colrow.Muon or "
-        "colrow.Adafactor, or store this one's state yourself"
-    )
-
-
-def _held_by_all(module: nn.Module, optimizers: Optimizers) -> list[Held]:
-    """What counts as the same on every tp rank."""
-    module, found = unwrap(module), list[Held]()
-    named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    places = {**placements(module), **buffer_placements(module)}
-    for name, place in places.items():
-        if place.spec.dim is not None:
-            continue
-        tensor, owner = named[name], owner_of(module, name)
-        found.append(Held(name, local_tensor(tensor), place.declared, owner))
-        for optimizer in listed(optimizers):
-            for key, value in optimizer.state.get(tensor, {}).items():
-                if isinstance(value, Tensor) and value.shape == tensor.shape:
-                    state = local_tensor(value)
-                    found.append(Held(f"{key} of {name}", state, place.declared, owner))
-    return found
-
-
-def _shard(tensor: Tensor, place: Placement, copy: bool) -> StoredShard:
-    local = local_tensor(tensor.detach())
-    pairs = [(box, box.view(local)) for box in (place.owned if copy else place.boxes)]
-    if copy:
-        pairs = [(box, part.to("cpu", copy=True).contiguous()) for box, part in pairs]
-    return StoredShard(place.spec.shape, tensor.dtype, tuple(pairs))
-
-
-def _make_states(
-    index: dict[str, Any], module: nn.Module, optimizer: torch.optim.Optimizer
-) -> None:
-    """Gives the optimiser, which makes its states in its first step, those that were stored."""
-    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    stored: dict[str, Any] = index["tensors"]
-    on_device = any(g.get("fused") or g.get("capturable") for g in optimizer.param_groups)
-    for name, parameter in unwrap(module).named_parameters():
-        prefix = f"optimizer.{name}."
-        if id(parameter) not in trained:
-            continue
-        state: dict[str, Any] = {}
-        for key, value in index["state"]["optimizer"].get(name, {}).items():
-            device = parameter.device if on_device else "cpu"
-            state[key] = torch.tensor(value, dtype=torch.float32, device=device)
-        for full, found in stored.items():
-            key = full.removeprefix(prefix)
-            if key != full and "." not in key:
-                dtype = getattr(torch, found["dtype"])
-                if key in whole_states(optimizer):
-                    local = local_tensor(parameter.detach())
-                    state[key] = local.new_zeros(found["shape"], dtype=dtype)
-                else:
-                    state[key] = torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
-        if state:
-            optimizer.state[parameter] = state
 
 
 def _cause(error: CheckpointException, what: str) -> str:

@@ -1,23 +1,88 @@
-"""The index of a training checkpoint, read as what a stranger may have written."""
+"""The index of a training checkpoint: as it is written, and read as what a stranger may have made.
+
+It is JSON, with the sizes and checksums of the files beside it and its own.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from colrow.files import parse_json, read_bytes, shown
+from colrow.files import member, parse_json, read_bytes, shown
 
 INDEX = "index.json"
-FORMAT = "colrow training checkpoint 1"
-REMEDY = "Remove this checkpoint's directory to continue from the one before it"
+_FORMAT = "colrow training checkpoint 1"
+_REMEDY = "Remove this checkpoint's directory to continue from the one before it"
 _BYTES, _VALUES = 256 << 20, 20_000_000  # a box of a tensor takes about ten values
 
 
-def parse_index(directory: Path) -> dict[str, Any]:
-    """What the index of a checkpoint says, which nothing has compared with anything yet.
+def index_text(state: dict[str, Any], files: dict[str, Any], tensors: dict[str, Any]) -> str:
+    """The text of an index.
+
+    Args:
+        state: what else belongs to the checkpoint: the optimiser's numbers, the caller's state.
+        files: by name, their bytes and checksums.
+        tensors: by name, their dtypes, shapes and boxes.
+    """
+    content = {"format": _FORMAT, "state": state, "files": files, "tensors": tensors}
+    return json.dumps({**content, "sha256": _digest(content)})
+
+
+def read_index(directory: Path) -> dict[str, Any]:
+    """The index of a checkpoint, which says what :func:`index_text` would, whoever wrote it.
+
+    It fits its own checksum; every name in it is that of a file in the directory, every file that
+    holds a box of a tensor is among those whose checksums are given, and every box lies in its
+    tensor.
+
+    Raises:
+        ValueError: no checkpoint there, or one that was altered after it was written.
+    """
+    content, path = _parsed(directory), directory / INDEX
+    digest = content.pop("sha256", None)
+    if digest != _digest(content):
+        raise ValueError(f"{path} is damaged: its checksum does not fit its content. {_REMEDY}")
+    try:
+        _check(content)
+    except _WrongError as error:
+        raise ValueError(f"{path} is damaged: {error}. {_REMEDY}") from None
+    return content
+
+
+def check_files(directory: Path, files: dict[str, Any], names: list[str]) -> None:
+    """Compares these files with the sizes and checksums of the index.
+
+    Raises:
+        ValueError: a missing, truncated or altered file.
+    """
+    for name in names:
+        expected = files[name]
+        try:
+            path = member(directory, name, directory / INDEX)
+        except FileNotFoundError:
+            raise ValueError(f"{directory / name} is missing. {_REMEDY}") from None
+        if path.stat().st_size != expected["bytes"]:
+            raise ValueError(
+                f"{path} is truncated or was appended to: {path.stat().st_size} bytes instead of "
+                f"{expected['bytes']}. {_REMEDY}"
+            )
+        if sha256(path) != expected["sha256"]:
+            raise ValueError(f"{path} is damaged: its checksum does not fit. {_REMEDY}")
+
+
+def sha256(path: Path) -> str:
+    """The file's SHA-256, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _parsed(directory: Path) -> dict[str, Any]:
+    """What the index of a checkpoint says, compared with nothing yet.
 
     Raises:
         ValueError: no checkpoint there, or one that another program wrote.
@@ -28,29 +93,14 @@ def parse_index(directory: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ValueError(f"{directory} is not a training checkpoint: it has no {INDEX}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is damaged: it is not text ({error}). {REMEDY}") from None
+        raise ValueError(f"{path} is damaged: it is not text ({error}). {_REMEDY}") from None
     try:
         content = parse_json(text, values=_VALUES)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: it is not JSON ({error}). {REMEDY}") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path} is damaged: it is not JSON ({error}). {_REMEDY}") from None
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"{path} is not the index of a training checkpoint of this version")
     return content
-
-
-def check_index(directory: Path, content: dict[str, Any]) -> None:
-    """Makes sure that an index says what :class:`CheckpointWriter` would, whoever wrote it.
-
-    Every name in it is that of a file in the directory, every file that holds a box of a tensor is
-    among those whose checksums are given, and every box lies in its tensor.
-
-    Raises:
-        ValueError: naming what is wrong.
-    """
-    try:
-        _check(content)
-    except _WrongError as error:
-        raise ValueError(f"{directory / INDEX} is damaged: {error}. {REMEDY}") from None
 
 
 class _WrongError(Exception):
@@ -107,3 +157,8 @@ def _sizes(value: Any) -> bool:
         return False
     numbers = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value)
     return numbers and math.prod(value) < 1 << 63
+
+
+def _digest(content: dict[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -10,8 +10,6 @@ and the checksums tell.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -35,11 +33,9 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from colrow.checkpoint.training_index import FORMAT, INDEX, REMEDY, check_index, parse_index
-from colrow.files import member
+from colrow.checkpoint.training_index import INDEX, index_text, sha256
 
 PART = ".part"
-_BLOCK = 1 << 22
 _UNFINISHED = re.compile(rf"step-\d{{8}}(\.old)?{re.escape(PART)}")
 
 
@@ -142,9 +138,8 @@ class CheckpointWriter(StorageWriter):
             place.file: {"bytes": place.file_bytes, "sha256": place.sha256}
             for place in stored.values()
         }
-        content = {"format": FORMAT, "state": self._state, "files": files, "tensors": tensors}
         index = self._part / INDEX
-        index.write_text(json.dumps({**content, "sha256": _digest(content)}), encoding="utf-8")
+        index.write_text(index_text(self._state, files, tensors), encoding="utf-8")
         _flush(index)
         _flush(self._part)
         replaced = self._final.with_name(f"{self._final.name}.old{PART}")
@@ -223,21 +218,6 @@ class CheckpointReader(StorageReader):
         return True
 
 
-def read_index(directory: Path) -> dict[str, Any]:
-    """The index of a checkpoint, checked against its own checksum.
-
-    Raises:
-        ValueError: no checkpoint there, or one that was altered after it was written.
-    """
-    content = parse_index(directory)
-    digest = content.pop("sha256", None)
-    if digest != _digest(content):
-        path = directory / INDEX
-        raise ValueError(f"{path} is damaged: its checksum does not fit its content. {REMEDY}")
-    check_index(directory, content)
-    return content
-
-
 def remove_unfinished(directory: Path) -> None:
     """Removes what killed processes left here under temporary names.
 
@@ -254,43 +234,8 @@ def remove_unfinished(directory: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def check_files(directory: Path, files: dict[str, Any], names: list[str]) -> None:
-    """Compares these files with the sizes and checksums of the index.
-
-    Raises:
-        ValueError: a missing, truncated or altered file.
-    """
-    for name in names:
-        expected = files[name]
-        try:
-            path = member(directory, name, directory / INDEX)
-        except FileNotFoundError:
-            raise ValueError(f"{directory / name} is missing. {REMEDY}") from None
-        if path.stat().st_size != expected["bytes"]:
-            raise ValueError(
-                f"{path} is truncated or was appended to: {path.stat().st_size} bytes instead of "
-                f"{expected['bytes']}. {REMEDY}"
-            )
-        if sha256(path) != expected["sha256"]:
-            raise ValueError(f"{path} is damaged: its checksum does not fit. {REMEDY}")
-
-
-def sha256(path: Path) -> str:
-    """The file's SHA-256, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _key(index: MetadataIndex) -> str:
     return f"{index.fqn}@{','.join(map(str, index.offset or ()))}"
-
-
-def _digest(content: dict[str, Any]) -> str:
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _flush(path: Path) -> None:

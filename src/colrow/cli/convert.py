@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
             if is_training_run(args.source):
                 files = Path(args.source) / MODEL_FILES
             else:
-                from colrow.train.model import copy_model_files
+                from colrow.train.starting_model import copy_model_files
 
                 files.mkdir()
                 config = getattr(model.module, "config", None)

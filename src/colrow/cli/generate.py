@@ -22,7 +22,7 @@ from colrow.cli.common import (
     write_json,
 )
 from colrow.files import read_input
-from colrow.generation.options import Sampling
+from colrow.generation.sampling_settings import Sampling
 from colrow.launch import RankFailure, rank_environment
 from colrow.text import decode, lines
 

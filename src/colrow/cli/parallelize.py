@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     if args.tp < 2:
         raise ValueError("--tp must be at least 2: on one rank nothing is split")
     from colrow.inplace.api import plan_for
-    from colrow.zoo.architectures import architectures, build
+    from colrow.tiny_models.architectures import architectures, build
 
     if args.model is not None:
         plan = plan_for(args.model, args.tp)

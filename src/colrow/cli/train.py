@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(settings: TrainSettings) -> TrainingOutcome | None:
-    from colrow.train.model import check_settings
+    from colrow.train.starting_model import check_settings
 
     check_settings(settings)
     ranks = settings.ranks

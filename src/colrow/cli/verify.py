@@ -22,9 +22,9 @@ from colrow.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from colrow.tiny_models.architectures import Architecture
+    from colrow.verification.in_place import Outcome
     from colrow.verification.verify import Report
-    from colrow.zoo.architectures import Architecture
-    from colrow.zoo.compare import Outcome
 
 HELP = "prove that the split model computes what the unsplit one does"
 DESCRIPTION = """\
@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_in_place(args: argparse.Namespace) -> int:
     from colrow.checkpoint.locate import resolve_model_path
-    from colrow.zoo.architectures import architectures, saved_architecture
+    from colrow.tiny_models.architectures import architectures, saved_architecture
 
     if args.tp < 2:
         raise ValueError("--tp must be at least 2 here: one rank would hold the whole model")
@@ -142,7 +142,7 @@ def _run_in_place(args: argparse.Namespace) -> int:
 
 
 def _compare(args: argparse.Namespace, architecture: Architecture) -> Outcome | None:
-    from colrow.zoo.compare import compare
+    from colrow.verification.in_place import compare
 
     return compare(architecture, args.tp, dtype=torch_dtype(args.dtype))
 

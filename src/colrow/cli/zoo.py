@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from colrow.cli.common import add_json, destination, positive_int, write_json
+from colrow.cli.common import add_json, destination, positive_int
 
-if TYPE_CHECKING:
-    from colrow.zoo.compare import Outcome
-
-HELP = "split a tiny model of every architecture and compare it with the whole one"
+HELP = "in a clone: split a tiny model of every architecture and compare it with the whole one"
 DESCRIPTION = """\
 Builds a tiny model with random weights of every architecture that the installed transformers has
 (all its causal language models, and the best-known encoders, encoder-decoders and vision models),
@@ -76,92 +74,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Compares and prints the scoreboard."""
-    from colrow.zoo.architectures import architectures
-    from colrow.zoo.board import summary, write_markdown
+    """Hands over to ``benchmarks/zoo`` of the clone that this package is installed from.
 
+    Raises:
+        ValueError: the package was installed without it.
+    """
     if args.list:
+        from colrow.tiny_models.architectures import architectures
+
         print("\n".join(a.name for a in architectures(args.only)))
         return 0
-    outcomes = _compare(args)
-    if args.json:
-        write_json([outcome.as_dict() for outcome in outcomes], args.json)
-    if args.markdown:
-        write_markdown(outcomes, Path(args.markdown), _command(args))
-    if args.json != "-":
-        _show(outcomes)
-        print("\n".join(summary(outcomes)))
-    return 1 if any(o.verdict == "failed" and o.system != "transformers" for o in outcomes) else 0
-
-
-def _compare(args: argparse.Namespace) -> list[Outcome]:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TaskID,
-        TextColumn,
-        TimeElapsedColumn,
-    )
-
-    from colrow.zoo.architectures import architectures
-    from colrow.zoo.board import run_zoo
-    from colrow.zoo.store import Store
-
-    store = Store(Path(args.resume) if args.resume else None)
-    jobs = [("colrow", False, tp) for tp in args.tp]
-    jobs += [("generate", False, args.tp[0])]
-    if args.against:
-        jobs += [(args.against, even, tp) for even in (False, True) for tp in args.tp]
-    chosen = {even: architectures(args.only, even=even) for even in (False, True)}
-    outcomes: list[Outcome] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bar:
-        for system, even, tp in jobs:
-            task = bar.add_task(f"{system}, tp={tp}", total=len(chosen[even]))
-
-            def advance(outcome: Outcome, task: TaskID = task) -> None:
-                store.add(outcome)
-                bar.advance(task)
-
-            mine = [a for a in chosen[even] if a.is_causal_lm or system != "generate"]
-            left = [a for a in mine if store.find(a, system, tp) is None]
-            bar.advance(task, len(chosen[even]) - len(left))
-            run_zoo(left, tp, system, progress=advance, seconds_per_model=args.seconds)
-            found = [store.find(a, system, tp) for a in mine]
-            outcomes += [outcome for outcome in found if outcome is not None]
-    return outcomes
-
-
-def _show(outcomes: list[Outcome]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    from colrow.zoo.board import cell, columns, greedy, reasons, rows, worst_error
-
-    colours = {"passed": "green", "refused": "yellow", "failed": "red", "not run": "dim"}
-    table = Table()
-    table.add_column("architecture")
-    for column in columns(outcomes):
-        table.add_column(column.title)
-    for title in ("worst error", "greedy", "why not"):
-        table.add_column(title)
-    for name, row in rows(outcomes).items():
-        cells = [f"[{colours[o.verdict]}]{cell(o)}[/]" if o is not None else "" for o in row]
-        table.add_row(name, *cells, worst_error(row), greedy(row), reasons(row))
-    Console().print(table)
-
-
-def _command(args: argparse.Namespace) -> str:
-    words = ["colrow zoo"]
-    if args.only:
-        words.append(f"--only {','.join(args.only)}")
-    words.append(f"--tp {','.join(map(str, args.tp))}")
-    if args.against:
-        words.append(f"--against {args.against}")
-    return " ".join([*words, f"--markdown {args.markdown}"])
+    root = Path(__file__).parents[3]
+    if not (root / "benchmarks" / "zoo" / "command.py").is_file():
+        raise ValueError(
+            "the zoo measures colrow and is no part of the installed package: run it in a clone of "
+            "the repository, installed by `pip install -e .`; `colrow verify --architecture NAME` "
+            "compares a single architecture"
+        )
+    if str(root) not in sys.path:
+        sys.path.append(str(root))
+    code: int = import_module("benchmarks.zoo.command").run(args)
+    return code
 
 
 def _sizes(text: str) -> list[int]:

@@ -46,7 +46,7 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Entry:
+class RecordedCall:
     """A recorded collective and its time.
 
     Attributes:
@@ -66,7 +66,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self._recorded: list[tuple[Call, Callable[[], tuple[float, float]]]] = []
-        self._entries: list[Entry] = []
+        self._entries: list[RecordedCall] = []
 
     def add(self, call: Call, times: Callable[[], tuple[float, float]]) -> None:
         """Appends a collective; ``times`` gives its seconds and exposed seconds, and is asked when
@@ -74,10 +74,10 @@ class Ledger:
         self._recorded.append((call, times))
 
     @property
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[RecordedCall]:
         """The collectives with their times; on CUDA this waits for the last of them."""
         for call, times in self._recorded[len(self._entries) :]:
-            self._entries.append(Entry(call, *times()))
+            self._entries.append(RecordedCall(call, *times()))
         return self._entries
 
     @property

@@ -15,8 +15,8 @@ from torch import Tensor
 from colrow.any_model.loading import load_model
 from colrow.comm import primitives
 from colrow.comm.mesh import init_mesh
-from colrow.generation.engine import generate
-from colrow.generation.options import Sampling
+from colrow.generation.generate import generate
+from colrow.generation.sampling_settings import Sampling
 from colrow.generation.tokenizer import TextStream, Tokenizer
 from colrow.models.decoder import Decoder
 from colrow.models.interface import TensorParallelModel
@@ -31,7 +31,7 @@ class Request:
         prompts: the tokens of each prompt.
         listed: whether the result has a list of answers, or is the one answer.
         tokenizer: pickled, for rank 0 alone: loading it a second time takes longer.
-        max_new_tokens, sampling, eos_token_ids: see :func:`colrow.generation.engine.generate`.
+        max_new_tokens, sampling, eos_token_ids: see :func:`colrow.generation.generate.generate`.
         tp, pp: number of ranks along each dimension.
         tensor_split, layer_split, in_place, trust_remote_code: see
             :func:`colrow.any_model.loading.load_model`.

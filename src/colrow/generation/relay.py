@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from colrow.comm import primitives
+from colrow.comm import point_to_point
 from colrow.comm.group import ParallelGroup
 from colrow.comm.primitives import Pending
 from colrow.models.cache import KeyValueCache
@@ -22,7 +22,7 @@ from colrow.models.stages import Stage
 from colrow.partition import Partition
 
 
-class Part:
+class RowGroup:
     """Rows of the batch that go through the pipeline together.
 
     Attributes:
@@ -68,7 +68,7 @@ class Relay:
         self._short_texts = model.config.short_texts
         self.pp, self.stage = model.pipeline.pp, model.stages[0]
 
-    def parts(self, batch: int, capacity: int, mask: Tensor | None) -> list[list[Part]]:
+    def parts(self, batch: int, capacity: int, mask: Tensor | None) -> list[list[RowGroup]]:
         """The batch, cut so that all stages are busy where it has enough rows.
 
         Where the model cannot take padding, each row is a part of its own.
@@ -90,10 +90,10 @@ class Relay:
                 skipped = int((~own).sum(dim=1).min())
                 own = None if bool(own[:, skipped].all()) else own[:, skipped:]
             cache = self.model.make_cache(stop - start, capacity - skipped)
-            found.append(Part(start, stop, skipped, own, cache))
+            found.append(RowGroup(start, stop, skipped, own, cache))
         return [[part] for part in found] if alone else [found]
 
-    def starts_over(self, part: Part, past: int) -> bool:
+    def starts_over(self, part: RowGroup, past: int) -> bool:
         """Whether these rows, now of ``past`` tokens, must go through the model anew; empties
         their cache if so.
 
@@ -106,43 +106,45 @@ class Relay:
         part.cache.clear()
         return True
 
-    def receive_hidden(self, part: Part, new: int) -> Tensor:
+    def receive_hidden(self, part: RowGroup, new: int) -> Tensor:
         """``[rows, new, hidden]`` from the stage before."""
         model = self.model.module
         assert isinstance(model, Decoder)
         like = next(model.parameters())
         shape = (part.stop - part.start, new, model.config.hidden_size)
         buffer = torch.empty(shape, dtype=like.dtype, device=like.device)
-        return primitives.recv(buffer, self.pp, self.pp.rank - 1, layer=self._cut(self.stage.start))
+        return point_to_point.recv(
+            buffer, self.pp, self.pp.rank - 1, layer=self._cut(self.stage.start)
+        )
 
-    def send_hidden(self, part: Part, hidden: Tensor) -> None:
+    def send_hidden(self, part: RowGroup, hidden: Tensor) -> None:
         """To the next stage, from which this one will hear of tokens."""
         _complete(part)
-        message = primitives.send_async(
+        message = point_to_point.send_async(
             hidden, self.pp, self.pp.rank + 1, layer=self._cut(self.stage.stop)
         )
         part.sent, part.awaited = [message], True
 
-    def send_tokens(self, part: Part, tokens: Tensor) -> None:
+    def send_tokens(self, part: RowGroup, tokens: Tensor) -> None:
         """``[rows]`` int64 to all other stages. From the CPU: no stage needs them elsewhere."""
         _complete(part)
         part.sent = [
-            primitives.send_async(tokens, self.pp, rank, layer="tokens")
+            point_to_point.send_async(tokens, self.pp, rank, layer="tokens")
             for rank in range(self.pp.size - 1)
         ]
 
-    def receive_tokens(self, part: Part) -> list[int] | None:
+    def receive_tokens(self, part: RowGroup) -> list[int] | None:
         """The tokens that the last stage chose for these rows; None when none are on their way."""
         if not part.awaited:
             return None
         part.awaited = False
         buffer = torch.empty(part.stop - part.start, dtype=torch.int64, device="cpu")
-        found: list[int] = primitives.recv(
+        found: list[int] = point_to_point.recv(
             buffer, self.pp, self.pp.size - 1, layer="tokens"
         ).tolist()
         return found
 
-    def finish(self, parts: list[Part]) -> None:
+    def finish(self, parts: list[RowGroup]) -> None:
         """Completes the last messages."""
         for part in parts:
             _complete(part)
@@ -152,7 +154,7 @@ class Relay:
         return f"blocks.{block - 1}|{block}"
 
 
-def _complete(part: Part) -> None:
+def _complete(part: RowGroup) -> None:
     for message in part.sent:
         message.wait()
     part.sent = []

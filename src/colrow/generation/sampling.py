@@ -17,7 +17,7 @@ from torch import Tensor
 from colrow import rng
 from colrow.comm import primitives
 from colrow.comm.group import ParallelGroup
-from colrow.generation.options import Sampling
+from colrow.generation.sampling_settings import Sampling
 from colrow.partition import Partition
 
 _FIRST_COUNT = 512  # candidates of each rank for top_p: enough for most steps of a trained model

@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 from colrow.comm.mesh import Mesh
 from colrow.inplace.analysis import Analysis, analyse
 from colrow.inplace.apply.agreement import check_equal_weights, find_alike
-from colrow.inplace.apply.inputs import compare_inputs
 from colrow.inplace.apply.record import SplitRecord, check_whole, record_of
+from colrow.inplace.apply.same_inputs import compare_inputs
 from colrow.inplace.check import Evaluation, evaluate
 from colrow.inplace.observe.modes import evaluating, without_fused_kernels
 from colrow.inplace.plan import Plan

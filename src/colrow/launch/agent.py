@@ -14,11 +14,10 @@ import os
 import pickle
 import shutil
 import signal
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -46,14 +45,13 @@ from colrow.launch.environment import (
     inherited_environment,
 )
 from colrow.launch.failure import Evidence, root_cause
+from colrow.launch.hangs import HangDetector
 from colrow.launch.process import run_rank
-from colrow.launch.signals import sigint_blocked
-from colrow.launch.watch import Place, stopped, waited_for
+from colrow.launch.signals import HANDLED, handlers_kept, sigint_blocked
 from colrow.leftovers import scratch_directory
 
 T = TypeVar("T")
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _NOISY_LOGGERS = (
     "torch.distributed.elastic",
     "torch.multiprocessing.spawn",
@@ -61,8 +59,6 @@ _NOISY_LOGGERS = (
 )
 _SECONDS_TO_STOP = 5
 _SECONDS_TO_STOP_AFTER_A_HANG = 2  # those that waited are in a collective, where no handler runs
-_SECONDS_BETWEEN_LOOKS = 1.0
-_SECONDS_UNTIL_SAID = 30.0
 _SECONDS_OF_ONE_SIGNAL = 2.0
 
 
@@ -89,7 +85,7 @@ def run_ranks(
     limits = (timeout_seconds, seconds_to_stop, hang_seconds)
     directory = scratch_directory("ranks")
     try:
-        with _quiet(quiet), _signal_handlers_kept():
+        with _quiet(quiet), handlers_kept():
             spec = WorkerSpec(
                 role="rank",
                 local_world_size=ranks,
@@ -171,10 +167,7 @@ class _Agent(LocalElasticAgent):
         self._timeout_seconds = timeout_seconds
         self._started_at = time.monotonic()
         self._processes: dict[int, Any] = {}
-        self._hang_seconds = hang_seconds
-        self._looked_at = self._started_at
-        self._stopped_seconds: dict[int, float] = {}
-        self._said: set[int] = set()
+        self._hangs = HangDetector(hang_seconds)
         self.evidence = Evidence(directory, {})
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
@@ -184,7 +177,7 @@ class _Agent(LocalElasticAgent):
             "OMP_NUM_THREADS": self._threads,
             **allocator_variables(),
             "TORCHELASTIC_SIGNALS_TO_HANDLE": ",".join(
-                number.name for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN
+                number.name for number in HANDLED if signal.getsignal(number) != signal.SIG_IGN
             ),
         }
         with inherited_environment(environment), sigint_blocked():
@@ -207,7 +200,7 @@ class _Agent(LocalElasticAgent):
                 raise SignalException(f"{name.name} again", name)
 
         if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
+            for number in HANDLED:
                 if callable(signal.getsignal(number)):
                     signal.signal(number, again)
         super()._shutdown(death_sig, timeout)
@@ -233,7 +226,12 @@ class _Agent(LocalElasticAgent):
         if seconds is not None and time.monotonic() - self._started_at > seconds:
             raise TimeoutError(f"the ranks did not finish within {seconds:g} seconds")
         healthy = RunResult(state=WorkerState.HEALTHY)
-        if self._look_for_hangs():
+        running = {
+            rank: self.evidence.processes[rank]
+            for rank, process in self._processes.items()
+            if process is not None and process.exitcode is None
+        }
+        if self._hangs.found(running, self.evidence):
             return self._failed()
         codes = {rank: _exit_code(process) for rank, process in self._processes.items()}
         # Before torch's agent does: it stops the others, and waits 30 s for one that hangs.
@@ -260,70 +258,10 @@ class _Agent(LocalElasticAgent):
         }
         return RunResult(state=WorkerState.FAILED, failures=failures)
 
-    def _look_for_hangs(self) -> bool:
-        """Whether a rank's process was stopped for too long; says who is waited for before."""
-        limit, now = self._hang_seconds, time.monotonic()
-        elapsed = now - self._looked_at
-        if limit is None or elapsed < _SECONDS_BETWEEN_LOOKS:
-            return False
-        self._looked_at = now
-        running = {
-            rank: self.evidence.processes[rank]
-            for rank, process in self._processes.items()
-            if process is not None and process.exitcode is None
-        }
-        halted = [rank for rank, process in running.items() if stopped(process)]
-        # At most a look's time: the terminal may have stopped this process too.
-        elapsed = min(elapsed, 2 * _SECONDS_BETWEEN_LOOKS)
-        seconds = {rank: self._stopped_seconds.get(rank, 0.0) + elapsed for rank in halted}
-        self._stopped_seconds = seconds
-        places = self.evidence.read_places()
-        until_said = min(_SECONDS_UNTIL_SAID, limit / 2)
-        waiting = {
-            rank: place
-            for rank, place in places.items()
-            if place and place.waiting_in and now - place.since > until_said and rank in running
-        }
-        if waiting or max(seconds.values(), default=0.0) > until_said:
-            self._say(waited_for(running, places), waiting, until_said)
-        else:
-            self._said.clear()
-        if max(seconds.values(), default=0.0) <= limit:
-            return False
-        evidence = self.evidence
-        evidence.hung, evidence.hung_seconds = waited_for(running, places), max(seconds.values())
-        evidence.places = places
-        return True
-
-    def _say(self, ranks: dict[int, str], waiting: Mapping[int, Place], seconds: float) -> None:
-        for rank, state in ranks.items():
-            if rank not in self._said:
-                line = f"... rank {rank} is waited for since {seconds:.0f} s: {state}"
-                for other in sorted(waiting.keys() - ranks.keys()):
-                    place = waiting[other]
-                    line += f"; rank {other} waits in {place.waiting_in}"
-                    break
-                print(line, file=sys.stderr, flush=True)
-                self._said.add(rank)
-
 
 def _exit_code(process: Any) -> int | None:
     code: int | None = process.exitcode if process is not None else None
     return code
-
-
-@contextmanager
-def _signal_handlers_kept() -> Iterator[None]:
-    """torch's agent installs its own handlers and leaves them behind."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from colrow.launch.errors import RankFailure
-from colrow.launch.watch import Place, read_place, waited_for
+from colrow.launch.places import Place, read_place, waited_for
 
 # How long the ranks that did not fail first may take to say what happened to them.
 _SECONDS_AFTER_A_TIMEOUT = 1.5

@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from colrow.launch.environment import STORE_VARIABLE
 from colrow.launch.errors import BAD_INPUT, error_message
+from colrow.launch.places import PlaceReporter
 from colrow.launch.signals import end_on_sigint
-from colrow.launch.watch import Watch
 
 # What Gloo, NCCL, the MPI engine and torch's stores say on a rank whose peer is gone or hangs.
 _TIMED_OUT = re.compile(r"socket timeout|wait timeout|timed out", re.IGNORECASE)
@@ -35,14 +35,14 @@ def run_rank(function: Callable[..., object], args: tuple[object, ...]) -> bytes
     end_on_sigint()
     # The system interrupts a rank whose launcher dies, but not one that is still starting.
     launcher = multiprocessing.parent_process()
-    if launcher is not None and launcher.pid != os.getppid():
+    if launcher is not None and not launcher.is_alive():
         os._exit(1)
     # Nobody listens there.
     os.environ.pop("MASTER_ADDR", None)
     os.environ.pop("MASTER_PORT", None)
-    watch = Watch(_report("place"))
-    watch.look()
-    watch.start()
+    reporter = PlaceReporter(_report("place"))
+    reporter.look()
+    reporter.start()
     try:
         result = pickle.dumps(function(*args), protocol=pickle.HIGHEST_PROTOCOL)
         if dist.is_initialized():

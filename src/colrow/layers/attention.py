@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from colrow.comm import primitives
 from colrow.comm.agreement import common_seed
 from colrow.comm.group import ParallelGroup
+from colrow.head_partition import HeadPartition
 from colrow.layers.column import QKVParallelLinear
 from colrow.layers.context import AttentionCache, AttentionContext
 from colrow.layers.describe import NormSpec
@@ -25,7 +26,6 @@ from colrow.layers.position import alibi_slopes, apply_rope, rope_frequencies
 from colrow.layers.row import RowParallelLinear
 from colrow.layers.scores import Sinks, attend_written_out
 from colrow.layers.shared import SharedLayers, SharedWeights
-from colrow.partition import HeadPartition
 from colrow.sharding import SequenceDivision, Sharding
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from colrow.comm import collectives, primitives
 from colrow.comm.group import ParallelGroup
+from colrow.head_partition import HeadPartition
 from colrow.layers.decoding import Kernel
 from colrow.layers.describe import ColumnSpec
 from colrow.layers.described import Described
@@ -26,7 +27,7 @@ from colrow.layers.linear import (
     reset_linear_,
 )
 from colrow.layers.shared import SharedWeights
-from colrow.partition import HeadPartition, Partition
+from colrow.partition import Partition
 from colrow.sharding import SequenceDivision, Sharding
 
 

@@ -7,7 +7,8 @@ from torch import nn
 
 from colrow.comm.group import ParallelGroup
 from colrow.layers.describe import Part
-from colrow.layers.shared import SharedParameter, SharedRows
+from colrow.layers.shared import SharedParameter
+from colrow.layers.shared_rows import SharedRows
 from colrow.partition import ShardSpec
 from colrow.shards.steps import watch
 

@@ -24,58 +24,7 @@ from torch.autograd.function import once_differentiable
 from colrow.comm.autograd import apply
 from colrow.comm.bucket import all_reduce_together
 from colrow.comm.group import ParallelGroup
-from colrow.layers.describe import ParameterSpec
-from colrow.partition import ShardSpec
-
-
-@dataclass(frozen=True)
-class SharedRows:
-    """The part of a parameter's first dimension that several ranks hold.
-
-    Attributes:
-        total: rows in the all-reduce buffer: those that any two ranks of the group share.
-        pieces: ``(local start, buffer start, rows)`` of the rows that this rank holds.
-    """
-
-    total: int
-    pieces: tuple[tuple[int, int, int], ...]
-
-    @classmethod
-    def whole(cls, rows: int) -> SharedRows:
-        """Every rank holds all rows and contributes to their gradient."""
-        return cls(rows, ((0, 0, rows),))
-
-    def is_whole(self, rows: int) -> bool:
-        """Whether all of this rank's ``rows`` make up the buffer, in order."""
-        return self == SharedRows.whole(rows)
-
-    @classmethod
-    def of_parameter(
-        cls, parameter: ParameterSpec, rank: int, *, by_sequence: bool = False
-    ) -> SharedRows:
-        """What the description of a parameter says.
-
-        Args:
-            by_sequence: each rank computes its own positions of the sequence.
-        """
-        if not parameter.summed_elements(sequence_parallel=by_sequence):
-            return cls(0, ())
-        shard = parameter.shard
-        return cls.whole(shard.shape[0]) if shard.dim is None else cls.of(shard, rank)
-
-    @classmethod
-    def of(cls, spec: ShardSpec, rank: int) -> SharedRows:
-        """The rows that lie in the ranges of more than one rank."""
-        pieces, total = [], 0
-        for block, offset in zip(spec.blocks, spec.local_offsets(rank), strict=True):
-            start, stop = block.bounds[rank]
-            for first, last in block.shared:
-                held_first, held_last = max(first, start), min(last, stop)
-                if held_first < held_last:
-                    local = offset + held_first - start
-                    pieces.append((local, total + held_first - first, held_last - held_first))
-                total += last - first
-        return cls(total, tuple(pieces))
+from colrow.layers.shared_rows import SharedRows
 
 
 @dataclass(frozen=True)
@@ -219,10 +168,10 @@ def sum_gradients_(
             found[id(parameter)] = parameter.grad, one.rows
     if not found:
         return
-    parts = [_pack(grad, rows) for grad, rows in found.values()]
+    parts = [rows.pack(grad) for grad, rows in found.values()]
     sums = all_reduce_together(parts, tp, layer=layer)
     for (grad, rows), total in zip(found.values(), sums, strict=True):
-        grad.copy_(_unpack(grad, total, rows))
+        grad.copy_(rows.unpack(grad, total))
 
 
 def sum_rows(x: Tensor, tp: ParallelGroup, rows: SharedRows, dim: int, layer: str) -> Tensor:
@@ -275,30 +224,10 @@ class _SumGradients(torch.autograd.Function):
         dtype = grads[0].dtype
         for grad in grads:
             dtype = torch.promote_types(dtype, grad.dtype)
-        parts = [_pack(grad, r).to(dtype) for grad, r in zip(grads, rows, strict=True)]
+        parts = [r.pack(grad).to(dtype) for grad, r in zip(grads, rows, strict=True)]
         sums = all_reduce_together(parts, ctx.tp, layer=ctx.layer)
         found = (
-            _unpack(grad, total.to(grad.dtype), r)
+            r.unpack(grad, total.to(grad.dtype))
             for grad, total, r in zip(grads, sums, rows, strict=True)
         )
         return None, None, None, *found
-
-
-def _pack(grad: Tensor, rows: SharedRows) -> Tensor:
-    """The shared rows of ``grad`` in buffer order, zeros where this rank holds none."""
-    if rows.is_whole(grad.shape[0]):
-        return grad
-    buffer = grad.new_zeros(rows.total, *grad.shape[1:])
-    for local, start, count in rows.pieces:
-        buffer[start : start + count] = grad[local : local + count]
-    return buffer
-
-
-def _unpack(grad: Tensor, summed: Tensor, rows: SharedRows) -> Tensor:
-    """``grad`` with its shared rows replaced by their sum."""
-    if rows.is_whole(grad.shape[0]):
-        return summed
-    result = grad.clone()
-    for local, start, count in rows.pieces:
-        result[local : local + count] = summed[start : start + count]
-    return result

@@ -57,7 +57,7 @@ class Description:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class PredictedCalls:
     """The collectives of a training step on one rank, foretold.
 
     Attributes:
@@ -178,6 +178,6 @@ class TensorParallelModel(Protocol):
         """Bytes of parameters that each rank holds; nothing is sent."""
         ...
 
-    def predicted_calls(self, batch: int, sequence: int) -> Prediction:
+    def predicted_calls(self, batch: int, sequence: int) -> PredictedCalls:
         """What ``loss(...).backward()`` of a batch of this shape will send on this rank."""
         ...

@@ -23,7 +23,7 @@ from colrow.models.cache import KeyValueCache
 from colrow.models.communication import predict_step
 from colrow.models.config import ModelConfig, num_parameters
 from colrow.models.decoder_parts import DecoderParts, allocate
-from colrow.models.interface import Description, Prediction
+from colrow.models.interface import Description, PredictedCalls
 from colrow.models.one_token import OneToken
 from colrow.models.pipeline import Blocks, Pipeline
 from colrow.models.stages import Stage
@@ -149,10 +149,10 @@ class StagedLayers(Sharded, nn.Module):
         """Every parameter of this rank with how it is divided, by its name in the whole model."""
         return {name: (p, self.specs[name]) for name, p in self.named_parameters()}
 
-    def predicted_calls(self, batch: int, sequence: int) -> Prediction:
+    def predicted_calls(self, batch: int, sequence: int) -> PredictedCalls:
         """Every collective of ``loss(...).backward()`` on this rank; see :func:`predict_step`."""
         if self.pipeline.split.ranks > 1:
-            return Prediction((), "in a pipeline they follow from its schedule too")
+            return PredictedCalls((), "in a pipeline they follow from its schedule too")
         calls = predict_step(
             self.config,
             self.division,
@@ -162,7 +162,7 @@ class StagedLayers(Sharded, nn.Module):
             keep_gathered_input=self.sharding.keep_gathered_input,
             dtype=str(next(self.parameters()).dtype).removeprefix("torch."),
         )
-        return Prediction(tuple(calls))
+        return PredictedCalls(tuple(calls))
 
     def one_stage(self, stage: Stage | None) -> Stage:
         """The stage that is meant.

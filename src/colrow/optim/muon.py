@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from colrow.checkpoint.whole_tensors import TensorPart, WholeTensor
-from colrow.comm import primitives
+from colrow.comm import point_to_point, primitives
 from colrow.comm.compat import local_tensor
 from colrow.comm.group import ParallelGroup
 from colrow.optim.whole import Member, WholeTensorOptimizer
@@ -192,7 +192,7 @@ def _orthogonalize(
     there = [parts(mine, rank, True) if mine else () for rank in range(tp.size)]
     pieces = [_flat([p.view(job.update) for p in parts(job, tp.rank, True)], like) for job in jobs]
     pieces += [nothing] * (tp.size - len(jobs))
-    arrived = primitives.all_to_all(pieces, [_count(p) for p in there], tp, layer="muon")
+    arrived = point_to_point.all_to_all(pieces, [_count(p) for p in there], tp, layer="muon")
     answers = [nothing] * tp.size
     if mine is not None:
         matrix = like.new_empty(mine.tensor.shape)
@@ -205,7 +205,7 @@ def _orthogonalize(
             answers[rank] = _flat([matrix[part.whole] for part in wanted], like)
     here = [parts(job, tp.rank, False) for job in jobs]
     sizes = [_count(found) for found in here] + [0] * (tp.size - len(jobs))
-    results = primitives.all_to_all(answers, sizes, tp, layer="muon")
+    results = point_to_point.all_to_all(answers, sizes, tp, layer="muon")
     for job, found, flat in zip(jobs, here, results, strict=False):
         for part, values in _unflat(flat, found):
             job.apply(part, values)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from colrow.comm import primitives
+from colrow.comm import point_to_point
 from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import Ledger, record
 from colrow.pipeline.schedules import Action, Kind, Span
@@ -142,14 +142,14 @@ def clock_offset(pp: ParallelGroup, device: torch.device) -> float:
     if pp.rank == 0:
         for other in range(1, pp.size):
             for _ in range(_PINGS):
-                primitives.recv(cell, pp, other, layer="clock")
-                primitives.send(cell.fill_(time.perf_counter()), pp, other, layer="clock")
+                point_to_point.recv(cell, pp, other, layer="clock")
+                point_to_point.send(cell.fill_(time.perf_counter()), pp, other, layer="clock")
         return 0.0
     best, offset = float("inf"), 0.0
     for _ in range(_PINGS):
         asked = time.perf_counter()
-        primitives.send(cell, pp, 0, layer="clock")
-        theirs = primitives.recv(cell, pp, 0, layer="clock").item()
+        point_to_point.send(cell, pp, 0, layer="clock")
+        theirs = point_to_point.recv(cell, pp, 0, layer="clock").item()
         answered = time.perf_counter()
         if answered - asked < best:
             best, offset = answered - asked, (asked + answered) / 2 - theirs

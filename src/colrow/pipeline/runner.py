@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from colrow.comm import primitives
+from colrow.comm import point_to_point
 from colrow.comm.mesh import Mesh
 from colrow.comm.primitives import Pending
 from colrow.layers.block import prepare_blocks
@@ -209,10 +209,12 @@ class PipelineRunner:
             else:
                 like = module.hidden(ids.shape[0], self._dtype)
                 buffer = torch.empty(like.shape, dtype=like.dtype, device=ids.device)
-                x = primitives.recv(buffer, pp, before, layer=f"blocks.{stage.start}")
+                x = point_to_point.recv(buffer, pp, before, layer=f"blocks.{stage.start}")
             y = module(x, labels=labels if stage.is_last else None)
             if not stage.is_last and behind != pp.rank:
-                sending.append(primitives.send_async(y, pp, behind, layer=f"blocks.{stage.stop}"))
+                sending.append(
+                    point_to_point.send_async(y, pp, behind, layer=f"blocks.{stage.stop}")
+                )
             else:
                 found.append(y)
         return found

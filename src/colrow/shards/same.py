@@ -28,7 +28,7 @@ _CHUNK = 1 << 20
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldTensor:
     """A tensor that every rank of the group is taken to hold.
 
     Attributes:
@@ -44,7 +44,7 @@ class Held:
     owner: str = ""
 
 
-def problem_of(held: Iterable[Held], tp: ParallelGroup, *, rounds: bool = False) -> str:
+def problem_of(held: Iterable[HeldTensor], tp: ParallelGroup, *, rounds: bool = False) -> str:
     """What is wrong, the same on all ranks of the group; "" when nothing is.
 
     Args:
@@ -72,7 +72,7 @@ def problem_of(held: Iterable[Held], tp: ParallelGroup, *, rounds: bool = False)
     return _described([h for h, other in zip(found, differs.tolist(), strict=True) if other], tp)
 
 
-def check_same(held: Iterable[Held], tp: ParallelGroup, *, rounds: bool = False) -> None:
+def check_same(held: Iterable[HeldTensor], tp: ParallelGroup, *, rounds: bool = False) -> None:
     """Raises ValueError on every rank of the group, as :func:`problem_of` says."""
     if problem := problem_of(held, tp, rounds=rounds):
         raise ValueError(problem)
@@ -83,7 +83,7 @@ def owner_of(module: nn.Module, name: str) -> str:
     return type(module.get_submodule(name.rpartition(".")[0])).__name__
 
 
-def _limit(held: Held, rounds: bool) -> float:
+def _limit(held: HeldTensor, rounds: bool) -> float:
     if held.tensor is None or not (held.declared or rounds):
         return _EQUAL
     return _ROUNDING.get(held.tensor.dtype, _COARSE_ROUNDING)
@@ -111,7 +111,7 @@ def _sketch(tensor: Tensor | None, device: torch.device) -> Tensor:
     return total
 
 
-def _described(different: Sequence[Held], tp: ParallelGroup) -> str:
+def _described(different: Sequence[HeldTensor], tp: ParallelGroup) -> str:
     unknown = [h for h in different if not h.declared]
     if unknown:
         one = unknown[0]
@@ -131,6 +131,6 @@ def _described(different: Sequence[Held], tp: ParallelGroup) -> str:
     return ""
 
 
-def _some(held: Sequence[Held]) -> str:
+def _some(held: Sequence[HeldTensor]) -> str:
     shown = ", ".join(h.name for h in held[:3])
     return shown if len(held) <= 3 else f"{shown} and {len(held) - 3} more"

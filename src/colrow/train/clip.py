@@ -19,7 +19,7 @@ from colrow.shards.boxes import (
     tensor_parallel_group,
     unwrap,
 )
-from colrow.shards.same import Held, owner_of, problem_of
+from colrow.shards.same import HeldTensor, owner_of, problem_of
 
 _ROUNDING = 1e-2  # of squared norms of gradients, as they differ in bf16 on a GPU
 
@@ -100,7 +100,7 @@ def _with_equal(
         message = f"gradients of {', '.join(unknown)} differ between the {tp.name} ranks: say how"
         assert_on_device(equal, f"{message} they are divided, as with weight_spec")
     elif not equal:
-        held = (Held(n, grad, False, owner_of(module, n)) for n, grad in unknown.items())
+        held = (HeldTensor(n, grad, False, owner_of(module, n)) for n, grad in unknown.items())
         raise ValueError(f"gradients: {problem_of(held, tp, rounds=True) or 'they differ'}")
     return sums[0]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from colrow.launch import rank_environment
 from colrow.train.batches import Windows
-from colrow.train.model import describe, tokenizer_name
 from colrow.train.settings import TrainSettings
+from colrow.train.starting_model import describe, tokenizer_name
 from colrow.train.tokenize import prepare_tokens, token_path, wait_for_tokens
 from colrow.train.tokens import TokenFile
 

@@ -24,11 +24,11 @@ from colrow.pipeline.runner import PipelineRunner
 from colrow.train.batches import Order, Windows
 from colrow.train.data import global_rank, training_and_held_out
 from colrow.train.faults import StopRequest, check_agreement, output_held, stop_on_signals
-from colrow.train.model import COMPUTE_DTYPES, build_model, save_model_files
 from colrow.train.optimizer import learning_rate, make_optimizers
 from colrow.train.parallel import parallelize
 from colrow.train.report import Reporter, StepRecord, peak_flops, peak_memory_bytes
 from colrow.train.settings import TrainSettings, to_toml
+from colrow.train.starting_model import COMPUTE_DTYPES, build_model, save_model_files
 from colrow.train.step import Stepper, StepResult, evaluate
 
 # Until the first step is done, in which ranks read, copy and compile at their own pace.

@@ -23,8 +23,8 @@ from colrow.planner.memory import training_memory
 from colrow.planner.model import ModelShape
 from colrow.train.batches import Order
 from colrow.train.data import training_and_held_out
-from colrow.train.model import check_settings, describe, pipeline_split, tokenizer_name
 from colrow.train.settings import TrainSettings
+from colrow.train.starting_model import check_settings, describe, pipeline_split, tokenizer_name
 from colrow.train.tokenize import BYTES
 
 _STATE_BYTES = {"fp32": 4, "bf16": 4, "fp16": 4, "fp64": 8}  # of parameters and optimiser

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from colrow import rng
-from colrow.checkpoint.training import Optimizers, listed
+from colrow.checkpoint.training_state import Optimizers, listed
 from colrow.comm import primitives
 from colrow.comm.mesh import Mesh
-from colrow.launch.watch import moved
+from colrow.launch.places import moved
 from colrow.optim.scaler import GradScaler
 from colrow.pipeline.runner import PipelineRunner
 from colrow.train.batches import IGNORED, Order, Windows

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from colrow.train.sources import Document, documents, size_bytes
+from colrow.train.documents import Document, documents, size_bytes
 from colrow.train.tokens import Encoded, TokenFile, write_tokens
 
 _DOCUMENTS_AT_ONCE = 256
@@ -75,7 +75,7 @@ def prepare_tokens(
     """The tokens of a text, from ``cache`` when they were made before.
 
     Args:
-        data: see :func:`colrow.train.sources.documents`.
+        data: see :func:`colrow.train.documents.documents`.
         tokenizer_name: "bytes" or a checkpoint.
         cache: directory for token files. A file there is used again when names, sizes and times of
             the text's files are the same.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import colrow
-from colrow.generation.engine import generate
+from colrow.generation.generate import generate
 from tests.fuzz.case import Case, Fields, Kind, OneOf, World, grids
 from tests.fuzz.decoders import LAYOUT, MODEL, make, options_of, tokens, whole_logits
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import colrow
+from colrow.tiny_models import sizes
+from colrow.tiny_models.architectures import OTHERS, Architecture, build
+from colrow.tiny_models.example_batch import batch
 from colrow.verification.reference import full_precision, quiet_transformers
-from colrow.zoo import sizes
-from colrow.zoo.architectures import OTHERS, Architecture, build
-from colrow.zoo.example_batch import batch
 from tests.fuzz import compare
 from tests.fuzz.case import Case, Fields, Kind, NotRunError, OneOf, World
 

@@ -23,8 +23,9 @@ from colrow import (
     VocabParallelEmbedding,
     vocab_parallel_cross_entropy,
 )
+from colrow.head_partition import HeadPartition
 from colrow.layers.options import RopeConfig
-from colrow.partition import HeadPartition, Partition
+from colrow.partition import Partition
 from colrow.sharding import Sharding
 from tests.fuzz.case import Case, Fields, Kind, OneOf, World
 from tests.fuzz.decoders import SHARDINGS

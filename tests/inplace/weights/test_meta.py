@@ -17,10 +17,10 @@ from colrow.comm.group import ParallelGroup
 from colrow.inplace.api import plan_for
 from colrow.inplace.weights.file_names import file_names
 from colrow.inplace.weights.sources import Cut, Joined, Source, Stacked, Stored, Swapped
+from colrow.tiny_models.architectures import architectures, build
+from colrow.tiny_models.example_batch import batch
 from colrow.verification.comparison import gradient_errors, relative_error
 from colrow.verification.reference import full_precision
-from colrow.zoo.architectures import architectures, build
-from colrow.zoo.example_batch import batch
 from tests.inplace.test_parallelize import OwnModel, mesh_of
 from tests.ranks import RankPool
 

@@ -18,7 +18,7 @@ from colrow.comm.mpi import BACKEND
 from colrow.comm.mpi.patience import Patience
 from colrow.comm.mpi.peers import Peers
 from colrow.comm.mpi.work import MpiWork
-from colrow.launch.watch import moved
+from colrow.launch.places import moved
 
 _SWEEP_AT = 64
 

@@ -30,7 +30,7 @@ from colrow.inplace.find.shard_groups import indices_by_rank, spec_of_rows
 from colrow.inplace.observe.calls import argument_names, full_name
 from colrow.inplace.observe.linear_layers import linear_kind, output_dim
 from colrow.inplace.observe.modes import drops_out
-from colrow.layers.shared import SharedRows
+from colrow.layers.shared_rows import SharedRows
 from colrow.partition import Partition, ShardSpec
 
 

@@ -74,9 +74,10 @@ class ColumnEntry:
     def enter(
         self, x: Tensor, user: object, others: Sequence[Adapter]
     ) -> tuple[Tensor, dict[int, dict[str, Tensor]]]:
-        """``x`` and what the others make of it, by their ids; gradients summed in one all-reduce.
+        """``x`` and what the adapters compute from it, by their ids; see :meth:`__call__`.
 
-        The same again for each layer that gets the same tensor.
+        Their gradients are summed in one all-reduce. Layers that get the same tensor get the same
+        results, so that the sum is made once for all of them.
         """
         if (last := self._last) is not None and last.is_for(x, user):
             last.users.add(id(user))

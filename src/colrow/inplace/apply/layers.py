@@ -19,7 +19,8 @@ from colrow.inplace.apply.gradients import Adapter, ColumnEntry
 from colrow.inplace.apply.pairs import Pair, Stream
 from colrow.layers.embedding import check_range
 from colrow.layers.fused import column_linear, row_linear
-from colrow.layers.shared import SharedRows, sum_rows
+from colrow.layers.shared import sum_rows
+from colrow.layers.shared_rows import SharedRows
 from colrow.partition import Partition
 
 

@@ -24,7 +24,7 @@ from colrow.inplace.apply.layers import (
 from colrow.inplace.apply.pairs import Stream
 from colrow.inplace.find.layer_groups import IndicesByRank
 from colrow.inplace.find.shard_groups import indices_of, take
-from colrow.layers.shared import SharedRows
+from colrow.layers.shared_rows import SharedRows
 from colrow.partition import ShardSpec
 
 

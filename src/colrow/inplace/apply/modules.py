@@ -14,7 +14,8 @@ from colrow.comm.compat import as_dtensor
 from colrow.comm.group import ParallelGroup
 from colrow.inplace.find.shard_groups import take_periodic
 from colrow.inplace.observe.calls import Key, ModuleCall
-from colrow.layers.shared import SharedRows, sum_rows
+from colrow.layers.shared import sum_rows
+from colrow.layers.shared_rows import SharedRows
 from colrow.partition import Partition
 
 
@@ -96,15 +97,16 @@ def end_forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
 
 
 class SubtractBaseMixin(nn.Module):
-    """A module whose result is a part of a sum, and is not 0 when its last parameter is.
+    """A module whose result is a part of a sum, with a term that no divided weight multiplies.
 
-    Only one rank may add what it is then; the others compute that too, and subtract it.
+    That term must count once in the sum: all ranks but the first compute it, with zeros in place of
+    the module's last parameter, and subtract it.
     """
 
     colrow_base_without: str
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own result, less what it is when the parameter is 0."""
+        """The module's own result, minus its result with zeros in place of the parameter."""
         own = super().forward
         result = own(*args, **kwargs)
         path, _, name = self.colrow_base_without.rpartition(".")

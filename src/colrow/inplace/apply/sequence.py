@@ -18,7 +18,8 @@ from colrow.inplace.find.sequence import Stack
 from colrow.inplace.find.sequence_run import Boundary
 from colrow.inplace.observe.calls import Key, ModuleCall, argument_names
 from colrow.inplace.observe.modes import FunctionMode, dropout_call
-from colrow.layers.shared import SharedRows, sum_rows
+from colrow.layers.shared import sum_rows
+from colrow.layers.shared_rows import SharedRows
 from colrow.partition import Partition
 
 

@@ -23,7 +23,8 @@ from colrow.inplace.find.proof import (
     sum_of,
 )
 from colrow.inplace.find.shard_groups import take
-from colrow.inplace.find.simulate import SimulatedRun, Simulation
+from colrow.inplace.find.simulate import Simulation
+from colrow.inplace.find.simulated_run import SimulatedRun
 from colrow.inplace.observe.calls import Key
 from colrow.inplace.observe.reach import random_like
 from colrow.inplace.observe.unit import Unit, UnitError

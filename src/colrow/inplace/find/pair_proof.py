@@ -22,7 +22,8 @@ from colrow.inplace.find.proof import (
     rank_sizes,
     sum_of,
 )
-from colrow.inplace.find.simulate import GradientCuts, SimulatedRun, Simulation, watched_gradients
+from colrow.inplace.find.simulate import GradientCuts, Simulation
+from colrow.inplace.find.simulated_run import SimulatedRun, watched_gradients
 from colrow.inplace.observe.reach import random_like
 from colrow.inplace.observe.unit import Unit, UnitError
 from colrow.inplace.observe.watch import AnswerStyle, ValueWatch

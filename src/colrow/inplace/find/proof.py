@@ -11,7 +11,8 @@ from torch import Tensor
 from colrow.inplace.find.layer_groups import LayerGroup
 from colrow.inplace.find.local_sizes import LocalSizes, ReadNumber, candidate_sizes
 from colrow.inplace.find.shard_groups import take
-from colrow.inplace.find.simulate import GradientCuts, SimulatedRun, Simulation
+from colrow.inplace.find.simulate import GradientCuts, Simulation
+from colrow.inplace.find.simulated_run import SimulatedRun
 from colrow.inplace.observe.calls import Key
 from colrow.inplace.observe.decisions import DecisionError, check_decisions, check_memory
 from colrow.inplace.observe.linear_layers import output_features

@@ -61,7 +61,10 @@ class _GroupedInDouble(FunctionMode):
 
 @contextmanager
 def exact_arithmetic() -> Iterator[None]:
-    """:func:`full_precision`, in which products of groups of rows run too."""
+    """Everything in fp64, as :func:`full_precision`, and grouped matrix products too.
+
+    torch computes those in fp32 and bf16 alone, so here each group is a product of its own.
+    """
     with full_precision(), _GroupedInDouble():
         yield
 
@@ -90,7 +93,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def configurations(model: nn.Module) -> list[Any]:
-    """Those that modules of the model hold as ``config``, each once."""
+    """The configurations that modules of the model hold as ``config``, each listed once."""
     found = {id(c): c for m in model.modules() if (c := vars(m).get("config")) is not None}
     return list(found.values())
 

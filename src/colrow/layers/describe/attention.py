@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import TypeAlias
 
+from colrow.head_partition import HeadPartition
 from colrow.layers.describe.parts import (
     ColumnSpec,
     Division,
@@ -17,7 +18,6 @@ from colrow.layers.describe.parts import (
     TableSpec,
 )
 from colrow.layers.options import RopeConfig
-from colrow.partition import HeadPartition
 
 
 @dataclass(frozen=True)

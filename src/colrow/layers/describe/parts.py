@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, NoReturn, TypeAlias
 
+from colrow.head_partition import HeadPartition
 from colrow.layers.options import Norm
-from colrow.partition import HeadPartition, Partition, ShardSpec
+from colrow.partition import Partition, ShardSpec
 
 
 @dataclass(frozen=True)

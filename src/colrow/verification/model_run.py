@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from colrow.tiny_models.architectures import Architecture
+from colrow.tiny_models.example_batch import batch, prompt
 from colrow.verification.comparison import first_outputs, first_over, relative_error
 from colrow.verification.reference import full_precision, quiet_transformers
-from colrow.zoo.architectures import Architecture
-from colrow.zoo.example_batch import batch, prompt
 
 NEW_TOKENS = 6
 _OUTPUTS = ("logits", "logits_per_image", "logits_per_text", "image_embeds", "text_embeds")

@@ -44,9 +44,9 @@ def hang(engine: str, how: str, tp: int, dp: int) -> None:
 
 STATES = {
     "stop": "it is stopped by a signal such as SIGSTOP",
-    "loop": "it is at test_watch.py, line ",
-    "read": "it is at test_watch.py, line ",
-    "lock": "its interpreter has not run for|it is at test_watch.py",
+    "loop": "it is at test_places.py, line ",
+    "read": "it is at test_places.py, line ",
+    "lock": "its interpreter has not run for|it is at test_places.py",
 }
 slow = pytest.mark.slow
 
@@ -99,7 +99,7 @@ def test_ranks_that_take_long_are_only_mentioned(capfd: pytest.CaptureFixture[st
     launch(wait_long, (5.0,), ranks=2, hang_seconds=4)
     found = capfd.readouterr().err.splitlines()
     assert len(found) == 1
-    assert "... rank 1 is waited for since 2 s: it is at test_watch.py, line" in found[0]
+    assert "... rank 1 is waited for since 2 s: it is at test_places.py, line" in found[0]
     assert found[0].endswith("in wait_long; rank 0 waits in barrier")
 
 

@@ -1,4 +1,4 @@
-"""A batch for any model of the zoo, and the start of something that it can continue."""
+"""A batch for any tiny model, and the start of something that it can continue."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from colrow import rng
-from colrow.zoo.architectures import CLASSES, Architecture
+from colrow.tiny_models.architectures import CLASSES, Architecture
 
 BATCH, SEQUENCE = 2, 11
 # Codes of several streams at once instead of tokens.

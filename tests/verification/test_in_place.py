@@ -8,8 +8,8 @@ from torch import nn
 
 from colrow.comm.group import ParallelGroup
 from colrow.comm.mesh import Mesh
-from colrow.zoo.architectures import Architecture, architectures
-from colrow.zoo.compare import Outcome, compare_on
+from colrow.tiny_models.architectures import Architecture, architectures
+from colrow.verification.in_place import Outcome, compare_on
 from tests.ranks import RankPool
 
 

@@ -14,8 +14,8 @@ import colrow
 from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import record
 from colrow.inplace.apply.digest import digest_of
-from colrow.zoo.architectures import Architecture, build
-from colrow.zoo.example_batch import batch
+from colrow.tiny_models.architectures import Architecture, build
+from colrow.tiny_models.example_batch import batch
 from tests.inplace.test_parallelize import OwnModel, mesh_of
 from tests.ranks import RankPool
 

@@ -1,4 +1,4 @@
-"""What single architectures need besides :mod:`colrow.zoo.sizes`, as data.
+"""What single architectures need besides :mod:`colrow.tiny_models.sizes`, as data.
 
 A value of None leaves the field to the configuration class; ``outer.inner`` is a field of a nested
 configuration; a leading "!" marks what already the class's default configuration needs.

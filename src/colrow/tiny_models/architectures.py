@@ -15,9 +15,9 @@ from torch import nn
 from colrow.checkpoint.opening import open_reader
 from colrow.inplace.weights.meta import model_of
 from colrow.models.hf_config import read_config
+from colrow.tiny_models.overrides import OVERRIDES
+from colrow.tiny_models.shrink import tiny_config
 from colrow.verification.reference import prepare_reference, quiet_transformers
-from colrow.zoo.overrides import OVERRIDES
-from colrow.zoo.shrink import tiny_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -51,7 +51,7 @@ class Place:
     seen: float
 
 
-class Watch(threading.Thread):
+class PlaceReporter(threading.Thread):
     """The thread, which ends with its process.
 
     Args:
@@ -59,7 +59,7 @@ class Watch(threading.Thread):
     """
 
     def __init__(self, file: Path) -> None:
-        super().__init__(name="colrow-watch", daemon=True)
+        super().__init__(name="colrow-places", daemon=True)
         self._file, self._main = file, threading.main_thread().ident
         self._last: tuple[object, ...] = ()
         self._since = time.monotonic()

@@ -10,11 +10,12 @@ from pathlib import Path
 
 from torch import nn
 
+from benchmarks.zoo.generate import generates
+from benchmarks.zoo.pool import TaskFailure, Workers
+from benchmarks.zoo.systems import SYSTEMS
 from colrow.leftovers import scratch_directory
-from colrow.zoo.architectures import Architecture
-from colrow.zoo.compare import Outcome, compare
-from colrow.zoo.generate import generates
-from colrow.zoo.pool import TaskFailure, Workers
+from colrow.tiny_models.architectures import Architecture
+from colrow.verification.in_place import Outcome, compare
 
 SECONDS_PER_MODEL = 60.0
 
@@ -66,7 +67,13 @@ def _one(
             outcome = workers.run(generates, architecture, tp, directory, timeout_seconds=seconds)
         else:
             outcome = workers.run(
-                compare, architecture, tp, system, directory, tamper, timeout_seconds=seconds
+                compare,
+                architecture,
+                tp,
+                SYSTEMS[system],
+                directory,
+                tamper,
+                timeout_seconds=seconds,
             )
         return outcome
     except TaskFailure as failure:

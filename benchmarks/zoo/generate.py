@@ -11,12 +11,12 @@ from torch import Tensor
 from colrow.any_model.loading import load_model
 from colrow.comm.mesh import Mesh
 from colrow.generation.answer import padded
-from colrow.generation.engine import generate
+from colrow.generation.generate import generate
+from colrow.tiny_models.architectures import Architecture, build
+from colrow.tiny_models.example_batch import MUSIC, prompt
+from colrow.verification.in_place import Outcome, process_mesh
+from colrow.verification.model_run import NEW_TOKENS
 from colrow.verification.reference import full_precision, quiet_transformers
-from colrow.zoo.architectures import Architecture, build
-from colrow.zoo.compare import Outcome, process_mesh
-from colrow.zoo.example_batch import MUSIC, prompt
-from colrow.zoo.model_run import NEW_TOKENS
 
 _SHORTER = 2  # tokens that the second prompt has less, so that it is padded
 

@@ -8,8 +8,8 @@ from collections.abc import Collection
 import torch.distributed as dist
 from torch import nn
 
+from colrow.comm.compat import local_tensor
 from colrow.comm.mesh import Mesh
-from colrow.zoo.systems import local
 
 _ROUTER = re.compile(r"(^|\.)(gate|router|wg|classifier)(\.|$)")
 
@@ -55,7 +55,7 @@ def share_split(
 
     Communicates: every rank must call it; sizes only.
     """
-    mine = {name: local(parameter).numel() for name, parameter in model.named_parameters()}
+    mine = {name: local_tensor(parameter).numel() for name, parameter in model.named_parameters()}
     everyone: list[dict[str, int]] = [{}] * mesh.tp.size
     dist.all_gather_object(everyone, mine, group=mesh.tp.group)
     tp, split = mesh.tp.size, 0.0

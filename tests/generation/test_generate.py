@@ -11,8 +11,8 @@ from torch import Tensor
 from colrow.checkpoint.pretrained import from_pretrained
 from colrow.comm.group import ParallelGroup
 from colrow.comm.ledger import record
-from colrow.generation.engine import Generation, generate
-from colrow.generation.options import Sampling
+from colrow.generation.generate import Generation, generate
+from colrow.generation.sampling_settings import Sampling
 from tests.generation import models
 from tests.models import tiny
 from tests.ranks import RankError, RankPool

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from colrow.zoo.architectures import Architecture, architectures, build, saved_architecture
-from colrow.zoo.example_batch import batch, prompt
-from colrow.zoo.model_run import run
+from colrow.tiny_models.architectures import Architecture, architectures, build, saved_architecture
+from colrow.tiny_models.example_batch import batch, prompt
+from colrow.verification.model_run import run
 
 
 def test_every_causal_language_model_is_listed() -> None:

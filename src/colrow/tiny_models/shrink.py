@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from colrow.zoo import sizes
+from colrow.tiny_models import sizes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -1,4 +1,4 @@
-"""One architecture on the ranks of one process group: split against whole."""
+"""Any architecture, split in place on the ranks of a group, against the whole model."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
+from colrow.any_model.loading import load_model
+from colrow.checkpoint.assemble import full_grads
 from colrow.comm.mesh import Mesh, init_mesh
+from colrow.inplace.api import parallelize
+from colrow.tiny_models.architectures import Architecture, build, without_dropout
 from colrow.verification.comparison import gradient_errors, relative_error, worst_of
-from colrow.zoo.architectures import Architecture, build
-from colrow.zoo.model_run import ModelRun, first_difference, output_error, run
-from colrow.zoo.share import counted_parameters, share_split
-from colrow.zoo.systems import SYSTEMS, load
+from colrow.verification.model_run import ModelRun, first_difference, output_error, run
+from colrow.verification.reference import prepare_reference, quiet_transformers
+from colrow.verification.share import counted_parameters, share_split
 
 LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -29,7 +32,7 @@ class Outcome:
 
     Attributes:
         name, task, system, even, tp: what was compared; the system "generate" is the code of
-            ``colrow generate``, see :mod:`colrow.zoo.generate`.
+            ``colrow generate``, see ``benchmarks/zoo/generate.py``.
         verdict: "passed"; "refused", the system said before any number that it cannot; "failed",
             a wrong number, an exception, or nothing was split without a word; "not run", the whole
             model itself cannot be built or run alone.
@@ -67,6 +70,44 @@ class Outcome:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class System:
+    """A way to make a model tensor-parallel, which is compared with the whole model.
+
+    Attributes:
+        name: for outcomes.
+        split: the split model, from the whole one and the directory it was saved in ("" for one
+            that was not).
+        full_grads: whole gradients under the whole model's names, on rank 0.
+        needs_directory: whether it starts from a saved model rather than from one in memory.
+    """
+
+    name: str
+    split: Callable[[nn.Module, str, Mesh], nn.Module]
+    full_grads: Callable[[nn.Module], dict[str, Tensor]]
+    needs_directory: bool = False
+
+
+def _parallelize(model: nn.Module, directory: str, mesh: Mesh) -> nn.Module:
+    """What the commands load from a saved text model; any other one is split as it is."""
+    if not directory or type(model) not in _text_models():
+        split: nn.Module = parallelize(model, mesh)
+        return split
+    dtype = next(model.parameters()).dtype
+    loaded = load_model(directory, mesh, dtype=dtype, in_place=True).module
+    return without_dropout(loaded).train()
+
+
+def _text_models() -> set[type]:
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    classes = MODEL_FOR_CAUSAL_LM_MAPPING.values()
+    return {cls for each in classes for cls in (each if isinstance(each, tuple) else (each,))}
+
+
+COLROW = System("colrow", _parallelize, full_grads)
+
+
 class CannotRun(RuntimeError):
     """The whole model does not run; nothing can be compared with it."""
 
@@ -78,7 +119,7 @@ class Refused(RuntimeError):
 def compare(
     architecture: Architecture,
     tp: int,
-    system: str = "colrow",
+    system: System = COLROW,
     directory: str = "",
     tamper: Callable[[nn.Module, int], None] | None = None,
     dtype: torch.dtype = torch.float64,
@@ -90,7 +131,7 @@ def compare(
 def compare_on(
     mesh: Mesh,
     architecture: Architecture,
-    system: str = "colrow",
+    system: System = COLROW,
     directory: str = "",
     *,
     tamper: Callable[[nn.Module, int], None] | None = None,
@@ -102,7 +143,7 @@ def compare_on(
 
     Args:
         mesh: with a tp size of at least 2.
-        system: a key of ``SYSTEMS``.
+        system: what splits the model.
         directory: an empty one, the same for all ranks, for a system that starts from files.
         tamper: applied to the split model on each rank, with the rank; for testing this very check.
         dtype: of the split model: fp64, where 1e-10 is accepted, or fp32, where it is 1e-5, or
@@ -117,25 +158,24 @@ def compare_on(
         return _compare(mesh, architecture, system, directory, tamper, dtype)
     except (CannotRun, Refused) as error:  # on all ranks alike
         verdict = "refused" if isinstance(error, Refused) else "not run"
-        about = (architecture.name, architecture.task, system, architecture.even, mesh.tp.size)
+        about = (architecture.name, architecture.task, system.name, architecture.even, mesh.tp.size)
         return Outcome(*about, verdict, reason=str(error)) if mesh.tp.rank == 0 else None
 
 
 def _compare(
     mesh: Mesh,
     architecture: Architecture,
-    system: str,
+    system: System,
     directory: str,
     tamper: Callable[[nn.Module, int], None] | None,
     dtype: torch.dtype,
 ) -> Outcome | None:
-    splitter = SYSTEMS[system]
-    saved = directory if splitter.needs_directory else ""
+    saved = directory if system.needs_directory else ""
     model, whole, limit = _whole_model(architecture, mesh, saved, dtype)
     counted = counted_parameters(model)
     begin = time.perf_counter()
     try:
-        split = splitter.split(model, saved or architecture.directory, mesh)
+        split = system.split(model, saved or architecture.directory, mesh)
     except (ValueError, NotImplementedError) as error:
         raise Refused(" ".join(str(error).split())) from error
     seconds = time.perf_counter() - begin
@@ -145,7 +185,7 @@ def _compare(
     generates = [whole is not None and whole.tokens is not None]
     dist.broadcast_object_list(generates, group=mesh.tp.group, group_src=0)
     ours = run(architecture, split, generates=generates[0])
-    grads = splitter.full_grads(split)
+    grads = system.full_grads(split)
     if whole is None:
         return None
     errors = gradient_errors(grads, whole.grads)
@@ -164,7 +204,7 @@ def _compare(
     return Outcome(
         architecture.name,
         architecture.task,
-        system,
+        system.name,
         architecture.even,
         mesh.tp.size,
         verdict="failed" if wrong else "passed",
@@ -196,7 +236,7 @@ def _whole_model(
         if directory and mesh.tp.rank == 0:
             model.save_pretrained(directory)  # type: ignore[operator]
         if mesh.tp.rank == 0:
-            reference = load(model, directory) if directory else build(architecture, dtype)
+            reference = load_saved(model, directory) if directory else build(architecture, dtype)
             rounded = _run_whole(architecture, reference) if dtype != torch.float64 else None
             reference.zero_grad(set_to_none=True)
             whole = _run_whole(architecture, reference.double())
@@ -210,6 +250,20 @@ def _whole_model(
         raise CannotRun(next(problem for problem in problems if problem))
     assert model is not None
     return model, whole, limit
+
+
+def load_saved(model: nn.Module, directory: str, **options: Any) -> nn.Module:
+    """The model of ``model``'s class that was saved in ``directory``, by transformers."""
+    dtype = next(model.parameters()).dtype
+    with quiet_transformers():
+        loaded: nn.Module = type(model).from_pretrained(  # type: ignore[attr-defined]
+            directory,
+            dtype=dtype,
+            experts_implementation="eager",
+            local_files_only=True,
+            **options,
+        )
+    return prepare_reference(loaded.to(dtype)).train()
 
 
 def _rounding(rounded: ModelRun, whole: ModelRun) -> float:

@@ -30,7 +30,7 @@ _PRELOADED = [
     "transformers.modeling_utils",
     "transformers.models.auto.modeling_auto",
     "transformers.generation.utils",
-    "colrow.zoo.compare",
+    "colrow.verification.in_place",
 ]
 
 

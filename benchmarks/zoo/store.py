@@ -7,8 +7,8 @@ from pathlib import Path
 
 from colrow.files import read_text
 from colrow.text import lines
-from colrow.zoo.architectures import Architecture
-from colrow.zoo.compare import Outcome
+from colrow.tiny_models.architectures import Architecture
+from colrow.verification.in_place import Outcome
 
 
 class Store:

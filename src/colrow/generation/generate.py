@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from colrow import rng
-from colrow.generation.options import Sampling
-from colrow.generation.relay import Part, Relay
+from colrow.generation.relay import Relay, RowGroup
 from colrow.generation.rows import Rows
 from colrow.generation.sampling import next_tokens
+from colrow.generation.sampling_settings import Sampling
 from colrow.models.inputs import check_batch, check_same_on_all_ranks
 from colrow.models.interface import TensorParallelModel
 
@@ -128,7 +128,7 @@ def generate(
 
 def _continue(
     relay: Relay,
-    parts: list[Part],
+    parts: list[RowGroup],
     rows: Rows,
     input_ids: Tensor,
     max_new_tokens: int,
@@ -157,7 +157,7 @@ def _continue(
     relay.finish(parts)
 
 
-def _learn(relay: Relay, part: Part, rows: Rows) -> None:
+def _learn(relay: Relay, part: RowGroup, rows: Rows) -> None:
     """Waits for the tokens that another stage has been choosing, if it has."""
     tokens = relay.receive_tokens(part)
     if tokens is not None:
@@ -166,7 +166,7 @@ def _learn(relay: Relay, part: Part, rows: Rows) -> None:
 
 def _turn(
     relay: Relay,
-    part: Part,
+    part: RowGroup,
     rows: Rows,
     ids: Tensor,
     mask: Tensor | None,

@@ -1,0 +1,1 @@
+"""Every architecture of transformers, split and compared with the whole: ``colrow zoo``."""

@@ -1,1 +1,0 @@
-"""Tiny models of every architecture, split and compared with the whole."""
