@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from colrow.generation.engine import generate
 from torch import Tensor
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -17,6 +16,7 @@ from colrow import from_pretrained
 from colrow.checkpoint.export_config import config_to_hf
 from colrow.comm.collectives import gather_from_tp
 from colrow.comm.group import ParallelGroup
+from colrow.generation.generate import generate
 from colrow.layers.position import rope_frequencies
 from colrow.models.compose import fields_of
 from colrow.models.hf_config import config_from_hf
