@@ -17,10 +17,11 @@ from statistics import mean, median
 
 from benchmarks.planner.published import Case, cases
 from benchmarks.planner.sweeps import sweep_cases
+from colrow.planner.block_time import block_time
 from colrow.planner.interval import Interval
 from colrow.planner.layout import Layout
 from colrow.planner.predict import predict
-from colrow.planner.time import block_time
+from colrow.planner.time import StepTime
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Result:
     layout: Layout
     predicted: float
     memory_bytes: float
+    time: StepTime | None = None
     interval: Interval | None = None
 
     @property
@@ -67,7 +69,14 @@ def evaluate(case: Case) -> Result:
         best = min(fitting, key=lambda p: p.step_seconds)
     else:
         best = min(found, key=lambda p: p.memory_bytes_per_rank)
-    return Result(case, best.layout, best.step_seconds, best.memory_bytes_per_rank, best.interval)
+    memory = best.memory.fullest
+    needed = memory.total - (memory.reserve if case.allocated else 0.0)
+    return Result(case, best.layout, best.step_seconds, needed, best.time, best.interval)
+
+
+def family(table: str) -> str:
+    """The program and machine that a table is about: the first word of its name."""
+    return table.split()[0].rstrip(",")
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ class Case:
         part: "step"; or "forward" and "backward" of one block.
         calibrated: whether a constant was fitted to this row.
         memory_bytes: measured on the fullest rank, where that was published.
+        allocated: whether that is what the program asked of its allocator, without a reserve.
         source: of the row.
     """
 
@@ -43,6 +44,7 @@ class Case:
     part: str = "step"
     calibrated: bool = False
     memory_bytes: float | None = None
+    allocated: bool = False
     source: str = ""
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from benchmarks.planner.bridge import bridge_cases
+from benchmarks.planner.playbook import playbook_cases
 from benchmarks.planner.published import Case, flops_with_recompute, gpt, read_table
-from colrow.planner.catalog import find_model, shape_of_sizes
+from colrow.planner.catalog import find_model
 from colrow.planner.hardware import find_hardware
 from colrow.planner.layout import Layout
 from colrow.planner.model import ModelShape
@@ -27,7 +29,8 @@ def sweep_cases() -> list[Case]:
         _bloom,
         _simumax,
         _torchtitan,
-        _playbook,
+        playbook_cases,
+        bridge_cases,
     )
     return [case for reader in readers for case in reader()]
 
@@ -170,6 +173,7 @@ def _simumax() -> Iterator[Case]:
             (layout,),
             float(row["real_ms"]) / 1e3,
             memory_bytes=float(row["real_alloc_GiB"]) * GIB,
+            allocated=True,
             source=row["source"],
         )
 
@@ -207,51 +211,4 @@ def _torchtitan() -> Iterator[Case]:
             tokens / (float(row["tps_per_gpu"]) * int(row["gpus"])),
             memory_bytes=float(row["mem_GiB"]) * GIB if row["mem_GiB"] else None,
             source=row["source"],
-        )
-
-
-def _playbook() -> Iterator[Case]:
-    """A 3B model on H100 in nanotron; of runs of one layout the fastest counts.
-
-    The same layout was seen five times slower: what is slow there says little about the layout.
-    """
-    key = ("gpus", "dp", "tp", "pp", "zero", "mbs")
-    fastest: dict[tuple[str, ...], dict[str, str]] = {}
-    for row in read_table("ultrascale_playbook_h100_benchmarks"):
-        if row["status"] != "ok" or int(row["pp"]) > int(row["layers"]):
-            continue
-        name = tuple(row[column] for column in key)
-        if name not in fastest or float(row["tok_s"]) > float(fastest[name]["tok_s"]):
-            fastest[name] = row
-    for row in fastest.values():
-        sequence = int(row["seq_len"])
-        model = shape_of_sizes(
-            "3b",
-            "llama",
-            hidden=int(row["hidden"]),
-            layers=int(row["layers"]),
-            heads=int(row["heads"]),
-            ffn=int(row["ffn"]),
-            vocab=int(row["vocab"]),
-            positions=sequence,
-        )
-        tied = replace(model.config, tie_embeddings=row["tied"] == "1")
-        layout = Layout(
-            **_sizes(row),
-            microbatch=int(row["mbs"]),
-            global_batch=int(row["gbs_seqs"]),
-            sequence=sequence,
-            sequence_parallel=int(row["tp"]) > 1,
-            zero=int(row["zero"]),
-            software="nanotron",
-        )
-        yield Case(
-            f"Ultrascale playbook, 3B, {row['gpus']} H100",
-            f"batch {layout.batch}",
-            replace(model, config=tied),
-            find_hardware("h100-80gb-efa"),
-            (layout,),
-            layout.batch * sequence / float(row["tok_s"]),
-            memory_bytes=float(row["mem_GB"]) * 1e9,
-            source="huggingface, ultrascale-playbook, H100 benchmarks",
         )

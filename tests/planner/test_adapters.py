@@ -9,8 +9,8 @@ import pytest
 from colrow.planner import Layout, find_hardware, predict
 from colrow.planner.catalog import find_model
 from colrow.planner.inference import kv_cache_bytes_per_token
-from colrow.planner.memory import lora_elements
 from colrow.planner.serving import WEIGHT_BYTES
+from colrow.planner.stage_elements import lora_elements
 
 BASE = Layout(global_batch=1, sequence=2048)
 H100 = find_hardware("h100")

@@ -16,10 +16,10 @@ from colrow.layers.options import RopeConfig
 from colrow.models.compose import decoder, fields_of
 from colrow.models.stages import LayerSplit
 from colrow.planner import Layout, ModelShape, find_hardware, find_model, predict, predict_serving
+from colrow.planner.block_time import block_time
 from colrow.planner.collective_time import collectives, tp_calls
 from colrow.planner.memory import training_memory
 from colrow.planner.serving import Serving
-from colrow.planner.time import block_time
 from tests.planner.measure import measured
 from tests.planner.test_memory import CPU, in_use
 from tests.ranks import RankPool

@@ -10,9 +10,9 @@ import pytest
 
 from colrow.cli import main
 from colrow.planner import Layout, predict
+from colrow.planner.block_time import block_time
 from colrow.planner.catalog import shape_of_sizes
 from colrow.planner.measured import measured_hardware
-from colrow.planner.time import block_time
 
 MACHINE: dict[str, object] = {
     "devices_per_node": 2,

@@ -148,6 +148,13 @@ def _add_layout(group: argparse._ArgumentGroup) -> None:
         help="with --lora-rank: format of the frozen weights; nf4 is QLoRA",
     )
     group.add_argument(
+        "--offload-layers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of each stage, layers whose activations wait in the host's memory for backward",
+    )
+    group.add_argument(
         "--attention",
         choices=("auto", "flash", "unfused"),
         default="auto",

@@ -203,7 +203,8 @@ def _written_out(attention: Attention, layout: Layout) -> int:
 def _mlp(mlp: MLPSpec, layout: Layout, sizes: Sizes) -> float:
     """Inputs of the activation and of the second linear layer."""
     if mlp.gated:
-        return sizes.ffn * (3 if layout.program.fused_elementwise else 4)
+        program = layout.program
+        return sizes.ffn * (3 if program.fused_elementwise and program.fused_gate else 4)
     if mlp.activation == "relu":
         return sizes.ffn
     if mlp.activation == "gelu_bloom" and not layout.program.fused_elementwise:

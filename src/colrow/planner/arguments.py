@@ -95,6 +95,7 @@ def layout_of(args: Namespace, model: ModelShape, **sizes: Any) -> Layout:
         lora_rank=args.lora_rank,
         frozen=args.frozen,
         cp=args.cp or 1,
+        offload_layers=args.offload_layers,
         **sizes,
     )
 

@@ -15,13 +15,15 @@ from colrow.comm.ledger import Call
 from colrow.layers.describe import BlockSpec, ExpertsSpec
 from colrow.models.communication import predict_stage, predict_step
 from colrow.models.stages import Stage
-from colrow.planner.compute import Pass
 from colrow.planner.hardware import Hardware
 from colrow.planner.layout import DTYPE, Layout
+from colrow.planner.links import PIECE_BYTES
 from colrow.planner.model import ModelShape, key_value_numbers
+from colrow.planner.passes import Pass
 from colrow.planner.placement import (
     all_to_all_seconds,
     collective_seconds,
+    job_nodes,
     place,
     send_seconds,
 )
@@ -145,7 +147,9 @@ def tp_seconds(
     for call in calls:
         if call.phase != phase:
             continue
-        seconds = collective_seconds(call.op, call.bytes, where, hardware)
+        narrow = layout.precision == "fp8" and layout.program.narrow_gathers
+        size = call.bytes / layout.itemsize if narrow and call.op == "all_gather" else call.bytes
+        seconds = collective_seconds(call.op, size, where, hardware)
         total += seconds
         if overlap == "full" and call.dtype != "int64":
             chunks = SCATTER_CHUNKS if call.op == "reduce_scatter" else layout.tp
@@ -212,7 +216,11 @@ def stage_seconds(model: ModelShape, layout: Layout, hardware: Hardware) -> floa
     if layout.pp == 1:
         return 0.0
     size = stage_message_bytes(model, layout)
-    seconds = send_seconds(size, place("pp", layout, hardware), hardware)
+    where = place("pp", layout, hardware)
+    seconds = send_seconds(size, where, hardware)
+    if where.boundaries:
+        wait = hardware.network.stage_wait_seconds(job_nodes(layout, hardware))
+        seconds += wait * (2 if layout.pp > 2 else 1)  # a middle stage has two neighbours
     if layout.tp > 1 and layout.program.scatter_gather and not layout.sequence_parallel:
         group = place("tp", layout, hardware)
         seconds += collective_seconds("all_gather", size * layout.tp, group, hardware)
@@ -233,4 +241,6 @@ def dp_collective_seconds(
         where = replace(where, members=1)
         slower = replace(hardware.network, bandwidth=hardware.network.bandwidth * share)
         hardware = replace(hardware, network=slower)
-    return collective_seconds(op, size, where, hardware)
+    # A network that is slow to go round is measured by pieces of the buffers that are reduced.
+    pieces = max(1.0, size / PIECE_BYTES) if hardware.network.is_shared else 1.0
+    return pieces * collective_seconds(op, size / pieces, where, hardware)

@@ -2,66 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 
 from colrow.layers.describe import AttentionSpec, BlockSpec, ExpertsSpec, Linear
+from colrow.planner.attention_time import attention_pass
 from colrow.planner.hardware import Device
 from colrow.planner.layout import Layout
 from colrow.planner.model import ModelShape, fullest_rank, held, key_value_numbers
-from colrow.planner.roofline import ROW_BYTES, matmul_seconds, stream_seconds
+from colrow.planner.passes import Pass, Seconds
+from colrow.planner.roofline import matmul_seconds, stream_seconds
 
 # Read and written per logit by the loss and its backward, beyond the matmul: to fp32 (2 read, 4
 # written), maximum (4), subtract (8), exponential (8), sum (4), divide (8); backward multiplies (8)
 # and converts (4, 2). Megatron-LM's and colrow's vocabulary-parallel cross entropy.
 LOSS_BYTES = 52.0
-
-
-@dataclass(frozen=True)
-class Seconds:
-    """Time by kind of work.
-
-    Attributes:
-        matmul: of the linear layers.
-        attention: scores, softmax, weighted sum.
-        elementwise: norms, activations, dropout, residuals, the loss, gradient accumulation.
-        weight_gradients: the part of ``matmul`` beside which a collective can run.
-    """
-
-    matmul: float = 0.0
-    attention: float = 0.0
-    elementwise: float = 0.0
-    weight_gradients: float = 0.0
-
-    @property
-    def total(self) -> float:
-        """Everything."""
-        return self.matmul + self.attention + self.elementwise
-
-    def __add__(self, other: Seconds) -> Seconds:
-        return Seconds(
-            self.matmul + other.matmul,
-            self.attention + other.attention,
-            self.elementwise + other.elementwise,
-            self.weight_gradients + other.weight_gradients,
-        )
-
-    def __mul__(self, factor: float) -> Seconds:
-        return Seconds(
-            self.matmul * factor,
-            self.attention * factor,
-            self.elementwise * factor,
-            self.weight_gradients * factor,
-        )
-
-
-@dataclass(frozen=True)
-class Pass:
-    """Forward and backward, and what backward computes a second time."""
-
-    forward: Seconds
-    backward: Seconds
-    recompute: Seconds = Seconds()
 
 
 @lru_cache(maxsize=4096)
@@ -79,7 +34,7 @@ def block_pass(block: BlockSpec, layout: Layout, device: Device) -> Pass:
     copied = _copied_bytes(block, layout, rank)
     forward += Seconds(elementwise=stream_seconds(device, copied[0]))
     backward += Seconds(elementwise=stream_seconds(device, copied[1]))
-    attention = _attention(block, layout, device, rank)
+    attention = attention_pass(block, layout, device, rank)
     elementwise = _elementwise(block, layout, device, rank)
     forward += attention.forward + elementwise.forward
     backward += attention.backward + elementwise.backward
@@ -125,13 +80,16 @@ def _narrowing_bytes(layout: Layout, linear: Linear) -> tuple[float, float]:
 
     Each is read for its largest number and read again, written once as it is and once transposed
     for the backward matmuls: the input and the weight forward, the gradient of the output backward
-    (Micikevicius et al. 2022, arXiv 2209.05433; dynamic scaling of Transformer Engine and torchao).
+    (Micikevicius et al. 2022, arXiv 2209.05433; dynamic scaling of torchao). Transformer Engine
+    writes them in the kernels that make them, and narrows weights once a step.
     """
-    each = 2 * layout.itemsize + 2
-    tokens, used = layout.tokens, linear.active
-    weights = linear.inputs * linear.outputs * (linear.experts / layout.ep if used > 1 else 1)
-    forward = each * (tokens * used * linear.inputs + weights)
-    return forward, float(each * tokens * used * linear.outputs)
+    rows, weights = float(layout.tokens * linear.active), 0.0
+    each = 2.0
+    if not layout.program.fused_narrowing:
+        each += 2 * layout.itemsize
+        weights = linear.inputs * linear.outputs
+        weights *= linear.experts / layout.ep if linear.active > 1 else 1
+    return each * (rows * linear.inputs + weights), each * rows * linear.outputs
 
 
 def _linear_seconds(layout: Layout, device: Device, linear: Linear) -> tuple[float, float, float]:
@@ -155,52 +113,6 @@ def _linear_seconds(layout: Layout, device: Device, linear: Linear) -> tuple[flo
         seconds(rows, linear.outputs, linear.inputs),
         seconds(rows, linear.inputs, linear.outputs),
         seconds(linear.inputs, linear.outputs, rows),
-    )
-
-
-def _attention(block: BlockSpec, layout: Layout, device: Device, rank: int) -> Pass:
-    """Scores, softmax and weighted sum of all local heads."""
-    attention, size = block.attention, layout.itemsize
-    keys = min(attention.window or layout.sequence, layout.sequence)
-    count = layout.microbatch * attention.heads(layout.division).query.size(rank)
-    precision = "bf16" if layout.precision == "fp8" else layout.precision
-    if layout.is_flash(attention, device.flash_attention):
-        # Causal: half the scores (Dao 2023, section 4.1); backward has five matmuls for two.
-        sizes = attention.key_size + attention.value_size
-        flops = 2.0 * count * layout.local_sequence * keys * sizes * 0.5
-        rate = device.flops(precision) * device.sustained_fraction
-        if device.matmul_curve:
-            rate = device.matmul_curve[-1][1]
-        return Pass(
-            Seconds(attention=flops / (rate * device.flash_forward) + device.kernel_seconds),
-            Seconds(attention=2.5 * flops / (rate * device.flash_backward) + device.kernel_seconds),
-        )
-
-    def product(n: int, k: int) -> float:
-        return matmul_seconds(
-            device,
-            layout.local_sequence,
-            n,
-            k,
-            precision=precision,
-            itemsize=size,
-            count=count,
-            aligned=attention.key_size * size % ROW_BYTES == 0,
-        )
-
-    products = product(keys, attention.key_size) + product(attention.value_size, keys)
-    scores = count * layout.local_sequence * keys
-    # Softmax reads and writes; dropout reads, writes and stores a byte of mask. Backward of
-    # dropout reads the gradient and the mask and writes; of softmax reads two tensors, writes one.
-    dropout = attention.dropout > 0
-    softmax_forward = 2 * size + (2 * size + 1 if dropout else 0)
-    softmax_backward = 3 * size + (2 * size + 1 if dropout else 0)
-    if not layout.program.fused_elementwise:  # scale and mask as passes of their own
-        softmax_forward += 4 * size
-        softmax_backward += 2 * size
-    return Pass(
-        Seconds(attention=products + stream_seconds(device, scores * softmax_forward)),
-        Seconds(attention=2 * products + stream_seconds(device, scores * softmax_backward)),
     )
 
 
@@ -234,8 +146,9 @@ def _elementwise(block: BlockSpec, layout: Layout, device: Device, rank: int) ->
     for mlp, times in block.mlp.passes:
         ffn = tokens * times * division.of(mlp.ffn_size).size(rank) * size
         if mlp.gated:
-            forward += ffn * (3 if fused else 5)
-            backward += ffn * (5 if fused else 12)
+            gate = fused and layout.program.fused_gate
+            forward += ffn * (3 if gate else 5)
+            backward += ffn * (5 if gate else 12)
         else:
             forward += ffn * (2 if fused else 4)
             backward += ffn * 3
@@ -287,7 +200,10 @@ def ends_pass(model: ModelShape, layout: Layout, device: Device) -> tuple[Pass, 
         Seconds(elementwise=stream_seconds(device, 4 * lookup)),
     )
     head = Linear("head", config.hidden_size, vocab)
-    forward, dgrad, wgrad = _linear_seconds(layout, device, head)
+    # The head is not multiplied in 8 bits, and is frozen where adapters alone are trained.
+    wide = replace(layout, precision="bf16") if layout.precision == "fp8" else layout
+    forward, dgrad, wgrad = _linear_seconds(wide, device, head)
+    wgrad = 0.0 if layout.lora_rank else wgrad
     scale = 1.0 if size < 4 else 1.5  # an fp32 loss has no narrow copies, all passes are wide
     loss = stream_seconds(device, tokens * vocab * LOSS_BYTES * scale / 2)
     norm = stream_seconds(device, 2.5 * lookup)

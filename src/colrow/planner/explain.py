@@ -6,6 +6,7 @@ from collections import Counter
 
 from colrow.comm.ledger import Call
 from colrow.planner.activations import block_bytes
+from colrow.planner.block_time import block_time
 from colrow.planner.collective_time import (
     collectives,
     stage_message_bytes,
@@ -13,14 +14,13 @@ from colrow.planner.collective_time import (
 )
 from colrow.planner.inference import ServingPrediction, kv_cache_bytes_per_token
 from colrow.planner.links import wire_factor
-from colrow.planner.memory import stage_elements
 from colrow.planner.model import fullest_rank, held
 from colrow.planner.pipeline_time import layers_in_flight
 from colrow.planner.placement import collective_seconds, place
 from colrow.planner.predict import Prediction
 from colrow.planner.roofline import matmul_seconds
 from colrow.planner.serving import WEIGHT_BYTES
-from colrow.planner.time import block_time
+from colrow.planner.stage_elements import stage_elements
 
 
 def explain(prediction: Prediction) -> str:

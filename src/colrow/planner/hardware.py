@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from colrow.planner.data import read_table
-from colrow.planner.links import Curve, Link
+from colrow.planner.links import Link
+from colrow.planner.node_links import efa_link, network_link, node_link
 
 Precision = str  # "fp32", "fp16", "bf16" or "fp8"
 
@@ -22,6 +23,9 @@ FLASH_BACKWARD = 0.60
 # Experts' matmuls in one kernel: median of 12 shapes 64.7 % of A100's peak, where single large ones
 # reach 71.8 % (MooreThreads/SimuMax 4dcaae5, configs/system/a100_pcie.json).
 GROUPED_SHARE = 0.90
+# 8-bit matmuls reach less of their peak than 16-bit ones; the best shapes on H100 70.9 and 80.3 %
+# (stas00/ml-engineering 744d01e, compute/accelerator, MAMF). Devices.csv has the ratio of others.
+FP8_SHARE = 0.709 / 0.803
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Device:
         peak_flops: per precision, of dense matmuls, from the data sheet.
         sustained_fraction: share of the 16-bit peak that a large matmul of random numbers holds
             for seconds, when power and not the data sheet's clock is the limit. Measured.
+        fp8_share: of that fraction, what 8-bit matmuls reach of their peak.
         processors: multiprocessors (SMs) over which the tiles of a matmul are spread; 0 where they
             are not known, which switches the tile model off.
         grouped_share: rate of experts' matmuls in one kernel, as a share of a single large one's.
@@ -44,9 +49,11 @@ class Device:
         speed_spread: standard deviation of the speed of devices of this kind, as a fraction.
         flash_attention: whether a fused attention kernel exists for it.
         flash_forward, flash_backward: that kernel's rate as a share of the large matmul's.
+        flash2_forward, flash2_backward: the same for FlashAttention-2, where newer kernels exist.
         matmul_curve: measured ``(FLOPs of a matmul, FLOP/s)``, ascending, for devices that are
             described by measurements rather than by tiles; empty otherwise.
         watts: at full load, from the data sheet; 0 where unknown.
+        host_bandwidth: bytes per second to the host's memory, and as many back; 0 where unknown.
         source: where the numbers come from, and what is assumed.
     """
 
@@ -62,10 +69,14 @@ class Device:
     flash_attention: bool = True
     flash_forward: float = FLASH_FORWARD
     flash_backward: float = FLASH_BACKWARD
+    flash2_forward: float = FLASH_FORWARD
+    flash2_backward: float = FLASH_BACKWARD
     matmul_curve: tuple[tuple[float, float], ...] = ()
     grouped_share: float = GROUPED_SHARE
+    fp8_share: float = FP8_SHARE
     on_host: bool = False
     watts: float = 0.0
+    host_bandwidth: float = 0.0
     source: str = ""
 
     def flops(self, precision: Precision) -> float:
@@ -111,24 +122,11 @@ class Hardware:
         return replace(self, devices_per_node=count)
 
 
-# What NCCL's own cost model assumes for one more inter-node or intra-node step of a ring (Simple
-# protocol), and for starting: NVIDIA/nccl 5067397c, src/graph/tuning.cc, hwLat and baseLat.
-NETWORK_HOP_SECONDS = 14.0e-6
-NODE_HOP_SECONDS = 3.4e-6
-COLLECTIVE_START_SECONDS = 8.4e-6
-# Best all-reduce bus bandwidth over one adapter and its data sheet: 24 of 25 GB/s (200 Gbit/s) and
-# 48 of 50 GB/s (400 Gbit/s), NVIDIA GTC24 S62129.
-NETWORK_FRACTION = 0.96
-
-# devices.csv: the speed of equal devices spreads by 1.05 %. Sustained matmul rates of 40 H200 lie
+# devices.csv: what copies to the host reach is taken as 80 % of the data sheets of PCIe 3, 4 and 5
+# (15.8, 31.5 and 63 GB/s), and a little under half of the 450 GB/s that a Grace host has for two
+# GPUs. The speed of equal devices spreads by 1.05 %. Sustained matmul rates of 40 H200 lie
 # within 4.5 % of each other (stas00/ml-engineering, accelerator/benchmarks); the range of 40 normal
 # values is 4.3 standard deviations.
-
-# What a hop between nodes takes on Amazon's EFA, where collectives go round all nodes: fitted to
-# H100's all-gathers and reduce-scatters of 256 MB over 2 to 64 nodes (Hugging Face, ultrascale
-# playbook, pp_comm_bandwidth; the 12 rows lie within 30 % of it). NCCL's own 14 us hold for
-# InfiniBand.
-EFA_HOP_SECONDS = 3.0e-4
 
 
 @cache
@@ -138,12 +136,7 @@ def _builtin() -> dict[str, Hardware]:
         hardware = _from_row(row)
         result[row["key"]] = hardware
         if float(row["adapters_per_device"]) == 1:
-            efa = replace(
-                hardware.network,
-                hop_seconds=EFA_HOP_SECONDS,
-                trees=False,
-                source=f"{row['adapter_gbit_per_s']} Gbit/s EFA adapters; ultrascale playbook",
-            )
+            efa = efa_link(hardware.network, hardware.link)
             name = f"{hardware.name} on EFA"
             result[f"{row['key']}-efa"] = replace(hardware, name=name, network=efa)
     return result
@@ -153,6 +146,8 @@ def _from_row(row: dict[str, str]) -> Hardware:
     """A line of devices.csv: TFLOP/s per precision, GB and GB/s."""
     peaks = {name: float(row[name]) for name in ("fp32", "fp16", "bf16", "fp8", "fp4") if row[name]}
     assumed = f"; assumed: {row['assumed']}" if row["assumed"] else ""
+    forward = float(row["flash_forward"] or FLASH_FORWARD)
+    backward = float(row["flash_backward"] or FLASH_BACKWARD)
     device = Device(
         row["name"],
         float(row["memory_gb"]) * 1e9,
@@ -160,22 +155,20 @@ def _from_row(row: dict[str, str]) -> Hardware:
         tuple((name, peak * 1e12) for name, peak in peaks.items()),
         float(row["sustained"]) / peaks["fp16"],
         int(row["processors"]),
+        fp8_share=float(row["fp8_share"] or FP8_SHARE),
         stream_fraction=float(row["stream_fraction"] or Device.stream_fraction),
         speed_spread=float(row["speed_spread"]),
         flash_attention=row["flash_forward"] != "0",
-        flash_forward=float(row["flash_forward"] or FLASH_FORWARD),
-        flash_backward=float(row["flash_backward"] or FLASH_BACKWARD),
+        flash_forward=forward,
+        flash_backward=backward,
+        flash2_forward=float(row["flash2_forward"] or forward),
+        flash2_backward=float(row["flash2_backward"] or backward),
         watts=float(row["watts"]),
+        host_bandwidth=float(row["host_gb_per_s"]) * 1e9,
         source=row["source"] + assumed,
     )
-    adapter = float(row["adapter_gbit_per_s"])
-    network = Link(
-        adapter / 8 * 1e9 * float(row["adapters_per_device"]) * NETWORK_FRACTION,
-        COLLECTIVE_START_SECONDS,
-        NETWORK_HOP_SECONDS,
-        source=f"{adapter:g} Gbit/s adapters; NVIDIA GTC24 S62129; NCCL tuning.cc",
-    )
-    link = _node_link(row["link"], float(row["link_gb_per_s"]) * 1e9)
+    network = network_link(float(row["adapter_gbit_per_s"]), float(row["adapters_per_device"]))
+    link = node_link(row["link"], float(row["link_gb_per_s"]) * 1e9)
     return Hardware(row["name"], device, int(row["devices_per_node"]), link, network)
 
 
@@ -226,42 +219,3 @@ def find_hardware(name: str) -> Hardware:
 def hardware_names() -> list[str]:
     """Names of the built-in hardware."""
     return list(_builtin())
-
-
-# Bus bandwidth of a measured all-reduce that does not use the switch, whose shape others take.
-_MEASURED_RING = 235e9
-# From Hopper on all-reduce runs in the switch (NVLS), with curves of its own.
-_SWITCHES = {"h100": ("H200", "NVLS"), "h200": ("H200", "NVLS"), "b200": ("B200", "default")}
-
-
-def _node_link(kind: str, peak: float) -> Link:
-    """The link inside a node, from measured all-reduce curves (nccl-tests).
-
-    A ring's curve was measured on 8 A100; other generations, meshes and PCIe have its shape at
-    their own peak. Gathers and scatters are rings everywhere.
-    """
-
-    def curve(gpu: str, algorithm: str) -> Curve:
-        points = {
-            _bytes(row["size"]): float(row["busbw_GBps"]) * 1e9
-            for row in read_table("nccl_busbw")
-            if (row["gpu"], row["algo"], row["nodes"], row["gpus"]) == (gpu, algorithm, "1", "8")
-            and row["collective"] == "all_reduce"
-            and row["size"] != "peak"
-        }
-        return tuple(sorted(points.items()))
-
-    scale = peak / _MEASURED_RING
-    ring = tuple((size, speed * scale) for size, speed in curve("A100", ""))
-    return Link(
-        peak,
-        COLLECTIVE_START_SECONDS,
-        NODE_HOP_SECONDS,
-        curve=curve(*_SWITCHES[kind]) if kind in _SWITCHES else ring,
-        split_curve=ring,
-        source="nccl-tests, stas00/ml-engineering 744d01e network; peaks NVIDIA GTC24 S62129",
-    )
-
-
-def _bytes(text: str) -> float:
-    return float(text[:-1]) * float(1 << {"K": 10, "M": 20, "G": 30}[text[-1]])

@@ -2,38 +2,59 @@
 
 The logarithm of measured over predicted time is taken to be normal. Its spread is that of a step's
 parts, weighted with their shares: computing is known well, collectives that computing waits for
-less so, and a network that other jobs use hardly. The numbers are fitted to the rows of
-``benchmarks/planner`` and checked there: about 80 % of the rows lie inside.
+less so, and a network that other jobs use hardly. ``python -m benchmarks.planner.spread`` fits the
+numbers to published rows and checks them on families of tables that were left out of the fit.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from colrow.planner.hardware import Hardware
 from colrow.planner.layout import Layout
-from colrow.planner.placement import place
+from colrow.planner.placement import job_nodes
 from colrow.planner.time import StepTime
 
-# Steps take this much longer than predicted on average, for what is not modelled: reading data,
-# logging, the optimiser's own launches.
-BIAS = 0.045
-# Standard deviations of the logarithm, for a step that consists of this part alone.
-EVERYTHING = 0.05
+# 80 % of a normal distribution lie within so many standard deviations.
+Z80 = 1.2816
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How measured times scatter round predictions: standard deviations of the logarithm.
+
+    Attributes:
+        bias: steps take this much longer than predicted, for what is not modelled: reading data,
+            logging, the optimiser's own launches.
+        everything: of a step in which nothing waits.
+        collectives: of a step that consists of collectives alone.
+        launches: of one that waits for the host alone.
+        bubble: of one that waits for other stages alone.
+        shared: on a shared network, for each doubling of the nodes, towards longer times alone.
+    """
+
+    bias: float
+    everything: float
+    collectives: float
+    launches: float
+    bubble: float
+    shared: float
+
+
+SPREAD = Spread(
+    bias=0.039,
+    everything=0.086,
+    collectives=0.23,
+    launches=0.023,
+    bubble=0.052,
+    shared=0.19,
+)
 # Where a block of the model was measured on this machine: how much medians of blocks and steps of
 # one machine differ from run to run (benchmarks/README.md: four runs within 8 %).
 MEASURED = 0.03
-INSIDE_NODES = 0.40
-BETWEEN_NODES = 0.50
-LAUNCHES = 0.15
-BUBBLE = 0.20
-# On a network without trees (EFA in a shared cluster), per doubling of the number of nodes.
-SHARED_BIAS, SHARED, SHARED_MOST = 0.30, 0.45, 1.1
 # What two layouts of one model on one machine do not have in common, beside their parts.
 PAIR = 0.02
-# 80 % of a normal distribution lie within so many standard deviations.
-Z80 = 1.2816
 
 
 @dataclass(frozen=True)
@@ -50,18 +71,57 @@ class Interval:
     high: float
 
 
+@dataclass(frozen=True)
+class Waits:
+    """Shares of a step in which computing waits.
+
+    Attributes:
+        collectives: for other ranks' data.
+        launches: for the host.
+        bubble: for other stages.
+        doublings: how often the nodes doubled from one, on a shared network; else 0.
+    """
+
+    collectives: float
+    launches: float
+    bubble: float
+    doublings: float
+
+    @classmethod
+    def of(cls, time: StepTime, layout: Layout, hardware: Hardware) -> Waits:
+        """Those of a predicted step."""
+        sent = time.tp_exposed + time.dp_exposed + time.pp_transfer
+        sent += time.cp_exposed + time.ep_exposed
+        nodes = job_nodes(layout, hardware)
+        return cls(
+            sent / time.total,
+            time.launches / time.total,
+            time.pp_bubble / time.total,
+            math.log2(nodes) if hardware.network.is_shared else 0.0,
+        )
+
+    def deviations(self, spread: Spread) -> tuple[float, ...]:
+        """Standard deviations of the logarithm by part."""
+        return (
+            spread.collectives * self.collectives,
+            spread.launches * self.launches,
+            spread.bubble * self.bubble,
+        )
+
+    def factors(self, spread: Spread) -> tuple[float, float, float]:
+        """Low end, middle and high end over the prediction."""
+        deviation = math.hypot(spread.everything, *self.deviations(spread))
+        above = math.hypot(deviation, spread.shared * self.doublings)
+        middle = math.exp(spread.bias)
+        return middle * math.exp(-Z80 * deviation), middle, middle * math.exp(Z80 * above)
+
+
 def step_interval(time: StepTime, layout: Layout, hardware: Hardware) -> Interval:
     """The 80 % interval of one step."""
     measured = hardware.block_factor is not None
-    everything, bias = (MEASURED, 0.0) if measured else (EVERYTHING, BIAS)
-    deviation = math.hypot(everything, *_deviations(time, layout, hardware).values())
-    doublings = _shared_doublings(layout, hardware)
-    if doublings:
-        bias += SHARED_BIAS * doublings
-        deviation = math.hypot(deviation, min(SHARED * doublings, SHARED_MOST))
-    middle = time.total * math.exp(bias)
-    reach = math.exp(Z80 * deviation)
-    return Interval(middle / reach, middle, middle * reach)
+    spread = replace(SPREAD, everything=MEASURED, bias=0.0) if measured else SPREAD
+    low, middle, high = Waits.of(time, layout, hardware).factors(spread)
+    return Interval(time.total * low, time.total * middle, time.total * high)
 
 
 def alike(
@@ -73,28 +133,7 @@ def alike(
     of which they have different shares count.
     """
     (time, layout), (other_time, other_layout) = first, second
-    one = _deviations(time, layout, hardware)
-    two = _deviations(other_time, other_layout, hardware)
-    deviation = math.hypot(PAIR, *(one[name] - two[name] for name in one))
+    one = Waits.of(time, layout, hardware).deviations(SPREAD)
+    two = Waits.of(other_time, other_layout, hardware).deviations(SPREAD)
+    deviation = math.hypot(PAIR, *(a - b for a, b in zip(one, two, strict=True)))
     return abs(math.log(time.total / other_time.total)) < Z80 * deviation
-
-
-def _deviations(time: StepTime, layout: Layout, hardware: Hardware) -> dict[str, float]:
-    """Standard deviations of the logarithm by part, each with its share of the step."""
-    inside = time.tp_exposed if place("tp", layout, hardware).nodes == 1 else 0.0
-    between = time.tp_exposed - inside + time.dp_exposed + time.pp_transfer
-    between += time.cp_exposed + time.ep_exposed
-    if layout.devices <= hardware.devices_per_node:
-        inside, between = inside + between, 0.0
-    return {
-        "inside": INSIDE_NODES * inside / time.total,
-        "between": BETWEEN_NODES * between / time.total,
-        "launches": LAUNCHES * time.launches / time.total,
-        "bubble": BUBBLE * time.pp_bubble / time.total,
-    }
-
-
-def _shared_doublings(layout: Layout, hardware: Hardware) -> float:
-    """How often the nodes doubled from one, where the network is shared; else 0."""
-    nodes = math.ceil(layout.devices / hardware.devices_per_node)
-    return 0.0 if hardware.network.trees else math.log2(nodes)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Literal
 
 from colrow.layers.describe import Attention, BlockSpec, Division
 from colrow.planner.model import ModelShape
 from colrow.planner.serving import WEIGHT_BYTES
 from colrow.planner.software import Software, find_software
+from colrow.planner.stage_layers import kinds_of_stages, layers_of_stages
 
 Recompute = Literal["none", "selective", "full"]
 Schedule = Literal["gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2"]
@@ -58,6 +57,8 @@ class Layout:
         software: name of a preset of :mod:`colrow.planner.software`.
         attention: "flash", "unfused", or "auto": unfused for selective recomputation (which exists
             for attention that stores its scores), else as device and software have it.
+        offload_layers: of how many of a stage's layers what is kept for backward waits in the
+            host's memory, sent there during forward and back during backward.
         stage_layers: layers of each pipeline stage, when they are not as even as possible.
         tp_weights: shares of the tensor-parallel ranks, when they are not as even as possible.
     """
@@ -82,6 +83,7 @@ class Layout:
     frozen: str = ""
     software: str = "colrow"
     attention: Literal["auto", "flash", "unfused"] = "auto"
+    offload_layers: int = 0
     stage_layers: tuple[int, ...] = ()
     tp_weights: tuple[float, ...] = ()
 
@@ -103,6 +105,8 @@ class Layout:
             if value not in allowed:
                 options = ", ".join(str(option) for option in allowed)
                 raise ValueError(f"{name}={value!r}: must be one of {options}")
+        if self.offload_layers < 0:
+            raise ValueError(f"offload_layers={self.offload_layers}: must not be negative")
         if self.lora_rank < 0:
             raise ValueError(f"lora_rank={self.lora_rank}: must not be negative")
         if self.frozen and not self.lora_rank:
@@ -185,6 +189,7 @@ class Layout:
             schedule="1f1b",
             virtual_stages=1,
             zero=0,
+            offload_layers=0,
             stage_layers=(),
         )
 
@@ -241,44 +246,13 @@ class Layout:
         return program.flash_attention and attention.plain_scores and not drops
 
     def layers_of_stage(self, model: ModelShape) -> tuple[int, ...]:
-        """Transformer layers of each pipeline device.
-
-        Without ``stage_layers`` as even as possible; the remainder goes to the stages in the
-        middle, since the first also embeds and the last also computes the loss.
-
-        Raises:
-            ValueError: when there are more stages than layers, or the given layers do not add up.
-        """
-        layers = model.config.num_layers
-        if self.stage_layers:
-            if sum(self.stage_layers) != layers or min(self.stage_layers) < 0:
-                raise ValueError(
-                    f"stage_layers {list(self.stage_layers)} add up to {sum(self.stage_layers)}, "
-                    f"but {model.name} has {layers} layers"
-                )
-            return self.stage_layers
-        chunks = self.pp * self.virtual_stages
-        if chunks > layers:
-            raise ValueError(
-                f"{model.name} has {layers} layers, too few for {self.pp} stages"
-                + (f" of {self.virtual_stages} virtual stages" if self.virtual_stages > 1 else "")
-            )
-        if self.virtual_stages > 1 and layers % chunks:
-            raise ValueError(
-                f"{layers} layers do not divide into {self.pp} x {self.virtual_stages} equal chunks"
-            )
-        share, remainder = divmod(layers, self.pp)
-        middle = sorted(range(self.pp), key=lambda stage: abs(stage - (self.pp - 1) / 2))
-        extra = set(middle[:remainder])
-        return tuple(share + (stage in extra) for stage in range(self.pp))
+        """Transformer layers of each pipeline device; see :func:`layers_of_stages`."""
+        rule = self.program.stage_rule
+        return layers_of_stages(model, self.pp, self.virtual_stages, self.stage_layers, rule)
 
     def kinds_of_stages(self, model: ModelShape) -> tuple[dict[BlockSpec, int], ...]:
-        """Of each pipeline device the kinds of its blocks, and how many of each.
-
-        Stages are consecutive blocks, with virtual stages round the devices again and again. One
-        without blocks has none of the model's first kind.
-        """
-        return _kinds_of_stages(model, self.layers_of_stage(model), self.virtual_stages)
+        """Of each pipeline device the kinds of its blocks, and how many of each."""
+        return kinds_of_stages(model, self.layers_of_stage(model), self.virtual_stages)
 
     def describe(self) -> str:
         """One line, such as "TP 8 x PP 2 x DP 4 + SP, microbatch 2"."""
@@ -297,20 +271,8 @@ class Layout:
             text += f", {self.schedule}{chunks}"
         if self.lora_rank:
             text += f", LoRA {self.lora_rank}" + (f" on {self.frozen}" if self.frozen else "")
+        if self.offload_layers:
+            text += f", {self.offload_layers} layers offloaded"
         if self.recompute != "none":
             text += f", {self.recompute} recomputation"
         return text
-
-
-@lru_cache(maxsize=1024)
-def _kinds_of_stages(
-    model: ModelShape, sizes: tuple[int, ...], turns: int
-) -> tuple[dict[BlockSpec, int], ...]:
-    found: tuple[Counter[BlockSpec], ...] = tuple(Counter() for _ in sizes)
-    start = 0
-    for turn in range(turns):
-        for kinds, size in zip(found, sizes, strict=True):
-            stop = start + size * (turn + 1) // turns - size * turn // turns
-            kinds.update(model.config.blocks[start:stop])
-            start = stop
-    return tuple(kinds or {model.config.blocks[0]: 0} for kinds in found)

@@ -9,7 +9,15 @@ from itertools import pairwise
 from typing import Literal
 
 Op = Literal["all_reduce", "all_gather", "reduce_scatter"]
+# (message bytes, bus bandwidth in bytes/s), ascending in size.
 Curve = tuple[tuple[float, float], ...]
+# Curves by the number of ranks that measured them, ascending.
+Curves = tuple[tuple[int, Curve], ...]
+# (nodes, seconds), ascending.
+ByNodes = tuple[tuple[int, float], ...]
+
+# The size of the collectives that were measured on networks of many nodes.
+PIECE_BYTES = float(1 << 28)
 
 
 def wire_factor(op: str, ranks: int) -> float:
@@ -29,21 +37,24 @@ class Link:
         bandwidth: bytes per second that one device sends, at best, in a collective.
         latency_seconds: start of a collective.
         hop_seconds: one further step of a ring or tree.
-        curve: measured ``(message bytes, bus bandwidth in bytes/s)`` of the all-reduce, ascending
-            in size; it already contains the latencies. Empty: latency and bandwidth are all there
-            is.
-        split_curve: the same for all-gather and reduce-scatter; as ``curve`` when empty.
-        trees: between nodes: whether an all-reduce may climb a tree over the nodes; where not, it
-            takes as long as a gather's way round them all.
+        curves: bus bandwidth of measured all-reduces by message size and number of ranks; they
+            already contain the latencies. Empty: latency and bandwidth are all there is.
+        split_curves: the same for all-gather and reduce-scatter; as ``curves`` when empty.
+        rounds: between nodes, by operation: what a measured collective of :data:`PIECE_BYTES` took
+            beside the time of its bytes at full bandwidth. It grows with the nodes on networks that
+            others share or whose steps are slow. Empty: latency and hops.
+        stage_waits: between nodes, by the nodes of the whole job: what a message between pipeline
+            stages waits beside latency and bytes. Empty: nothing.
         source: where the numbers come from.
     """
 
     bandwidth: float
     latency_seconds: float
     hop_seconds: float = 0.0
-    curve: Curve = ()
-    split_curve: Curve = ()
-    trees: bool = True
+    curves: Curves = ()
+    split_curves: Curves = ()
+    rounds: tuple[tuple[str, ByNodes], ...] = ()
+    stage_waits: ByNodes = ()
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -54,11 +65,16 @@ class Link:
                 f"a link's latency of {self.latency_seconds} s and hop of {self.hop_seconds} s: "
                 "must not be negative"
             )
-        for curve in (self.curve, self.split_curve):
+        for _, curve in self.curves + self.split_curves:
             if any(size <= 0 or speed <= 0 for size, speed in curve):
                 raise ValueError("a measured curve has a size or bandwidth that is not positive")
             if any(a[0] >= b[0] for a, b in pairwise(curve)):
                 raise ValueError("the sizes of a measured curve must ascend")
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the network gets slower with every node, so that times on it scatter."""
+        return bool(self.rounds)
 
     def collective_seconds(self, op: str, message_bytes: float, ranks: int) -> float:
         """Time of one collective among ``ranks`` devices of this link.
@@ -70,12 +86,22 @@ class Link:
         if ranks < 2 or message_bytes <= 0:
             return 0.0
         sent = message_bytes * wire_factor(op, ranks)
-        curve = self.curve if op == "all_reduce" else self.split_curve or self.curve
-        if curve:
-            return sent / _bus_bandwidth(curve, message_bytes)
+        curves = self.curves if op == "all_reduce" else self.split_curves or self.curves
+        if curves:
+            by_ranks = [(count, _bus_bandwidth(curve, message_bytes)) for count, curve in curves]
+            return sent / _between(by_ranks, ranks)
         return (
             self.latency_seconds + self._hops(op, ranks) * self.hop_seconds + sent / self.bandwidth
         )
+
+    def round_seconds(self, op: str, nodes: int) -> float:
+        """What the way round so many nodes adds to the time of the bytes; 0 where not measured."""
+        measured = dict(self.rounds).get(op)
+        return _by_nodes(measured, nodes) if measured else 0.0
+
+    def stage_wait_seconds(self, nodes: float) -> float:
+        """What a message between stages waits in a job on so many nodes."""
+        return _by_nodes(self.stage_waits, nodes) if self.stage_waits else 0.0
 
     def send_seconds(self, message_bytes: float) -> float:
         """Time of one point-to-point message."""
@@ -91,18 +117,32 @@ class Link:
         return min(ring, tree) if op == "all_reduce" else ring
 
 
-def _bus_bandwidth(curve: Sequence[tuple[float, float]], size: float) -> float:
-    """Interpolated in the logarithms; constant time below the curve, constant speed above."""
-    first, last = curve[0], curve[-1]
-    if size <= first[0]:
-        return first[1] * size / first[0]
-    if size >= last[0]:
-        return last[1]
-    for (size_a, speed_a), (size_b, speed_b) in pairwise(curve):
-        if size <= size_b:
-            share = math.log(size / size_a) / math.log(size_b / size_a)
-            return math.exp((1 - share) * math.log(speed_a) + share * math.log(speed_b))
+def _between(points: Sequence[tuple[float, float]], at: float) -> float:
+    """Interpolated in the logarithms of both; constant outside."""
+    first, last = points[0], points[-1]
+    if at <= first[0]:
+        return first[1]
+    for (x_a, y_a), (x_b, y_b) in pairwise(points):
+        if at <= x_b:
+            share = math.log(at / x_a) / math.log(x_b / x_a)
+            return math.exp((1 - share) * math.log(y_a) + share * math.log(y_b))
     return last[1]
+
+
+def _bus_bandwidth(curve: Curve, size: float) -> float:
+    """Constant time below the curve, constant speed above."""
+    first_size, first_speed = curve[0]
+    return first_speed * size / first_size if size <= first_size else _between(curve, size)
+
+
+def _by_nodes(points: ByNodes, nodes: float) -> float:
+    """Linear in the number of nodes, beyond the last point in proportion to it."""
+    if nodes <= points[0][0]:
+        return points[0][1]
+    for (x_a, y_a), (x_b, y_b) in pairwise(points):
+        if nodes <= x_b:
+            return y_a + (y_b - y_a) * (nodes - x_a) / (x_b - x_a)
+    return points[-1][1] * nodes / points[-1][0]
 
 
 def fit_latency_bandwidth(
@@ -144,9 +184,10 @@ def measured_link(
 ) -> Link:
     """A link from measured collectives: ``(op, ranks, message bytes, seconds)`` each.
 
-    The all-reduce with the most ranks gives the curve, a gather or scatter the other one.
+    All-reduces give one set of curves, gathers and scatters the other; where only one was measured
+    it stands for both. Latency and bandwidth are those of the most ranks.
     """
-    curves: dict[bool, tuple[int, Curve]] = {}
+    curves: dict[bool, dict[int, Curve]] = {True: {}, False: {}}
     fits: list[tuple[int, float, float]] = []
     for op, ranks, sizes, seconds in measurements:
         if ranks < 2:
@@ -156,13 +197,9 @@ def measured_link(
         factor = wire_factor(op, ranks)
         pairs = sorted(zip(sizes, seconds, strict=True))
         curve = tuple((float(m), factor * m / t) for m, t in pairs)
-        whole = op == "all_reduce"
-        if whole not in curves or ranks > curves[whole][0]:
-            curves[whole] = (ranks, curve)
+        curves[op == "all_reduce"].setdefault(ranks, curve)
     if not fits:
         raise ValueError("a link needs at least one collective measured at two or more sizes")
     _, latency, bandwidth = max(fits)
-    curve = curves.get(True, curves.get(False, (0, ())))[1]
-    return Link(
-        bandwidth, latency, curve=curve, split_curve=curves.get(False, (0, ()))[1], source=source
-    )
+    whole, split = (tuple(sorted(curves[kind].items())) for kind in (True, False))
+    return Link(bandwidth, latency, curves=whole or split, split_curves=split, source=source)

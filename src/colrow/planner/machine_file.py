@@ -13,6 +13,7 @@ Both have the same keys::
     processors = 132                       # multiprocessors; left out: no tile model
     cpu = false                            # ranks of a CPU host: no CUDA context, no launches
     watts = 700                            # at full load, for costs
+    host_gigabytes_per_second = 50         # to the host's memory, for --offload-layers
     kernel_microseconds = 2
     flash_attention = true
     matmul = [[flops, seconds], ...]       # measured; replaces the roofline's peak
@@ -39,13 +40,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from colrow.files import CONFIG_BYTES, SETTINGS_BYTES, parse_json, parse_toml, read_text, shown
-from colrow.planner.hardware import (
-    COLLECTIVE_START_SECONDS,
-    Device,
-    Hardware,
-    find_hardware,
-)
+from colrow.planner.hardware import Device, Hardware, find_hardware
 from colrow.planner.links import Link, measured_link
+from colrow.planner.node_links import COLLECTIVE_START_SECONDS
 
 _DEVICE_KEYS = {
     "name",
@@ -56,6 +53,7 @@ _DEVICE_KEYS = {
     "processors",
     "cpu",
     "watts",
+    "host_gigabytes_per_second",
     "kernel_microseconds",
     "flash_attention",
     "stream_fraction",
@@ -129,6 +127,7 @@ def _device(data: Mapping[str, object], base: Device | None, name: str) -> Devic
         ("sustained_fraction", "sustained_fraction", 1.0),
         ("kernel_microseconds", "kernel_seconds", 1e-6),
         ("stream_fraction", "stream_fraction", 1.0),
+        ("host_gigabytes_per_second", "host_bandwidth", 1e9),
     ):
         if key in data:
             values[field] = _number(key, data[key]) * unit

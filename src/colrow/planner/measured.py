@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from colrow.planner.block_time import block_time
 from colrow.planner.hardware import Hardware
 from colrow.planner.layout import Layout
 from colrow.planner.machine_file import machine_from_mapping
 from colrow.planner.model import ModelShape
-from colrow.planner.time import block_time
 
 
 def measured_hardware(

@@ -20,6 +20,7 @@ from colrow.planner.layout import Layout
 from colrow.planner.model import ModelShape, held
 from colrow.planner.moments import embedding_backward_bytes, moments
 from colrow.planner.pipeline_time import layers_in_flight
+from colrow.planner.stage_elements import stage_elements
 
 # What an allocator holds beyond what is asked of it, as a share of what comes and goes: blocks of
 # 2 MiB and cached ones that do not fit (PyTorch's CUDA caching allocator). Measured reserved over
@@ -193,80 +194,6 @@ def _of_stage(kinds: Mapping[MicrobatchBytes, int]) -> MicrobatchBytes:
     return replace(first, block=blocks / sum(kinds.values()), **most)
 
 
-@dataclass(frozen=True)
-class StageElements:
-    """Parameters of one rank of a stage.
-
-    Attributes:
-        dense: what is trained and all replicas hold alike.
-        experts: what is trained of this rank's experts.
-        tensors: in how many tensors the trained ones are.
-        frozen: what adapters adapt, and is not trained.
-        frozen_ends: embedding, last norm and head where they are frozen; they stay wide.
-    """
-
-    dense: int
-    experts: int
-    tensors: int
-    frozen: int = 0
-    frozen_ends: int = 0
-
-    @property
-    def total(self) -> int:
-        """Those that are trained."""
-        return self.dense + self.experts
-
-    def over_replicas(self, layout: Layout) -> float:
-        """Of the trained ones, a rank's part where those that hold the same divide them."""
-        return self.dense / layout.replicas + self.experts / layout.expert_replicas
-
-
-def stage_elements(
-    model: ModelShape, layout: Layout, stage: int, kinds: Mapping[BlockSpec, int], rank: int
-) -> StageElements:
-    """Parameters of one rank of a stage that has so many blocks of each kind.
-
-    A tied head on another stage than the embedding is a copy of it.
-    """
-    division, ends = layout.division, model.ends(layout.division, rank)
-    of_kinds = [(held(block, division, rank), count) for block, count in kinds.items()]
-    blocks = sum(count * part.dense for part, count in of_kinds)
-    experts = sum(count * part.experts // layout.ep for part, count in of_kinds)
-    tensors = sum(count * part.tensors for part, count in of_kinds)
-    outside = 0
-    if stage == 0:
-        outside += ends.embedding
-        tensors += ends.embedding_tensors
-    if stage == layout.pp - 1:
-        outside += ends.head
-        tensors += ends.head_tensors
-        if layout.pp > 1 and ends.tied:
-            outside += ends.tied
-            tensors += 1
-    if layout.lora_rank:
-        adapters = sum(lora_elements(b, layout, rank) * count for b, count in kinds.items())
-        pairs = sum(
-            linear.parts * count
-            for block, count in kinds.items()
-            for linear in block.linears(division, rank)
-        )
-        return StageElements(adapters, 0, 2 * pairs, blocks + experts, outside)
-    return StageElements(blocks + outside, experts, tensors)
-
-
-def lora_elements(block: BlockSpec, layout: Layout, rank: int) -> int:
-    """Parameters of a block's adapters on one rank: rank x (inputs + outputs) of each layer.
-
-    The matrix on the divided side is divided with its layer, the other one is whole.
-    """
-    return sum(
-        layout.lora_rank
-        * (linear.parts * linear.inputs + linear.outputs)
-        * max(1, linear.experts // layout.ep)
-        for linear in block.linears(layout.division, rank)
-    )
-
-
 def _rank(
     model: ModelShape,
     layout: Layout,
@@ -288,6 +215,9 @@ def _rank(
     optimizer = share(1) * layout.state_bytes
     if layout.optimizer.startswith("adamw"):
         optimizer += elements.tensors * STEP_COUNTER_BYTES
+    gradients = share(2) * layout.gradient_bytes
+    if layout.program.bucketed_gradients and layout.replicas > 1:
+        gradients += elements.total * layout.itemsize
     kept, transient = _activations(layout, count, stage, sum(kinds.values()))
     communication = count.full if layout.tp > 1 and layout.sequence_parallel else 0.0
     if layout.zero == 3 and layout.replicas > 1:
@@ -303,7 +233,7 @@ def _rank(
         reserve = RUNTIME_BYTES + ALLOCATOR_MARGIN * (kept + transient + communication)
     return RankMemory(
         weights=share(3) * layout.itemsize + frozen,
-        gradients=share(2) * layout.gradient_bytes,
+        gradients=gradients,
         optimizer=optimizer,
         activations=kept,
         transient=transient,
@@ -317,9 +247,12 @@ def _activations(
 ) -> tuple[float, float]:
     """Kept for backward by all microbatches in flight, and needed for a moment beside it."""
     in_flight = layers_in_flight(layout, stage, layers)
+    away = min(layout.offload_layers, layers) / max(1, layers)
     last = stage == layout.pp - 1
     microbatches = max(1.0, in_flight / max(1, layers))
-    kept = in_flight * count.block + microbatches * count.context
+    kept = in_flight * count.block * (1 - away) + microbatches * count.context
+    if away:
+        kept += 2 * count.block  # on their way out and back
     transient = count.last_moments if last else count.moments
     if last:
         kept += count.head

@@ -83,6 +83,11 @@ def place(kind: Kind, layout: GridSizes, hardware: Hardware) -> GroupPlace:
     return _worst(ranks, stride, world, hardware.devices_per_node)
 
 
+def job_nodes(layout: GridSizes, hardware: Hardware) -> int:
+    """Nodes of the whole job."""
+    return math.ceil(layout.tp * layout.cp * layout.dp * layout.pp / hardware.devices_per_node)
+
+
 @lru_cache(maxsize=65536)
 def _worst(ranks: int, stride: int, world: int, per_node: int) -> GroupPlace:
     span = ranks * stride
@@ -109,7 +114,8 @@ def collective_seconds(op: str, size: float, where: GroupPlace, hardware: Hardwa
 
     Inside a node by the node's link. Across nodes a group with several members on each uses the
     adapters of all of them, up to the speed of the node's link; the ring passes every rank, a tree
-    (all-reduce only) every node once up and once down.
+    (all-reduce only) every node once up and once down. Where the way round the nodes was measured
+    and takes longer than these steps, that counts.
     """
     if where.ranks < 2 or size <= 0:
         return 0.0
@@ -118,13 +124,11 @@ def collective_seconds(op: str, size: float, where: GroupPlace, hardware: Hardwa
     network, both_ways = hardware.network, 2 if op == "all_reduce" else 1
     bandwidth = min(where.members * network.bandwidth, hardware.link.bandwidth)
     inside = (where.ranks - where.nodes) * hardware.link.hop_seconds
-    if network.trees:
-        hops = both_ways * (where.nodes * network.hop_seconds + inside)
-        if op == "all_reduce":
-            hops = min(hops, 2 * math.ceil(math.log2(where.nodes)) * network.hop_seconds)
-    else:
-        hops = where.nodes * network.hop_seconds + inside
-    return network.latency_seconds + hops + size * wire_factor(op, where.ranks) / bandwidth
+    hops = both_ways * (where.nodes * network.hop_seconds + inside)
+    if op == "all_reduce":
+        hops = min(hops, 2 * math.ceil(math.log2(where.nodes)) * network.hop_seconds)
+    way = max(hops, network.round_seconds(op, where.nodes))
+    return network.latency_seconds + way + size * wire_factor(op, where.ranks) / bandwidth
 
 
 # What an all-to-all reaches of a node's link, and its start per member: fitted by SimuMax on 8 B200

@@ -172,6 +172,11 @@ def check_layout(model: ModelShape, layout: Layout, hardware: Hardware) -> None:
                 f"ep={layout.ep} must divide dp x cp = {layout.replicas}: experts are divided over "
                 "these ranks"
             )
+    if layout.offload_layers and not hardware.device.host_bandwidth:
+        raise ValueError(
+            f"offload_layers={layout.offload_layers}: how fast {hardware.device.name} sends to its "
+            "host is not known; a machine file can say it as host_gigabytes_per_second"
+        )
     hardware.device.flops(layout.precision)
     model.division(layout.tp, layout.tp_weights)
     layout.layers_of_stage(model)

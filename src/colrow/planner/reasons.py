@@ -20,6 +20,7 @@ PART_NAMES = {
     "pp_bubble": "pipeline bubble",
     "pp_transfer": "transfers between stages",
     "dp_exposed": "exposed data-parallel communication",
+    "offload": "copies to the host and back",
     "optimizer": "the optimiser",
 }
 

@@ -20,9 +20,6 @@ TILE_INTENSITY = 64.0
 # the next: about two trips to memory under load. Unloaded, one takes 0.3 us on V100 (Jia et al.
 # 2018, arXiv 1804.06826); loaded, half a microsecond each is assumed.
 TILE_LATENCY_SECONDS = 1.0e-6
-# 8-bit matmuls reach less of their peak than 16-bit ones: the best shapes on H100 70.9 and 80.3 %
-# (stas00/ml-engineering 744d01e, compute/accelerator, MAMF).
-FP8_SHARE = 0.709 / 0.803
 # Rows that do not begin at multiples of 16 bytes cannot be loaded into tensor cores at full width
 # (NVIDIA, Matrix Multiplication Background, section 2.1: 8 elements of 16 bits). Batched products
 # of such rows run at this share of the peak of the fp32 units: fitted to the 20 rows of BLOOM's
@@ -57,7 +54,7 @@ def matmul_seconds(
     moved = count * (itemsize * (m * k + m * n) + weight * k * n)
     rate = device.flops(precision) * device.sustained_fraction
     if precision == "fp8":
-        rate *= FP8_SHARE
+        rate *= device.fp8_share
     if not aligned and itemsize < 4 and device.processors:
         rate = min(rate, device.flops("fp32") * UNALIGNED_SHARE)
     if device.matmul_curve:

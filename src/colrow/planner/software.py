@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 TPOverlap = Literal["none", "backward", "full"]
+StageRule = Literal["even", "balanced", "filled"]
 
 # Fitted to the 64 rows with microbatch 1 and tp 1 of vTrain's single-node table (Megatron-DeepSpeed
 # on 2 to 8 A100, hidden 1024, full recomputation: three passes through each layer), where a layer
@@ -19,6 +20,16 @@ TPOverlap = Literal["none", "backward", "full"]
 # largest 9.4 %. Other programs in eager Python are taken to be alike.
 HOST_LAYER_SECONDS = 3.34e-3 / 3
 HOST_ENDS_SECONDS = 3.4e-3
+# The same in nanotron with tensor parallelism, forward and backward: fitted to the three rows of
+# one node of 8 H100 with microbatch 1, tp 4 and 8 and one stage (ultrascale playbook), where 28
+# layers take 0.121, 0.124 and 0.125 s a microbatch, whatever the tensor-parallel size.
+NANOTRON_LAYER_SECONDS = 2.14e-3
+# Where its stages are on several nodes of that cluster, launching gets slower by this much per
+# tensor-parallel rank and pass: the median (quartiles 1.05 and 1.14 ms) of the 27 rows of 16 and 32
+# H100 with more than one stage, tp 2, 4 and 8, and microbatches of 1 and 2; 6 further such rows, in
+# which a microbatch took a second whatever it computed, do not count. The cause is not known; one
+# slow rank holds up the others of its group.
+NANOTRON_STALL_SECONDS = 1.09e-3
 # ZeRO-3 of 2021 gathers block by block over one ring: calibrated on the 174.6B rows of Narayanan et
 # al. 2021, Table 2, where one and two sequences per GPU take equally long: 67 s for three times
 # 349 GB of weights. FSDP2 on 64 A100 (torchtitan) shows no such limit.
@@ -35,6 +46,9 @@ class Software:
             2307.08691). Without it the scores are written, masked, normalised and dropped out.
         fused_elementwise: bias, dropout, residual and activation as one kernel each (Narayanan et
             al. 2021, section 4.2); without, a kernel and a pass over memory each.
+        fused_gate: a gated activation and its product are one kernel too.
+        flash2: that kernel is FlashAttention-2 where the device has faster ones (cuDNN,
+            FlashAttention-3).
         flash_dropout: that kernel also drops attention weights; where it does not, training with
             attention dropout runs without it.
         written_dropout: dropout is written out in tensor operations. Its masks are drawn as 64-bit
@@ -45,34 +59,53 @@ class Software:
             beside the weight gradient (Korthikanti et al. 2022, section 4.2.2); or all, chunk by
             chunk beside the matmul that produces or consumes the data (Transformer Engine).
         dp_overlap: gradients are reduced while backward runs.
+        zero_overlap: where ZeRO divides the optimiser, scattering gradients and gathering
+            parameters run beside computing too.
         p2p_overlap: activations travel between stages while other microbatches compute.
+        stage_rule: how many layers each pipeline stage has: as even as possible, the remainder in
+            the middle; balanced, so that the slowest stage is as fast as can be, with the head on
+            the last; or filled from the first on until its share of the cost is exceeded.
+        fused_narrowing: 8-bit matrices are written by the kernel that makes the wide ones, and
+            weights narrowed once a step.
+        narrow_gathers: with 8-bit matmuls, tensor-parallel gathers send 8 bits.
         keep_gathered_input: with sequence parallelism, gathered inputs are kept for backward.
         scatter_gather: a tensor that all ranks of a tensor-parallel group hold is sent between
             stages once, each rank a part (Narayanan et al. 2021, section 4.1).
         gradient_bytes: of an accumulated gradient in 16-bit training.
+        bucketed_gradients: replicas keep 16-bit gradients in buckets beside accumulated ones.
         zero3_adapter_share: ZeRO-3 between nodes runs over one adapter per device, at this share of
             its bandwidth, instead of over all adapters of a node.
         host_layer_seconds: what the host needs to launch one pass through a layer: forward, forward
             again, or backward. A device that computes faster waits for it.
         host_ends_seconds: the same for embedding, head, loss and the loop, once a microbatch.
+        host_stall_seconds: by how much launching a pass through a layer gets slower per
+            tensor-parallel rank, on a shared network over which stages exchange.
         source: where this is documented.
     """
 
     name: str
     flash_attention: bool = True
+    flash2: bool = False
     fused_elementwise: bool = True
+    fused_gate: bool = True
     flash_dropout: bool = True
     written_dropout: bool = False
     fused_accumulation: bool = False
     tp_overlap: TPOverlap = "backward"
     dp_overlap: bool = True
+    zero_overlap: bool = True
     p2p_overlap: bool = False
+    stage_rule: StageRule = "even"
+    fused_narrowing: bool = False
+    narrow_gathers: bool = False
     keep_gathered_input: bool = True
     scatter_gather: bool = True
     gradient_bytes: int = 4
+    bucketed_gradients: bool = False
     zero3_adapter_share: float | None = None
     host_layer_seconds: float = HOST_LAYER_SECONDS
     host_ends_seconds: float = HOST_ENDS_SECONDS
+    host_stall_seconds: float = 0.0
     source: str = ""
 
 
@@ -81,6 +114,8 @@ SOFTWARE = {
     for software in (
         Software(
             "colrow",
+            stage_rule="balanced",
+            flash2=True,
             fused_elementwise=False,
             flash_dropout=False,
             written_dropout=True,
@@ -127,6 +162,8 @@ SOFTWARE = {
         ),
         Software(
             "megatron-core",
+            fused_narrowing=True,
+            narrow_gathers=True,
             fused_accumulation=True,
             tp_overlap="full",
             p2p_overlap=True,
@@ -136,6 +173,8 @@ SOFTWARE = {
         ),
         Software(
             "megatron-core-default",
+            fused_narrowing=True,
+            narrow_gathers=True,
             fused_accumulation=True,
             keep_gathered_input=False,
             source="Megatron-LM f2e5db402c, megatron/training/arguments.py: --tp-comm-overlap, "
@@ -151,6 +190,8 @@ SOFTWARE = {
         ),
         Software(
             "torchtitan",
+            narrow_gathers=True,
+            flash2=True,
             fused_accumulation=False,
             tp_overlap="none",
             keep_gathered_input=False,
@@ -160,6 +201,8 @@ SOFTWARE = {
         ),
         Software(
             "torchtitan-async-tp",
+            narrow_gathers=True,
+            flash2=True,
             tp_overlap="full",
             keep_gathered_input=False,
             host_layer_seconds=HOST_LAYER_SECONDS / 2,
@@ -167,10 +210,18 @@ SOFTWARE = {
         ),
         Software(
             "nanotron",
+            flash2=True,
+            fused_gate=False,
+            bucketed_gradients=True,
+            zero_overlap=False,
+            stage_rule="filled",
             tp_overlap="none",
-            keep_gathered_input=False,
+            host_layer_seconds=NANOTRON_LAYER_SECONDS,
+            host_stall_seconds=NANOTRON_STALL_SECONDS,
             source="huggingface/nanotron: flash attention 2, fused norms and rotary embeddings, "
-            "fp32 gradient accumulation",
+            "stages of equal cost, fp32 gradient accumulation beside PyTorch's DDP, whose buckets "
+            "hold the 16-bit gradients, ZeRO-1 after the last backward; gathered inputs kept, as "
+            "the playbook's memory shows",
         ),
     )
 }

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from colrow.models.config import ModelConfig
 from colrow.models.stages import Costs, layer_costs
-from colrow.planner.compute import Pass, block_pass, ends_pass
+from colrow.planner.compute import block_pass, ends_pass
 from colrow.planner.hardware import find_hardware
 from colrow.planner.layout import DTYPE, Layout
 from colrow.planner.model import ModelShape
+from colrow.planner.passes import Pass
 
 _ANY_GPU = "h100"  # the proportions hardly depend on which
 

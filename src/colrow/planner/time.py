@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from statistics import NormalDist
 
 from colrow.layers.describe import BlockSpec
+from colrow.planner.block_time import BlockTime, block_time
 from colrow.planner.collective_time import (
-    NO_COMMUNICATION,
     PROCESSOR_SHARE,
     CommunicationSeconds,
     collectives,
-    cp_seconds,
-    dp_collective_seconds,
-    ep_seconds,
-    exposed_seconds,
     stage_seconds,
     tp_seconds,
 )
-from colrow.planner.compute import Pass, Seconds, block_pass, ends_pass
+from colrow.planner.compute import ends_pass
 from colrow.planner.hardware import Device, Hardware
 from colrow.planner.layout import Layout
-from colrow.planner.memory import StageElements, ranks_alike, stage_elements
-from colrow.planner.model import ModelShape
+from colrow.planner.memory import microbatch_bytes
+from colrow.planner.model import ModelShape, fullest_rank
+from colrow.planner.passes import Seconds
 from colrow.planner.pipeline_time import StageSeconds, bubble_seconds
-from colrow.planner.roofline import stream_seconds
+from colrow.planner.placement import place
+from colrow.planner.replica_time import dp_exposed, optimizer_seconds
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class StepTime:
         pp_bubble: waiting for other pipeline stages.
         pp_transfer: handing activations between stages, where that is not hidden.
         dp_exposed: gradient and parameter traffic of data parallelism that is not hidden.
+        offload: copies of activations to the host's memory and back that nothing hides.
         optimizer: updating the parameters.
     """
 
@@ -59,6 +59,7 @@ class StepTime:
     pp_bubble: float
     pp_transfer: float
     dp_exposed: float
+    offload: float
     optimizer: float
 
     @property
@@ -82,6 +83,7 @@ class _Stage:
     cp: float
     ep: float
     launches: float
+    offload: float
     schedule: StageSeconds
 
 
@@ -95,49 +97,6 @@ def straggler_share(device: Device, devices: int) -> float:
         return 0.0
     quantile = NormalDist().inv_cdf((devices - 0.375) / (devices + 0.25))
     return device.speed_spread * quantile
-
-
-@dataclass(frozen=True)
-class BlockTime:
-    """One block and microbatch: computing and its collectives, for tables of single layers."""
-
-    passes: Pass
-    tp_forward: CommunicationSeconds
-    tp_backward: CommunicationSeconds
-    cp_forward: CommunicationSeconds = NO_COMMUNICATION
-    cp_backward: CommunicationSeconds = NO_COMMUNICATION
-    ep_forward: CommunicationSeconds = NO_COMMUNICATION
-    ep_backward: CommunicationSeconds = NO_COMMUNICATION
-
-    @property
-    def forward(self) -> float:
-        """Forward with exposed collectives, seconds."""
-        waits = (self.tp_forward, self.cp_forward, self.ep_forward)
-        return self.passes.forward.total + sum(wait.exposed for wait in waits)
-
-    @property
-    def backward(self) -> float:
-        """Backward with recomputation and exposed collectives, seconds."""
-        waits = (self.tp_backward, self.cp_backward, self.ep_backward)
-        computing = self.passes.backward.total + self.passes.recompute.total
-        return computing + sum(wait.exposed for wait in waits)
-
-
-def block_time(
-    model: ModelShape, block: BlockSpec, layout: Layout, hardware: Hardware
-) -> BlockTime:
-    """One of the model's transformer blocks and one microbatch."""
-    key = layout.per_microbatch
-    passes, calls = block_pass(block, key, hardware.device), collectives(model, block, key)
-    return BlockTime(
-        passes,
-        tp_seconds(calls.block, calls.columns, "forward", layout, hardware, passes),
-        tp_seconds(calls.block, calls.columns, "backward", layout, hardware, passes),
-        cp_seconds(block, layout, hardware, "forward", passes.forward.attention),
-        cp_seconds(block, layout, hardware, "backward", passes.backward.attention),
-        ep_seconds(block, layout, hardware, "forward"),
-        ep_seconds(block, layout, hardware, "backward"),
-    )
 
 
 def step_time(model: ModelShape, layout: Layout, hardware: Hardware) -> StepTime:
@@ -160,8 +119,9 @@ def step_time(model: ModelShape, layout: Layout, hardware: Hardware) -> StepTime
         ep_exposed=slowest.ep * count,
         pp_bubble=bubble_seconds(layout, [stage.schedule for stage in stages]),
         pp_transfer=transfer,
-        dp_exposed=_dp_exposed(model, layout, hardware, slowest.schedule),
-        optimizer=_optimizer(model, layout, hardware),
+        dp_exposed=dp_exposed(model, layout, hardware, slowest.schedule),
+        offload=slowest.offload * count,
+        optimizer=optimizer_seconds(model, layout, hardware),
     )
 
 
@@ -210,26 +170,26 @@ def _stages(model: ModelShape, layout: Layout, hardware: Hardware) -> list[_Stag
             backward_seconds += part.backward * times
         ends = (index == 0) + (index == layout.pp - 1)
         forward_wait, backward_wait = _waiting_for_host(
-            layout,
-            hardware.device,
-            sum(kinds.values()),
-            ends / 2,
-            forward_seconds,
-            backward_seconds,
+            layout, hardware, sum(kinds.values()), ends / 2, forward_seconds, backward_seconds
         )
+        forward_seconds += forward_wait
+        backward_seconds += backward_wait
+        copying = _copy_seconds(model, layout, hardware, kinds)
+        forward_copy = max(0.0, copying - forward_seconds)
+        backward_copy = max(0.0, copying - backward_seconds)
         schedule = StageSeconds(
-            forward_seconds + forward_wait,
-            backward_seconds + backward_wait,
+            forward_seconds + forward_copy,
+            backward_seconds + backward_copy,
             compute.weight_gradients,
         )
-        waiting = forward_wait + backward_wait
-        stages.append(_Stage(compute, recompute, tp, cp, ep, waiting, schedule))
+        waiting, copying = forward_wait + backward_wait, forward_copy + backward_copy
+        stages.append(_Stage(compute, recompute, tp, cp, ep, waiting, copying, schedule))
     return stages
 
 
 def _waiting_for_host(
     layout: Layout,
-    device: Device,
+    hardware: Hardware,
     layers: int,
     ends: float,
     forward: float,
@@ -240,14 +200,33 @@ def _waiting_for_host(
     The host runs ahead of the device, so what counts is a whole stage's pass. Where device and host
     are one there is nothing to wait for.
     """
-    if device.on_host:
+    if hardware.device.on_host:
         return 0.0, 0.0
     program, again = layout.program, layout.recompute == "full"
-    each, outside = program.host_layer_seconds * layers, program.host_ends_seconds * ends / 2
+    each, outside = program.host_layer_seconds, program.host_ends_seconds * ends / 2
+    if hardware.network.is_shared and place("pp", layout, hardware).boundaries:
+        each += program.host_stall_seconds * layout.tp
+    each *= layers
     return (
         max(0.0, each + outside - forward),
         max(0.0, each * (2 if again else 1) + outside - backward),
     )
+
+
+def _copy_seconds(
+    model: ModelShape, layout: Layout, hardware: Hardware, kinds: Mapping[BlockSpec, int]
+) -> float:
+    """What a microbatch keeps of the offloaded layers of a stage, sent to the host once."""
+    layers = sum(kinds.values())
+    if not layout.offload_layers or not layers:
+        return 0.0
+    key, flash = layout.per_microbatch, hardware.device.flash_attention
+    kept = sum(
+        microbatch_bytes(model, block, key, fullest_rank(block, layout.division), flash).block
+        * count
+        for block, count in kinds.items()
+    )
+    return kept * min(layout.offload_layers, layers) / layers / hardware.device.host_bandwidth
 
 
 def _transfer(model: ModelShape, layout: Layout, hardware: Hardware) -> float:
@@ -262,68 +241,3 @@ def _transfer(model: ModelShape, layout: Layout, hardware: Hardware) -> float:
     steady = 2 * (layout.num_microbatches - 1) * layout.virtual_stages * once
     exposed = PROCESSOR_SHARE if layout.program.p2p_overlap else 1.0
     return 2 * (layout.pp - 1) * once + exposed * steady
-
-
-def _stage_parameters(model: ModelShape, layout: Layout) -> StageElements:
-    """Parameters of the fullest rank of the fullest stage."""
-    return max(
-        (
-            stage_elements(model, layout, stage, kinds, rank)
-            for stage, kinds in enumerate(layout.kinds_of_stages(model))
-            for rank in set(ranks_alike(model, layout.division))
-        ),
-        key=lambda elements: elements.total,
-    )
-
-
-def _dp_exposed(
-    model: ModelShape, layout: Layout, hardware: Hardware, stage: StageSeconds
-) -> float:
-    """Data-parallel traffic that computing waits for.
-
-    Gradients can be reduced while the last microbatch's backward runs; with ZeRO-1 the updated
-    parameters are gathered while the next step's first forward runs; ZeRO-2 scatters gradients
-    after every microbatch, ZeRO-3 also gathers parameters for every forward and backward.
-    """
-    if layout.replicas == 1:
-        return 0.0
-    elements = _stage_parameters(model, layout)
-    count = layout.num_microbatches
-
-    # ZeRO-3 gathers and scatters block by block.
-    pieces = max(layout.layers_of_stage(model)) if layout.zero == 3 else 1
-
-    def seconds(op: str, each: float) -> float:
-        """Of a collective over all parameters, ``each`` bytes of a parameter."""
-        dense, experts = (n * each / pieces for n in (elements.dense, elements.experts))
-        among_all = dp_collective_seconds(op, dense, layout, hardware)
-        return pieces * (
-            among_all + dp_collective_seconds(op, experts, layout, hardware, experts=True)
-        )
-
-    def exposed(traffic: float, room: float) -> float:
-        return exposed_seconds(traffic, room) if layout.program.dp_overlap else traffic
-
-    if layout.zero == 0:
-        return exposed(seconds("all_reduce", layout.gradient_bytes), stage.backward)
-    scatter = seconds("reduce_scatter", layout.gradient_bytes)
-    gather = seconds("all_gather", layout.itemsize)
-    if layout.zero == 3:
-        each = exposed(gather, stage.forward) + exposed(gather + scatter, stage.backward)
-        return count * each
-    scatters = count if layout.zero == 2 else 1
-    return scatters * exposed(scatter, stage.backward) + exposed(gather, stage.forward)
-
-
-def _optimizer(model: ModelShape, layout: Layout, hardware: Hardware) -> float:
-    """Gradients are read for their norm, read for the update and cleared; states read and written.
-
-    Weights are written, and read where there is no master copy.
-    """
-    if layout.optimizer == "none":
-        return 0.0
-    elements = _stage_parameters(model, layout)
-    parameters = elements.over_replicas(layout) if layout.zero else float(elements.total)
-    weights = layout.itemsize * (1 if layout.has_master_weights else 2)
-    each = 3 * layout.gradient_bytes + 2 * layout.state_bytes + weights
-    return stream_seconds(hardware.device, parameters * each)
