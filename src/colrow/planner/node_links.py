@@ -23,9 +23,9 @@ _MEASURED_RING = 235e9
 _SWITCHES = {"h100": ("H200", "NVLS"), "h200": ("H200", "NVLS"), "b200": ("B200", "default")}
 _RING_RANKS = 4
 # A message between stages on 64 nodes of that cluster: fitted to the playbook's 61 rows with
-# pipelines on 512 GPUs, which lie within 22 % of it, whose microbatches take 0.55 s (2 stages, two messages each) to 0.95 s (4
-# and more, four messages) longer than the same stages on fewer nodes, whatever is computed. Up to
-# 16 nodes most runs show nothing of it; on 32 about half of them do.
+# pipelines on 512 GPUs, which lie within 22 % of it. Their microbatches take 0.55 s (2 stages, two
+# messages each) to 0.95 s (4 and more, four messages) longer than on fewer nodes, whatever is
+# computed. Up to 16 nodes most runs show nothing of it; on 32 about half of them do.
 _STAGE_WAITS: ByNodes = ((32, 0.0), (64, 0.25))
 
 

@@ -39,8 +39,7 @@ def layers_of_stages(
     if chunks > 1 and layers % (stages * chunks):
         raise ValueError(f"{layers} layers do not divide into {stages} x {chunks} equal chunks")
     if stages > 1 and chunks == 1 and rule != "even":
-        costs = layer_costs(model.config)
-        return (_balanced if rule == "balanced" else _filled)(layers, stages, costs)
+        return _by_cost(model, stages, rule)
     share, remainder = divmod(layers, stages)
     middle = sorted(range(stages), key=lambda stage: abs(stage - (stages - 1) / 2))
     extra = set(middle[:remainder])
@@ -48,11 +47,11 @@ def layers_of_stages(
 
 
 @lru_cache(maxsize=1024)
-def _balanced(layers: int, stages: int, costs: Costs) -> tuple[int, ...]:
-    return balanced(layers, stages, costs)
+def _by_cost(model: ModelShape, stages: int, rule: StageRule) -> tuple[int, ...]:
+    layers, costs = model.config.num_layers, layer_costs(model.config)
+    return (balanced if rule == "balanced" else _filled)(layers, stages, costs)
 
 
-@lru_cache(maxsize=1024)
 def _filled(layers: int, stages: int, costs: Costs) -> tuple[int, ...]:
     """A stage takes layers until they and those before exceed its share of the whole cost."""
     whole = layers * costs.block + costs.last
