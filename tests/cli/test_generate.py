@@ -41,7 +41,10 @@ def start(*arguments: str) -> subprocess.Popen[bytes]:
 def test_a_real_model_on_two_ranks(smollm2: Path, tmp_path: Path) -> None:
     prompt, file = "Name three colors.", tmp_path / "answer.json"
     process = start(
-        str(smollm2), prompt, "--tp", "2", "--max-new-tokens", "20", "--json", str(file)
+        str(smollm2),
+        prompt,
+        *("--tp", "2", "--weights", "fp32"),
+        *("--max-new-tokens", "20", "--json", str(file)),
     )
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err.decode()
@@ -81,7 +84,10 @@ def test_a_real_model_in_stages_and_unequal_shards(smollm2: Path, tmp_path: Path
 
     def run(*options: str) -> dict[str, Any]:
         process = start(
-            str(smollm2), prompt, *options, "--max-new-tokens", "12", "--json", str(file)
+            str(smollm2),
+            prompt,
+            *options,
+            *("--weights", "fp32", "--max-new-tokens", "12", "--json", str(file)),
         )
         _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err.decode()

@@ -11,7 +11,9 @@ from torch import nn
 
 from colrow.any_model.configuration import describe_config
 from colrow.any_model.in_place import InPlaceModel
+from colrow.checkpoint.blocks import NO_KERNELS, why_not_quantised
 from colrow.checkpoint.locate import find_weights, resolve_model_path
+from colrow.checkpoint.opening import open_reader
 from colrow.checkpoint.pretrained import from_pretrained, pretrained_config
 from colrow.comm.mesh import Mesh
 from colrow.inplace.api import parallelize
@@ -82,6 +84,27 @@ def describe_model(
     return found
 
 
+def stays_quantised(
+    path: str | Path, wanted: str, device: torch.device, *, in_place: bool = False
+) -> tuple[bool, str]:
+    """Whether the weights stay in the blocks of their file while text is generated.
+
+    Args:
+        wanted: "quantised", "auto" (where that is possible), or a dtype for plain weights.
+
+    Returns:
+        The answer, and for "auto" why not, where all that is missing is a package.
+    """
+    if wanted != "auto":
+        return wanted == "quantised", ""
+    file = resolve_model_path(path)
+    if in_place or file.suffix != ".gguf" or device.type != "cpu":
+        return False, ""
+    with open_reader(file) as reader:
+        refused = why_not_quantised(reader, device)
+    return not refused, refused if refused == NO_KERNELS else ""
+
+
 def refuse_in_place(
     model: Description,
     *,
@@ -109,6 +132,7 @@ def load_model(
     mesh: Mesh,
     *,
     dtype: torch.dtype | None = None,
+    quantised: bool = False,
     in_place: bool = False,
     sequence_parallel: bool = False,
     tensor_split: str | Sequence[float] | None = None,
@@ -123,6 +147,7 @@ def load_model(
     Args:
         path: a Hugging Face directory, a hub id that is in the local cache, or a ``.gguf`` file.
         dtype: of the parameters; by default the one that the configuration names.
+        quantised: of the decoder, see :func:`colrow.from_pretrained`.
         in_place: take transformers' model also where the decoder knows the family.
         tensor_split, layer_split: of the decoder, see
             :func:`colrow.from_pretrained`; in place they are refused, and so is a pipeline.
@@ -142,11 +167,14 @@ def load_model(
             path,
             mesh,
             dtype=dtype,
+            quantised=quantised,
             sequence_parallel=sequence_parallel,
             tensor_split=tensor_split,
             layer_split=layer_split,
             sharding=sharding,
         )
+    if quantised:
+        raise ValueError("weights stay quantised in GGUF files of the described families only")
     describe_model(
         path,
         pp=mesh.pp.size,

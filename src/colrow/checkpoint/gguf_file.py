@@ -126,6 +126,30 @@ class GGUFTensorReader:
         tensors = self._open_header().tensors.values()
         return any(_block(tensor.kind)[0] > 1 for tensor in tensors)
 
+    def kind(self, name: str) -> GGMLQuantizationType:
+        """How a tensor's numbers are stored."""
+        return self._tensor(name).kind
+
+    def block(self, name: str) -> tuple[int, int]:
+        """Numbers in one of a tensor's blocks, and bytes; 1 and its size for plain types."""
+        numbers, size = GGML_QUANT_SIZES[self.kind(name)]
+        return int(numbers), int(size)
+
+    def stored(self, name: str, rows: Ranges, columns: tuple[int, int]) -> npt.NDArray[np.uint8]:
+        """Rows of a matrix as they are stored, ``[rows, bytes]``, contiguous.
+
+        A part of the mapped file where it has them in one piece, which stays valid; else a copy.
+
+        Args:
+            columns: the first and the one behind the last; both at the edge of a block.
+        """
+        numbers, size = self.block(name)
+        shape, data = self.shape(name), self._tensor(name).data.view(np.uint8)
+        whole = data.reshape(-1, shape[-1] // numbers * size)
+        first, last = (column // numbers * size for column in columns)
+        parts = [whole[start:stop, first:last] for start, stop in rows]
+        return np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
+
     def close(self) -> None:
         """Release the file. Tensors already read stay valid."""
         self._header = None

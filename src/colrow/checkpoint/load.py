@@ -35,6 +35,8 @@ def load_(model: Decoder, reader: TensorReader, naming: Naming) -> None:
     }
     prefix = missing_prefix(naming, reader.names())
     for name, parameter in model.named_parameters():
+        if name in model.stored_bytes:  # stays in the blocks of the file
+            continue
         spec = model.specs[name]
         for piece in held[name]:
             part = place_of(parameter, spec, piece)

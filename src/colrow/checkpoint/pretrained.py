@@ -8,6 +8,8 @@ from typing import Unpack
 
 import torch
 
+from colrow.checkpoint.blocks import keep_blocks_, quantised_division, why_not_quantised
+from colrow.checkpoint.gguf_file import GGUFTensorReader
 from colrow.checkpoint.gguf_model import config_from_gguf
 from colrow.checkpoint.load import check_tensors, load_
 from colrow.checkpoint.locate import resolve_model_path
@@ -29,6 +31,7 @@ def from_pretrained(
     mesh: Mesh | ParallelGroup | None = None,
     *,
     dtype: torch.dtype | None = None,
+    quantised: bool = False,
     device: torch.device | str | None = None,
     layer_split: str | Sequence[float] | LayerSplit | None = None,
     **options: Unpack[DecoderOptions],
@@ -42,13 +45,16 @@ def from_pretrained(
             the local cache, or a ``.gguf`` file.
         mesh: the grid of ranks, or just the tp group; by default one rank.
         dtype: of the parameters; by default the one that the configuration names, fp32 for GGUF.
+        quantised: matrices stay in the blocks of a GGUF file, for generation on CPUs alone (see
+            :mod:`colrow.layers.quantised`); ``dtype`` is then that of the activations.
         device: by default the mesh's, for a bare group torch's default device.
         layer_split: as for :func:`colrow.from_config`.
         options: see :class:`Decoder`.
 
     Raises:
         ValueError: nothing there, no weights or only pickled ones, an unknown architecture, or
-            tensors that are missing, left over or mis-shaped.
+            tensors that are missing, left over or mis-shaped;
+            ``quantised`` for a file or a device that it is not possible for, or without ggml.
         FileNotFoundError: weights without a ``config.json`` next to them.
 
     Sends nothing.
@@ -61,7 +67,18 @@ def from_pretrained(
             check_tensors(config, reader, naming)
         chosen = dtype or stored_dtype(file)
         pipeline = resolve_pipeline(config, mesh, layer_split)
+        if quantised:
+            if refused := why_not_quantised(reader, place):
+                raise ValueError(f"the weights cannot stay quantised: {refused}")
+            assert isinstance(reader, GGUFTensorReader)
+            split = options.pop("tensor_split", None)
+            if "division" not in options:
+                divided = config.divide(tp.size, split)
+                options["division"] = quantised_division(config, reader, naming, divided)
         model = Decoder(config, tp, pipeline=pipeline, device=place, dtype=chosen, **options)
+        if quantised:
+            assert isinstance(reader, GGUFTensorReader)
+            keep_blocks_(model, reader, naming, chosen)
         if place.type != "meta":
             load_(model, reader, naming)
     return model.eval()

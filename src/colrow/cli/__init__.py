@@ -30,7 +30,7 @@ from colrow.launch import BAD_INPUT, RankFailure, debugging, error_message
 if _INTERRUPT is signal.default_int_handler:
     signal.signal(signal.SIGINT, _INTERRUPT)
 
-_NOT_COMMANDS = {"__main__", "common", "bench_model", "bench_pipeline"}
+_NOT_COMMANDS = {"__main__", "common", "bench_model", "bench_pipeline", "verify_quantised"}
 
 
 class Command(Protocol):

@@ -8,8 +8,8 @@ import sys
 from typing import cast
 
 from colrow.cli.common import (
+    DTYPES,
     add_device,
-    add_dtype,
     add_engine,
     add_in_place,
     add_json,
@@ -18,7 +18,6 @@ from colrow.cli.common import (
     add_tp,
     positive_int,
     run_on_ranks,
-    torch_dtype,
     write_json,
 )
 from colrow.files import read_input
@@ -52,8 +51,9 @@ JSON (--json): text, token_ids, finish_reason ("stop" at an end-of-sequence toke
 --max-new-tokens or the end of the context), tokens_per_second (after the first token),
 time_to_first_token_seconds (the prompt's forward pass), load_seconds, weight_bytes_per_rank and
 cache_bytes_per_rank (a list, by rank, tp innermost), prompt_tokens, model, architecture, kind
-("decoder" or "in place"), tp, pp, tensor_split, layers_per_stage (null in place), dtype, device,
-engine, sampling. With --prompts text, token_ids,
+("decoder" or "in place"), tp, pp, tensor_split, layers_per_stage (null in place), dtype (of the
+activations), weights ("quantised" or a dtype), weight_types (of quantised blocks), device, engine,
+sampling. With --prompts text, token_ids,
 finish_reason and prompt_tokens are in answers, a list with one object for each prompt.
 """
 
@@ -123,8 +123,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="continue the prompt as it is, although the model has a chat template",
     )
-    add_dtype(parser, default="bf16 on CUDA, fp32 elsewhere")
-    parser.set_defaults(dtype=None)
+    parser.add_argument(
+        "--weights",
+        "--dtype",
+        choices=("auto", "quantised", *DTYPES),
+        default="auto",
+        help="what the weights are kept as: quantised, in the blocks of a GGUF file, whose kernels "
+        "the extra colrow[quantised] brings; or numbers of a dtype, in which the model then "
+        "computes. auto: quantised on CPUs where the file is, else bf16 on CUDA and fp32 on CPUs "
+        "(default auto)",
+    )
     add_device(parser)
     add_engine(parser)
     add_json(parser)
@@ -182,7 +190,7 @@ def run(args: argparse.Namespace) -> int:
         tensor_split=args.tensor_split,
         in_place=args.in_place,
         trust_remote_code=args.trust_remote_code,
-        dtype=torch_dtype(args.dtype) if args.dtype else None,
+        weights=DTYPES.get(args.weights, args.weights),
         device=args.device,
         engine=args.engine,
         listed=args.prompts is not None,
@@ -239,11 +247,12 @@ def _statistics(result: dict[str, object]) -> str:
     tokens = sum(len(answer["token_ids"]) for answer in answers)
     megabytes = [f"{size / 1e6:.0f}" for size in cast(list[int], result["weight_bytes_per_rank"])]
     layers = cast(list[int], result["layers_per_stage"] or [])
+    types = ", ".join(cast(list[str], result["weight_types"]))
     kind = "" if result["kind"] == "decoder" else ", split in place"
     return (
         f"{result['architecture']}{kind}: "
         f"{tokens} tokens, {result['tokens_per_second']:.1f} tokens/s, first token after "
-        f"{result['time_to_first_token_seconds']:.2f} s, {result['dtype']} weights "
+        f"{result['time_to_first_token_seconds']:.2f} s, {types or result['dtype']} weights "
         f"{' + '.join(megabytes)} MB on {len(megabytes)} rank{'s' if len(megabytes) > 1 else ''}"
         + (f", layers {' + '.join(map(str, layers))}" if len(layers) > 1 else "")
         + (f", engine {result['engine']}" if len(megabytes) > 1 else "")

@@ -69,6 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_tensor_split(parser)
     add_sequence_parallel(parser)
     add_dtype(parser)
+    parser.add_argument(
+        "--weights",
+        choices=("plain", "quantised"),
+        default="plain",
+        help="quantised: leave the weights in the blocks of a GGUF file, as generate does, and "
+        "compare logits and greedy tokens; fp64 multiplies the blocks exactly (default plain)",
+    )
     add_device(parser)
     add_engine(parser)
     parser.add_argument(
@@ -93,6 +100,10 @@ def run(args: argparse.Namespace) -> int:
 
     if (args.model is None) == (args.architecture is None):
         raise ValueError("give either MODEL or --architecture NAME")
+    if args.weights == "quantised":
+        from colrow.cli.verify_quantised import run_quantised
+
+        return run_quantised(args)
     if args.architecture or args.in_place or not known_to_decoder(args.model):
         return _run_in_place(args)
     if args.sequence < 2:

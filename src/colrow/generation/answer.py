@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from colrow.any_model.loading import load_model
+from colrow.any_model.loading import load_model, stays_quantised
 from colrow.comm import primitives
 from colrow.comm.mesh import init_mesh
 from colrow.generation.generate import generate
 from colrow.generation.sampling_settings import Sampling
 from colrow.generation.tokenizer import TextStream, Tokenizer
+from colrow.layers.quantised import QuantisedWeight
 from colrow.models.decoder import Decoder
 from colrow.models.interface import TensorParallelModel
 
@@ -35,7 +36,7 @@ class Request:
         tp, pp: number of ranks along each dimension.
         tensor_split, layer_split, in_place, trust_remote_code: see
             :func:`colrow.any_model.loading.load_model`.
-        dtype: None for bf16 on CUDA and fp32 elsewhere.
+        weights: "auto", "quantised", or the name of a dtype in torch.
         device: None for the mesh's choice.
         engine: see :func:`colrow.init_mesh`.
         stream: whether rank 0 writes the text to standard output as it comes.
@@ -54,7 +55,7 @@ class Request:
     layer_split: str | None
     in_place: bool
     trust_remote_code: bool
-    dtype: torch.dtype | None
+    weights: str
     device: str | None
     engine: str
     stream: bool
@@ -64,11 +65,20 @@ def answer(request: Request) -> dict[str, object]:
     """The result as it goes into JSON; ``text`` is empty on other ranks than 0."""
     started = time.perf_counter()
     mesh = init_mesh(tp=request.tp, pp=request.pp, device=request.device, engine=request.engine)
-    dtype = request.dtype or (torch.bfloat16 if mesh.device.type == "cuda" else torch.float32)
+    quantised, why_not = stays_quantised(
+        request.model, request.weights, mesh.device, in_place=request.in_place
+    )
+    if request.weights in ("auto", "quantised"):
+        dtype = torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
+    else:
+        dtype = getattr(torch, request.weights)
+    if why_not and mesh.world.rank == 0:
+        print(f"the weights become {name_of(dtype)} numbers: {why_not}", file=sys.stderr)
     model = load_model(
         request.model,
         mesh,
         dtype=dtype,
+        quantised=quantised,
         in_place=request.in_place,
         tensor_split=request.tensor_split,
         layer_split=request.layer_split,
@@ -114,7 +124,9 @@ def answer(request: Request) -> dict[str, object]:
         "pp": request.pp,
         "tensor_split": request.tensor_split,
         "layers_per_stage": layers_per_stage(model),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": name_of(dtype),
+        "weights": "quantised" if quantised else name_of(dtype),
+        "weight_types": weight_types(model),
         "device": mesh.device.type,
         "engine": mesh.engine.name,
         "sampling": asdict(request.sampling),
@@ -125,6 +137,17 @@ def answer(request: Request) -> dict[str, object]:
         "weight_bytes_per_rank": model.weight_bytes_per_rank(),
         "cache_bytes_per_rank": caches,
     }
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Without torch in front."""
+    return str(dtype).removeprefix("torch.")
+
+
+def weight_types(model: TensorParallelModel) -> list[str]:
+    """The types of the quantised blocks that this rank holds; none for plain weights."""
+    held = [w for w in model.module.parameters() if isinstance(w, QuantisedWeight)]
+    return sorted({block.name for weight in held for block in weight.blocks})
 
 
 def layers_per_stage(model: TensorParallelModel) -> list[int] | None:

@@ -3,7 +3,8 @@
 fp32 and fp64: column by column, and multiplied by NumPy's OpenBLAS where a rank has one core, which
 reads memory up to 1.4 times as fast for one token as torch's BLAS (docs/engine.md has the rates).
 bf16: as they are for one row, where torch's own kernel is faster than oneDNN, and packed for
-oneDNN's for several, a second copy of the weight. Training wants none of it: its gradients and
+oneDNN's for several, a second copy of the weight. Weights that stay in the blocks of their file
+stay as they are. Training wants none of it: its gradients and
 optimiser state lie row by row, and OpenBLAS rounds large products a little worse.
 """
 
@@ -17,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C._profiler import _RecordFunctionFast
+
+from colrow.layers.quantised import QuantisedWeight
 
 _TOKENS = 512  # what oneDNN lays the weight out for
 _BLAS_DTYPES = (torch.float32, torch.float64)
@@ -111,6 +114,26 @@ class PackedKernel(Kernel):
             return super().row(x, weight, out)
 
 
+class QuantisedKernel(Kernel):
+    """For a weight that stays in the blocks of its file, see :mod:`colrow.layers.quantised`."""
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """``[..., in]`` to ``[..., out]``."""
+        if not isinstance(weight, QuantisedWeight):  # another one has taken its place
+            return F.linear(x, weight, bias)
+        y = weight.product(x)
+        return y if bias is None else y.add_(bias)
+
+    def row(self, x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+        """``x W^T`` of one row ``[in]`` of the weight's dtype, into ``out``, ``[out]``."""
+        if not isinstance(weight, QuantisedWeight):
+            return super().row(x, weight, out)
+        if x.dtype != torch.float32:
+            return out.copy_(weight.product(x))
+        weight.few_rows(x, out)
+        return out
+
+
 class _OneDnnOff:
     """Inside it oneDNN is switched off, for the process; any number of threads may be inside."""
 
@@ -150,6 +173,8 @@ def lay_out_(weight: nn.Parameter, *, blas: bool) -> Kernel | None:
         What to multiply with; None where :func:`torch.nn.functional.linear` will do, and for bf16
         weights made in inference mode, whose changes nobody counts.
     """
+    if isinstance(weight, QuantisedWeight):
+        return QuantisedKernel()
     if weight.device.type != "cpu":
         return None
     if weight.dtype in _BLAS_DTYPES:

@@ -13,6 +13,7 @@ from colrow.comm.group import ParallelGroup
 from colrow.layers.describe import EmbeddingSpec, TableSpec
 from colrow.layers.described import Described
 from colrow.layers.linear import Sharded
+from colrow.layers.quantised import QuantisedWeight
 from colrow.layers.shared import SharedWeights
 from colrow.partition import Partition
 from colrow.sharding import SequenceDivision, Sharding
@@ -101,11 +102,11 @@ class VocabParallelEmbedding(Sharded, Described):
         """
         check_range(token_ids, self.num_embeddings, "token id")
         if self.tp.size == 1:
-            return F.embedding(token_ids, self.weight, self._local_padding)
+            return self._vectors(token_ids)
         start, stop = self.partition.bounds[self.tp.rank]
         elsewhere = (token_ids < start) | (token_ids >= stop)
         index = (token_ids - start).masked_fill(elsewhere, 0)
-        local = F.embedding(index, self.weight, self._local_padding)
+        local = self._vectors(index)
         local = local.masked_fill(elsewhere.unsqueeze(-1), 0)
         divided = self.divided_sequence(
             sequence, lambda: Partition.even(local.shape[-2], self.tp.size)
@@ -115,6 +116,11 @@ class VocabParallelEmbedding(Sharded, Described):
         return collectives.reduce_scatter_to_sequence(
             local, self.tp, partition=divided, layer=self.layer
         )
+
+    def _vectors(self, index: Tensor) -> Tensor:
+        if isinstance(self.weight, QuantisedWeight):
+            return self.weight.vectors(index)
+        return F.embedding(index, self.weight, self._local_padding)
 
     def extra_repr(self) -> str:
         """Rank, global and local shape."""

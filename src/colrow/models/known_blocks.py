@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -20,12 +20,13 @@ from colrow.layers.activation import ACTIVATIONS
 from colrow.layers.attention import ParallelAttention
 from colrow.layers.block import ParallelBlock
 from colrow.layers.column import ColumnParallelLinear, GateUpParallelLinear, QKVParallelLinear
-from colrow.layers.decoding import BlasKernel, Kernel, PackedKernel
+from colrow.layers.decoding import BlasKernel, Kernel, PackedKernel, QuantisedKernel
 from colrow.layers.dropout import ParallelDropout
 from colrow.layers.grouped_query import group_sizes
 from colrow.layers.mlp import ParallelMLP
 from colrow.layers.norm import LayerNorm, RMSNorm
 from colrow.layers.options import RopeConfig
+from colrow.layers.quantised import QuantisedWeight
 from colrow.layers.row import RowParallelLinear
 from colrow.models.pipeline import Blocks
 
@@ -37,6 +38,7 @@ class _Kind:
     Attributes:
         attributes: names beside those of every module; parameters, buffers and children too.
         children: the classes that each child may have.
+        optional: children that may be missing: None is in their place.
         fits: whether the values are those that the flat pass knows.
     """
 
@@ -44,6 +46,7 @@ class _Kind:
     children: dict[str, tuple[type[nn.Module], ...]]
     fits: Callable[[Any], bool]
     forward: Any
+    optional: frozenset[str] = frozenset()
 
 
 def _kind(
@@ -80,7 +83,7 @@ def _attention_fits(attention: ParallelAttention) -> bool:
 
 
 def _linear_fits(layer: Any) -> bool:
-    kernels = (type(None), Kernel, BlasKernel, PackedKernel)
+    kernels = (type(None), Kernel, BlasKernel, PackedKernel, QuantisedKernel)
     return layer.sequence_parallel is False and type(layer.kernel) in kernels
 
 
@@ -145,6 +148,72 @@ _KINDS: dict[type[nn.Module], _Kind] = {
     LayerNorm: _kind(LayerNorm, _NORM, _norm_fits),
     ParallelDropout: _kind(ParallelDropout, "p", lambda _: True),
 }
+
+
+def _quantised_block_fits(block: ParallelBlock) -> bool:
+    return _block_fits(block) and block.parallel_residual is False
+
+
+def _quantised_attention_fits(attention: ParallelAttention) -> bool:
+    inner = group_sizes(attention.runs)[1:-1]
+    return (
+        (attention.rope is None or type(attention.rope) is RopeConfig)
+        and not (attention.rope is not None and attention.rope.by_length)
+        and (attention.softcap is None or type(attention.softcap) is float)
+        and attention.sinks is None
+        and (attention.window is None or type(attention.window) is int)
+        and (attention.scale is None or type(attention.scale) is float)
+        and attention.alibi is False
+        and attention.slopes is None
+        and attention.sequence_parallel is False
+        and all(size == max(group_sizes(attention.runs)) for size in inner)
+    )
+
+
+def _quantised_linear_fits(layer: Any) -> bool:
+    quantised = type(layer.kernel) is QuantisedKernel and type(layer.weight) is QuantisedWeight
+    return quantised and layer.sequence_parallel is False
+
+
+def _quantised_row_fits(layer: Any) -> bool:
+    return _quantised_linear_fits(layer) and layer.input_is_parallel is True
+
+
+def _quantised_norm_fits(norm: Any) -> bool:
+    return type(norm.centred) is bool and type(norm.wide) is bool
+
+
+def _quantised_mlp_fits(mlp: ParallelMLP) -> bool:
+    return mlp.activation in ("silu", "gelu_tanh") and mlp.gated is True
+
+
+_BLOCK_NORMS = ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm")
+_HEAD_NORMS = ("query_norm", "key_norm")
+
+
+def _with_norms(kind: _Kind, names: tuple[str, ...], fits: Callable[[Any], bool]) -> _Kind:
+    """The same kind with RMS norms of these names, each of which may be missing."""
+    norms: dict[str, tuple[type[nn.Module], ...]] = dict.fromkeys(names, (RMSNorm,))
+    children, optional = {**kind.children, **norms}, frozenset(names)
+    return replace(kind, children=children, fits=fits, optional=optional)
+
+
+_QUANTISED: dict[type[nn.Module], _Kind] = {
+    ParallelBlock: _with_norms(_KINDS[ParallelBlock], _BLOCK_NORMS, _quantised_block_fits),
+    ParallelAttention: _with_norms(
+        _KINDS[ParallelAttention], _HEAD_NORMS, _quantised_attention_fits
+    ),
+    ParallelMLP: replace(
+        _KINDS[ParallelMLP],
+        children={"up": (GateUpParallelLinear,), "down": (RowParallelLinear,)},
+        fits=_quantised_mlp_fits,
+    ),
+    QKVParallelLinear: replace(_KINDS[QKVParallelLinear], fits=_quantised_linear_fits),
+    GateUpParallelLinear: replace(_KINDS[GateUpParallelLinear], fits=_quantised_linear_fits),
+    RowParallelLinear: replace(_KINDS[RowParallelLinear], fits=_quantised_row_fits),
+    RMSNorm: replace(_KINDS[RMSNorm], fits=_quantised_norm_fits),
+    ParallelDropout: _KINDS[ParallelDropout],
+}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
     torch_module._global_forward_hooks,
@@ -155,17 +224,25 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 def known(block: nn.Module | None) -> bool:
     """Whether a block is one that the flat pass is written out for, as it is now."""
-    return type(block) is ParallelBlock and _known(block)
+    return type(block) is ParallelBlock and _known(block, _KINDS)
 
 
-def _known(module: nn.Module) -> bool:
-    kind, held = _KINDS.get(type(module)), vars(module)
+def known_quantised(block: nn.Module | None) -> bool:
+    """The same for the pass of blocks whose weights stay quantised."""
+    return type(block) is ParallelBlock and _known(block, _QUANTISED)
+
+
+def _known(module: nn.Module, kinds: dict[type[nn.Module], _Kind]) -> bool:
+    kind, held = kinds.get(type(module)), vars(module)
     if kind is None or type(module).forward is not kind.forward:
         return False
     tensors = (*module._parameters, *module._buffers, *module._modules)
     if {*held, *tensors} - _OF_EVERY_MODULE != kind.attributes:
         return False
-    if module._modules.keys() != kind.children.keys():
+    missing = kind.children.keys() - module._modules.keys()
+    if module._modules.keys() - kind.children.keys() or missing - kind.optional:
+        return False
+    if any(held[name] is not None for name in missing):
         return False
     if not all(
         _plain(p, getattr(module, f"{n}_spec"), module) for n, p in module._parameters.items()
@@ -173,15 +250,15 @@ def _known(module: nn.Module) -> bool:
         return False
     children = module._modules.items()
     return kind.fits(module) and all(
-        child is not None and type(child) in kind.children[name] and _known(child)
+        child is not None and type(child) in kind.children[name] and _known(child, kinds)
         for name, child in children
     )
 
 
 def _plain(parameter: Tensor | None, spec: Any, module: Any) -> bool:
-    """Whether a parameter is of the ordinary class, on the CPU, and of the shape that it says."""
+    """Whether a parameter is of a class that kernels know, on the CPU, and of its shape."""
     return parameter is None or (
-        type(parameter) is nn.Parameter
+        type(parameter) in (nn.Parameter, QuantisedWeight)
         and parameter.is_cpu
         and parameter.layout == torch.strided
         and tuple(parameter.shape) == spec.local_shape(module.tp.rank)

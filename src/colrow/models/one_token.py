@@ -8,7 +8,7 @@ collectives, and works in a few rows of memory that are allocated once; nothing 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,8 +27,10 @@ from colrow.layers.mlp import ParallelMLP
 from colrow.layers.norm import RMSNorm, rms_scale
 from colrow.layers.options import RopeConfig
 from colrow.layers.row import RowParallelLinear
-from colrow.models.known_blocks import Unchanged, known
+from colrow.models.known_blocks import Unchanged, known, known_quantised
 from colrow.models.pipeline import Blocks
+from colrow.models.quantised_pass import QuantisedPass
+from colrow.models.working_rows import WorkingRows
 
 _TORCH = Kernel()
 _DTYPES = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
@@ -40,7 +42,8 @@ class OneToken:
 
     Parameters are looked up in their modules in every pass, so new ones are seen. Where a block is
     not one that is written out here (see :mod:`colrow.models.known_blocks`), or is not any more,
-    the pass is left to the modules themselves.
+    the pass is left to the modules themselves. Blocks whose weights stay quantised go through
+    :class:`colrow.models.quantised_pass.QuantisedPass`.
     """
 
     def __init__(self, blocks: Blocks, numbers: Iterable[int]) -> None:
@@ -51,20 +54,22 @@ class OneToken:
     def _examine(self) -> None:
         """Looks at the blocks as they are now."""
         self._unchanged = Unchanged(self._blocks)
-        blocks = [self._blocks._modules.get(str(number)) for number in self._numbers]
-        self._known = [b for b in blocks if isinstance(b, ParallelBlock) and known(b)]
-        self._fits = len(self._known) == len(blocks)
+        found = [self._blocks._modules.get(str(number)) for number in self._numbers]
+        blocks = [block for block in found if isinstance(block, ParallelBlock)]
+        whole = len(blocks) == len(found)
+        self._quantised = whole and all(map(known_quantised, blocks))
+        self._flat = whole and all(map(known, blocks))
+        self._known = blocks
         self._drops = any(
-            block.training and block.dropout.p + block.attention.dropout.p > 0
-            for block in self._known
+            block.training and block.dropout.p + block.attention.dropout.p > 0 for block in blocks
         )
         self._rotations: dict[Any, Tensor] = {}
-        for block in self._known:
+        for block in blocks if self._flat else ():
             attention: Any = block.attention
             if attention.rope is None:
                 continue
             table = self._rotations.setdefault(attention.rope, attention.frequencies)
-            self._fits = self._fits and torch.equal(table, attention.frequencies)
+            self._flat = self._flat and torch.equal(table, attention.frequencies)
         self._passes = threading.local()  # each thread has rows of its own
 
     def __reduce__(self) -> Any:
@@ -73,8 +78,8 @@ class OneToken:
 
     @staticmethod
     def fits(blocks: Blocks) -> bool:
-        """Whether the blocks are of the kind that is written out here: all keys, plain scores."""
-        return all(known(block) for block in blocks)
+        """Whether the blocks are of a kind that is written out here."""
+        return all(map(known, blocks)) or all(map(known_quantised, blocks))
 
     def serves(self, input_ids: Tensor, x: Tensor, attention_mask: Tensor | None) -> bool:
         """Whether this pass is one token of one sequence, without padding or gradient.
@@ -95,46 +100,52 @@ class OneToken:
             return False
         if not self._unchanged():
             self._examine()
-        return self._fits and not self._drops and self._unchanged.runs_as_written(x.dtype)
+        fits = self._flat or self._by_ggml(x.dtype)
+        return fits and not self._drops and self._unchanged.runs_as_written(x.dtype)
+
+    def _by_ggml(self, dtype: torch.dtype) -> bool:
+        return self._quantised and dtype == torch.float32
 
     def __call__(self, x: Tensor, context: AttentionContext, cache: AttentionCache) -> Tensor:
         """``[1, 1, hidden]`` to the same behind the last block; as the blocks, it extends cache."""
-        rows, blocks = self._for_this_thread(x.dtype)
+        return self._pass(x.dtype)(x, context, cache)
+
+    def _pass(self, dtype: torch.dtype) -> QuantisedPass | _FlatPass:
+        """This thread's own."""
+        found: tuple[torch.dtype, QuantisedPass | _FlatPass] | None
+        found = getattr(self._passes, "found", None)
+        if found is None or found[0] != dtype:
+            if self._by_ggml(dtype):
+                made: QuantisedPass | _FlatPass = QuantisedPass(self._known)
+            else:
+                made = _FlatPass(self._known, self._rotations, dtype)
+            found = self._passes.found = dtype, made
+        return found[1]
+
+
+class _FlatPass:
+    """All blocks, in torch's operations."""
+
+    def __init__(
+        self, blocks: Sequence[ParallelBlock], rotations: dict[Any, Tensor], dtype: torch.dtype
+    ) -> None:
+        self._rows, self._rotations = WorkingRows(dtype), rotations
+        self._blocks = [_flat(block, self._rows) for block in blocks]
+
+    def __call__(self, x: Tensor, context: AttentionContext, cache: AttentionCache) -> Tensor:
+        rows = self._rows
         stream = rows("stream", x.numel())
         stream.copy_(x.view(-1))
         for rope, frequencies in self._rotations.items():
             tables = context.rope(frequencies, rope, x.dtype)
             for name, table in zip(("cos", "sin"), tables, strict=True):
                 rows((name, rope), rope.dims).copy_(table.view(-1))
-        for block in blocks:
+        for block in self._blocks:
             block(cache)
         return stream.clone().view(x.shape)
 
-    def _for_this_thread(self, dtype: torch.dtype) -> tuple[_Rows, list[_Block]]:
-        found: tuple[_Rows, list[_Block]] | None = getattr(self._passes, "found", None)
-        if found is None or found[0].dtype != dtype:
-            rows = _Rows(dtype)
-            found = self._passes.found = rows, [_flat(block, rows) for block in self._known]
-        return found
 
-
-class _Rows:
-    """Memory that all blocks work in, one after the other, by name and shape."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self._held: dict[object, Tensor] = {}
-
-    def __call__(self, name: object, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """The same tensor for the same name and shape; zero at first."""
-        key = (name, shape)
-        if key not in self._held:
-            with torch.inference_mode(False):  # passes outside of inference mode write to it too
-                self._held[key] = torch.zeros(shape, dtype=dtype or self.dtype, device="cpu")
-        return self._held[key]
-
-
-def _flat(block: ParallelBlock, rows: _Rows) -> _Block:
+def _flat(block: ParallelBlock, rows: WorkingRows) -> _Block:
     """A block as a function of the cache, which adds to the row "stream"."""
     mlp, parallel_residual = block.mlp, block.parallel_residual
     norms = block.attention_norm, block.mlp_norm
@@ -169,7 +180,7 @@ def _flat(block: ParallelBlock, rows: _Rows) -> _Block:
 
 
 def _attention(
-    attention: ParallelAttention, fused: Tensor, rows: _Rows
+    attention: ParallelAttention, fused: Tensor, rows: WorkingRows
 ) -> Callable[[AttentionCache], Tensor]:
     """From the row of queries, keys and values to the heads' outputs, ``[q_heads x head_dim]``.
 
@@ -204,7 +215,7 @@ def _attention(
 
 
 def _rotation(
-    rope: RopeConfig | None, source: Tensor, target: Tensor, rows: _Rows
+    rope: RopeConfig | None, source: Tensor, target: Tensor, rows: WorkingRows
 ) -> Callable[[], object]:
     """Copies heads ``[heads, head_dim]`` to the target, rotated where there is a rotation."""
     if rope is None:
@@ -233,7 +244,7 @@ def _rotation(
     return rotate
 
 
-def _norm(norm: nn.Module, x: Tensor, out: Tensor, rows: _Rows) -> Callable[[], Tensor]:
+def _norm(norm: nn.Module, x: Tensor, out: Tensor, rows: WorkingRows) -> Callable[[], Tensor]:
     if not isinstance(norm, RMSNorm):
         return lambda: norm(x)
     parameters: dict[str, Any] = norm._parameters
@@ -262,7 +273,7 @@ def _column(layer: FusedColumnParallelLinear, out: Tensor) -> Callable[[Tensor],
     return forward
 
 
-def _row(layer: RowParallelLinear, rows: _Rows) -> Callable[[Tensor], Tensor]:
+def _row(layer: RowParallelLinear, rows: WorkingRows) -> Callable[[Tensor], Tensor]:
     parameters: dict[str, Any] = layer._parameters
     multiply = (layer.kernel or _TORCH).row
     tp, name = layer.tp, layer.layer

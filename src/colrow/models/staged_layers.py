@@ -14,7 +14,7 @@ from torch import nn
 from colrow.comm.group import ParallelGroup
 from colrow.layers.column import FusedColumnParallelLinear
 from colrow.layers.decoding import Kernel, has_fast_blas, lay_out_
-from colrow.layers.describe import Division
+from colrow.layers.describe import Division, ParameterSpec
 from colrow.layers.dropout import ParallelDropout
 from colrow.layers.linear import Sharded
 from colrow.layers.row import RowParallelLinear
@@ -52,6 +52,8 @@ class StagedLayers(Sharded, nn.Module):
         division: how dimensions are divided over tp; ``vocab`` is the vocabulary's partition.
         parameter_specs: what each parameter of this rank is, by its name in the whole model.
         specs: how each is divided over tp.
+        stored_bytes: of weights that stay in the blocks of their file, the bytes on each tp rank;
+            also of those on other stages.
     """
 
     def __init__(
@@ -108,6 +110,7 @@ class StagedLayers(Sharded, nn.Module):
         self.sums_shared_later = False
         self.tied_kernel: Kernel | None = None
         self.one_token: OneToken | None = None
+        self.stored_bytes: dict[str, tuple[int, ...]] = {}
         allocate(self, torch.device(device))
         self._shared_layers = [SharedLayers(self.layers_of(stage)) for stage in self.stages]
 
@@ -249,11 +252,17 @@ class StagedLayers(Sharded, nn.Module):
         itemsize = next(self.parameters()).element_size()
         whole, split = self.config.parameters(self.division), self.pipeline.split
         held = [
-            split.held(whole, rank, tied=self.config.tie_embeddings).values()
+            split.held(whole, rank, tied=self.config.tie_embeddings).items()
             for rank in range(split.ranks)
         ]
+
+        def size(name: str, spec: ParameterSpec, rank: int) -> int:
+            if name in self.stored_bytes:
+                return self.stored_bytes[name][rank]
+            return itemsize * math.prod(spec.shard.local_shape(rank))
+
         return [
-            itemsize * sum(math.prod(spec.shard.local_shape(rank)) for spec in specs)
+            sum(size(name, spec, rank) for name, spec in specs)
             for specs in held
             for rank in range(self.tp.size)
         ]

@@ -20,16 +20,25 @@ class Division:
         ranks: size of the group.
         shares: one number for each rank, on any scale, in whose ratio heads, features and rows are
             divided; empty for as evenly as possible.
+        grain: features are divided in units of so many where that makes no rank fuller by more than
+            1 in 32: quantised blocks that lie on one rank need no second holder.
     """
 
     ranks: int
     shares: tuple[float, ...] = ()
+    grain: int = 1
 
     def of(self, length: int) -> Partition:
         """Features or rows of a dimension of this length."""
         if self.shares:
-            return Partition.ratio(length, self.shares)
-        return Partition.even(length, self.ranks)
+            plain = Partition.ratio(length, self.shares)
+        else:
+            plain = Partition.even(length, self.ranks)
+        if self.grain == 1 or length % self.grain:
+            return plain
+        weights = self.shares or (1.0,) * self.ranks
+        grained = Partition.ratio(length, weights, grain=self.grain)
+        return grained if grained.largest <= plain.largest * (1 + 1 / 32) else plain
 
     def heads(self, num_heads: int, num_kv_heads: int) -> HeadPartition:
         """Query heads, each rank with the KV heads that they read.

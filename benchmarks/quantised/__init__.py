@@ -1,0 +1,1 @@
+"""What multiplies quantised weights, how fast and how exactly."""
