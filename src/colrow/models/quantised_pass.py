@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from ctypes import c_float, c_int
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from colrow.comm import primitives
@@ -78,6 +78,8 @@ class _Segment:
 
     def __init__(self, library: ggml.Library, rows: WorkingRows, hidden: int) -> None:
         self.graph, self._rows = ggml.Graph(library, _TENSORS), rows
+        self._seen: list[Any] = []
+        self._kept: list[Tensor] = []
         self.stream, self.partial = rows("stream", hidden), rows("partial", hidden)
 
     def tensor(self, memory: Tensor) -> Any:
@@ -139,6 +141,28 @@ class _Segment:
         sizes = attention.rope.dims, _NEOX, 0
         self.graph.apply("rope_ext", heads, where, factors, *map(c_int, sizes), *numbers, out=out)
 
+    def attend(self, attention: ParallelAttention) -> Tensor:
+        """Attention over the keys and values that :meth:`see` is told; this rank's heads."""
+        heads, dim = _Heads.of(attention, self._rows), attention.head_dim
+        queries = self.graph.tensor(ggml.F32, (dim, 1, len(heads.grouped)), heads.grouped)
+        self._seen = [
+            self.graph.tensor(ggml.F32, (dim, 1, attention.kv_heads)) for _ in ("keys", "values")
+        ]
+        scale = dim**-0.5 if attention.scale is None else attention.scale
+        mixed = self._rows("attended", heads.grouped.numel())
+        numbers = map(c_float, (scale, 0.0, 0.0))
+        self.graph.apply("flash_attn_ext", queries, *self._seen, None, *numbers, out=mixed)
+        return mixed[heads.own]
+
+    def see(self, keys: Tensor, values: Tensor) -> None:
+        """What :meth:`attend` attends to next, ``[1, kv_heads, seen, head_dim]`` each."""
+        wide = [x.to(torch.float32) for x in (keys, values)]
+        self._kept = [x if x.stride(3) == 1 else x.contiguous() for x in wide]
+        for tensor, x in zip(self._seen, self._kept, strict=True):
+            at = tensor.contents
+            at.data, at.ne[1], at.nb[1] = x.data_ptr(), x.shape[2], 4 * x.stride(2)
+            at.nb[2] = at.nb[3] = 4 * x.stride(1)
+
     def gate(self, activation: str, gate: Tensor, up: Tensor, out: Tensor) -> None:
         """``activation(gate) * up``."""
         if activation == "silu":
@@ -170,12 +194,17 @@ def _step(
     whole = partial.view(1, 1, -1)
     if before is not None:
         entering.add(before)
-    attend = _attention(entering, attention, rows, _normed(entering, block.attention_norm, rows))
+    x = _normed(entering, block.attention_norm, rows)
+    keys_and_values = _entering(entering, attention, rows, x)
 
     leaving = _Segment(library, rows, hidden)
-    mixed, mixed_own = _padded(attention.output, "mixed", rows)
-    given = leaving.tensor(mixed)
-    leaving.linear(attention.output, given, partial)
+    mixed = leaving.attend(attention)
+    given, own = _padded(attention.output, "mixed", rows)
+    if given is own:
+        given = mixed
+    else:
+        leaving.graph.apply("cont", leaving.tensor(mixed), out=own)
+    leaving.linear(attention.output, leaving.tensor(given), partial)
 
     expanding = _Segment(library, rows, hidden)
     expanding.add(_Added(attention.output, block.attention_post_norm))
@@ -186,16 +215,11 @@ def _step(
     expanding.gate(mlp.activation, gate, up, product_own)
     expanding.linear(mlp.down, expanding.tensor(product), partial)
     names = attention.output.layer, mlp.down.layer
-    is_whole = mixed is mixed_own
 
     def step(cache: AttentionCache) -> None:
         entering.graph.compute()
-        found = attend(cache)
-        if is_whole:
-            leaving.graph.compute((given, found.data_ptr()))
-        else:
-            mixed_own.copy_(found)
-            leaving.graph.compute()
+        leaving.see(*keys_and_values(cache))
+        leaving.graph.compute()
         primitives.all_reduce(whole, tp, layer=names[0], in_place=True)
         expanding.graph.compute()
         primitives.all_reduce(whole, tp, layer=names[1], in_place=True)
@@ -221,17 +245,45 @@ def _padded(layer: RowParallelLinear, name: str, rows: WorkingRows) -> tuple[Ten
     return whole, whole if own.numel() == whole.numel() else own
 
 
-def _attention(
-    segment: _Segment, attention: ParallelAttention, rows: WorkingRows, x: Tensor
-) -> Callable[[AttentionCache], Tensor]:
-    """Adds what comes before the attention; what it then does gives ``[q_heads x head_dim]``.
+@dataclass(frozen=True)
+class _Heads:
+    """Where a row's queries, keys and values lie for attention.
 
-    Where queries and keys lie for it, see :func:`colrow.models.one_token._attention`.
+    The queries of a KV head are side by side, as many as the fullest group has. Where this rank's
+    first or last group is incomplete, the queries stand at the end of the first and at the start of
+    the last: so they lie side by side, and nobody reads what comes of the other places.
+
+    Attributes:
+        grouped: ``[kv_heads * widest, head_dim]``, of which ``own`` numbers are this rank's.
+        turned: where the rotated queries and keys go, ``[q_heads + kv_heads, head_dim]``.
+    """
+
+    grouped: Tensor
+    own: slice
+    turned: Tensor
+
+    @classmethod
+    def of(cls, attention: ParallelAttention, rows: WorkingRows) -> _Heads:
+        """Those of a layer, in memory that all layers share."""
+        dim, groups = attention.head_dim, group_sizes(attention.runs)
+        queries, keys, widest = attention.q_heads, attention.kv_heads, max(groups)
+        before = widest - groups[0] if keys > 1 else 0
+        memory = rows("turned", max(keys * widest, before + queries + keys), dim)
+        own = slice(before * dim, (before + queries) * dim)
+        return cls(memory[: keys * widest], own, memory[before : before + queries + keys])
+
+
+def _entering(
+    segment: _Segment, attention: ParallelAttention, rows: WorkingRows, x: Tensor
+) -> Callable[[AttentionCache], tuple[Tensor, Tensor]]:
+    """Adds the way to queries, keys and values; what it then does extends a cache with them.
+
+    Returns:
+        The keys and values that the query sees.
     """
     index, dim, window = attention.layer_index, attention.head_dim, attention.window
-    scale, groups = attention.scale, group_sizes(attention.runs)
-    queries, keys, widest = attention.q_heads, attention.kv_heads, max(groups)
-    heads = queries + keys
+    queries, keys = attention.q_heads, attention.kv_heads
+    heads, turned = queries + keys, _Heads.of(attention, rows).turned
     fused = rows("fused", attention.qkv.weight.shape[0])
     segment.column(attention.qkv, x, fused)
     source = fused.view(-1, dim)
@@ -241,19 +293,14 @@ def _attention(
     ):
         if norm is not None:
             segment.norm(norm, part, part)
-    before = widest - groups[0] if keys > 1 else 0
-    turned = rows("turned", max(keys * widest, before + heads), dim)
-    grouped = turned[: keys * widest].view(1, keys, widest, dim)
-    target = turned[before : before + heads]
-    segment.rotate(attention, source[:heads], target)
-    key, value = target[queries:].view(1, keys, 1, dim), source[heads:].view(1, keys, 1, dim)
-    own = slice(before * dim, (before + queries) * dim)
+    segment.rotate(attention, source[:heads], turned)
+    key, value = turned[queries:].view(1, keys, 1, dim), source[heads:].view(1, keys, 1, dim)
 
-    def attend(cache: AttentionCache) -> Tensor:
+    def extend(cache: AttentionCache) -> tuple[Tensor, Tensor]:
         new = (key, value) if getattr(cache, "copies", False) else (key.clone(), value.clone())
         k, v = cache.update(index, *new)
         if window is not None and k.shape[2] > window:
-            k, v = k[:, :, -window:], v[:, :, -window:]
-        return F.scaled_dot_product_attention(grouped, k, v, scale=scale).reshape(-1)[own]
+            return k[:, :, -window:], v[:, :, -window:]
+        return k, v
 
-    return attend
+    return extend
