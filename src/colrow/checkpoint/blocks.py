@@ -76,7 +76,7 @@ def keep_blocks_(
         if kind != "weight" or module_template(layer)[0] not in _LAYERS:
             continue
         held = [pieces(naming, config, name, spec.shard, each) for each in range(model.tp.size)]
-        if any(piece.transposed for piece in held[0]) or all(
+        if any(piece.transposed or piece.step != 1 for piece in held[0]) or all(
             reader.kind(piece.name).name == "F32" for piece in held[0]
         ):
             continue

@@ -28,7 +28,7 @@ from colrow.layers.row import RowParallelLinear
 from colrow.models.working_rows import WorkingRows
 
 _TENSORS = 96  # at most, in a graph
-_NEOX = 2  # rotary pairs are (i, i + dims / 2)
+_INTERLEAVED, _HALVES = 0, 2  # rotary pairs are (2i, 2i + 1), or (i, i + dims / 2)
 # The tanh form of GELU is x * sigmoid(2 * _SLOPE * (x + _CUBE * x ** 3)).
 _SLOPE, _CUBE = 0.7978845608028654, 0.044715
 
@@ -131,14 +131,17 @@ class _Segment:
 
     def rotate(self, attention: ParallelAttention, x: Tensor, out: Tensor) -> None:
         """Rotary positions of some heads ``[heads, head_dim]``, at the row "position"."""
-        assert attention.rope is not None and attention.frequencies is not None
+        rope = attention.rope
+        if rope is None or attention.frequencies is None:
+            self.graph.apply("cont", self.tensor(x), out=out)
+            return
         position = self._rows("position", 1, dtype=torch.int32)
         where = self.graph.tensor(ggml.I32, (1,), position)
         # At base 1 all angles are the position over these.
         factors = self.tensor(1 / attention.frequencies.float())
         heads = self.graph.tensor(ggml.F32, (x.shape[1], x.shape[0], 1), x)
-        numbers = map(c_float, (1.0, 1.0, 0.0, 1.0, 0.0, 0.0))
-        sizes = attention.rope.dims, _NEOX, 0
+        numbers = map(c_float, (1.0, 1.0, 0.0, rope.attention_factor, 0.0, 0.0))
+        sizes = rope.dims, _INTERLEAVED if rope.interleaved else _HALVES, 0
         self.graph.apply("rope_ext", heads, where, factors, *map(c_int, sizes), *numbers, out=out)
 
     def attend(self, attention: ParallelAttention) -> Tensor:
@@ -150,7 +153,7 @@ class _Segment:
         ]
         scale = dim**-0.5 if attention.scale is None else attention.scale
         mixed = self._rows("attended", heads.grouped.numel())
-        numbers = map(c_float, (scale, 0.0, 0.0))
+        numbers = map(c_float, (scale, 0.0, attention.softcap or 0.0))
         self.graph.apply("flash_attn_ext", queries, *self._seen, None, *numbers, out=mixed)
         return mixed[heads.own]
 
