@@ -226,7 +226,8 @@ class PostNorm(ParallelBlock):
 
     def forward(self, x: Tensor, **options: Any) -> Tensor:
         attention, mlp = dict(options), dict(options)
-        for name in ("context", "cache", "dropout_key"):
+        attention.pop("router_losses", None)
+        for name in ("context", "cache", "dropout_key", "router_losses"):
             mlp.pop(name, None)
         x = x + self.attention_norm(self.attention(x, **attention))
         result: Tensor = x + self.mlp_norm(self.mlp(x, **mlp))
