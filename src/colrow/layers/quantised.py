@@ -55,6 +55,9 @@ class QuantisedWeight(Tensor):
         label: name for messages.
     """
 
+    # Asking for a dtype or a shape then costs what it does of any tensor.
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
     blocks: tuple[Blocks, ...]
     columns: tuple[int, int]
     width: int
