@@ -179,31 +179,40 @@ def _simumax() -> Iterator[Case]:
 
 
 def _torchtitan() -> Iterator[Case]:
-    """FSDP2 with and without tensor parallelism; pipelines there also divide the context."""
+    """FSDP2 with and without tensor parallelism; pipelines, which there also divide the context.
+
+    A pipeline had as many microbatches as stages, torchtitan's default at the time: with 1F1B and
+    interleaved stages its two rates are as such bubbles make them. There FSDP2 keeps what it
+    gathered, and reduces gradients with the last microbatch, as ZeRO-1 does. 126 layers do not
+    divide into interleaved chunks of equal size, which is all that the planner has.
+    """
     models = {
         "Llama3-8B": "llama-3-8b",
         "Llama2-13B": "llama-2-13b",
         "Llama3.1-405B": "llama-3.1-405b",
     }
     for row in read_table("torchtitan"):
-        if row["pp"] != "1" or row["cp"] != "1" or row["act_ckpt"].startswith("SAC"):
+        if row["act_ckpt"].startswith("SAC") or "Interleaved" in row["technique"]:
             continue
-        tp, shards, batch = int(row["tp"]), int(row["fsdp"]), int(row["local_batch"])
+        tp, pp, cp = (int(row[name]) for name in ("tp", "pp", "cp"))
+        shards, batch = int(row["fsdp"]), int(row["local_batch"])
         layout = Layout(
             tp=tp,
+            pp=pp,
+            cp=cp,
             dp=shards,
-            microbatch=batch,
+            microbatch=batch // pp,
             global_batch=batch * shards,
             sequence=int(row["seq"]),
             sequence_parallel=tp > 1,
-            zero=3,
+            zero=3 if pp == 1 else 1,
             precision="fp8" if "fp8" in row["technique"] else "bf16",
             recompute="full" if row["act_ckpt"] == "full" else "none",
             software="torchtitan-async-tp" if "async" in row["technique"].lower() else "torchtitan",
         )
         tokens = layout.batch * layout.sequence
         yield Case(
-            "torchtitan, FSDP2",
+            "torchtitan, FSDP2" if pp == 1 else "torchtitan, pipelines",
             f"{row['model']} {row['technique']}",
             find_model(models[row["model"]]),
             find_hardware("a100-80gb" if row["hardware"] == "A100" else "h100-96gb"),
