@@ -19,6 +19,8 @@ def save(name: str, directory: Path) -> Any:
     """Writes one of ``tiny.CASES`` with larger weights; returns transformers' fp64 model."""
     model: Any = tiny.make(name, directory)
     model.generation_config.eos_token_id = None
+    # While it generates, transformers would compare the mask so far with the newest token's router.
+    model.config.output_router_logits = False
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if parameter.dim() == 2:
