@@ -36,6 +36,15 @@ def test_stages_are_as_the_program_cuts_them(tied: ModelShape) -> None:
     assert Layout(pp=2, stage_layers=(20, 8)).layers_of_stage(tied) == (20, 8)
 
 
+def test_interleaved_stages_need_not_be_equal() -> None:
+    """126 layers in two turns round 8 devices, as torchtitan trained Llama 3.1 405B."""
+    model = find_model("llama-3.1-405b")
+    layout = Layout(pp=8, global_batch=8, schedule="interleaved", virtual_stages=2)
+    sizes = layout.layers_of_stage(model)
+    assert sum(sizes) == 126 and set(sizes) == {15, 16}
+    assert [sum(kinds.values()) for kinds in layout.kinds_of_stages(model)] == list(sizes)
+
+
 def test_gradients_wait_in_buckets_where_there_are_replicas(tied: ModelShape) -> None:
     """18 bytes a parameter on one replica of nanotron, 20 on several."""
     alone, several = (

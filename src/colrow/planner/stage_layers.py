@@ -17,7 +17,7 @@ def layers_of_stages(
     """Transformer layers of each pipeline device.
 
     Args:
-        chunks: of layers per device; with more than one the stages are even.
+        chunks: of layers per device; with more than one the devices' layers are as even as can be.
         given: what they are, when not as the rule says.
 
     Raises:
@@ -36,8 +36,6 @@ def layers_of_stages(
             f"{model.name} has {layers} layers, too few for {stages} stages"
             + (f" of {chunks} virtual stages" if chunks > 1 else "")
         )
-    if chunks > 1 and layers % (stages * chunks):
-        raise ValueError(f"{layers} layers do not divide into {stages} x {chunks} equal chunks")
     if stages > 1 and chunks == 1 and rule != "even":
         return _by_cost(model, stages, rule)
     share, remainder = divmod(layers, stages)
