@@ -45,7 +45,10 @@ def test_every_table_is_read(results: list[Result]) -> None:
 
 @pytest.fixture(scope="module")
 def swept() -> list[Result]:
-    return [evaluate(case) for case in sweep_cases() if case.table != SLOWER]
+    slower = [case for case in sweep_cases() if case.table == SLOWER]
+    return [evaluate(case) for case in sweep_cases() if case.table != SLOWER] + [
+        evaluate(case) for case in slower[::8]
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +72,7 @@ def test_the_layout_that_is_chosen_is_nearly_the_best(swept: list[Result]) -> No
     found = {regret.table: regret for regret in regrets(swept)}
     # There every layout with one stage but the fastest was measured many times slower than itself.
     del found["Ultrascale playbook, 512 H100"]
+    found.pop(SLOWER, None)
     for regret in found.values():
         assert regret.median < 0.16 and regret.largest < 0.16, regret
     assert median(regret.median for regret in found.values()) == 0

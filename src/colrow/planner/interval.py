@@ -43,12 +43,12 @@ class Spread:
 
 
 SPREAD = Spread(
-    bias=0.049,
-    everything=0.094,
-    collectives=0.24,
-    launches=0.026,
-    bubble=0.17,
-    shared=0.195,
+    bias=0.044,
+    everything=0.083,
+    collectives=0.23,
+    launches=0.017,
+    bubble=0.20,
+    shared=0.18,
 )
 # Where a block of the model was measured on this machine: how much medians of blocks and steps of
 # one machine differ from run to run (benchmarks/README.md: four runs within 8 %).
