@@ -108,6 +108,8 @@ def test_quantised_weights_run_where_there_is_no_bf16() -> None:
         ("gpt3-175b --inference --tp 8 --gpus 4", "4 devices do not divide by tp × pp = 8 × 1"),
         ("gpt2 --inference --tp 2 --dp 3 --gpus 8", "= 6, but --gpus says 8"),
         ("gpt2 --inference --plot plots", "--plot draws training layouts"),
+        ("gpt2 --inference --offload-layers 2", "--offload-layers is about training"),
+        ("gpt2 --inference --zero 0", "--zero is about training"),
         ("gpt2 --tensor-split 0.5,0.5 --explain", "--explain covers equal devices"),
         ("gpt2 --device-memory 24,-8", "device memory of 24, -8 GB"),
     ],

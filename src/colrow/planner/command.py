@@ -40,6 +40,8 @@ from colrow.planner.tables import (
 from colrow.planner.unequal import split_unequal
 from colrow.planner.users import USER_VALUES, Users, most_users, predict_users
 
+# Options of training with defaults that say no.
+OF_TRAINING = ("lora_rank", "frozen", "offload_layers")
 DEFAULT_PROMPT = 1024
 SEQUENCES_PER_DEVICE = 2
 # Options of one layout, which a search chooses itself.
@@ -79,10 +81,17 @@ def plan(
     if args.explain and unequal:
         raise ValueError("--explain covers equal devices; the table of unequal ones says it all")
     if args.inference or unequal:
-        for name in (*OF_ONE_LAYOUT, "global_batch", "sequence"):
-            if getattr(args, name, None) is not None:
-                option = name.replace("_", "-")
-                raise ValueError(f"--{option} is about training; leave it out for generation")
+        of_training = [
+            *(
+                n
+                for n in (*OF_ONE_LAYOUT, "global_batch", "sequence")
+                if getattr(args, n) is not None
+            ),
+            *(n for n in OF_TRAINING if getattr(args, n)),
+        ]
+        if of_training:
+            option = of_training[0].replace("_", "-")
+            raise ValueError(f"--{option} is about training; leave it out for generation")
     if unequal:
         if not args.inference:
             console.print("Unequal devices are planned for generation, as with --inference.")
