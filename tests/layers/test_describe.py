@@ -70,6 +70,7 @@ SIZES: dict[str, Any] = {
     "max_positions": 16,
     "rope": RopeConfig(theta=100.0, dims=HEAD_DIM),
 }
+ROPE_OF_TWO = RopeConfig(theta=100.0, dims=2)
 BLOCKS: dict[str, dict[str, Any]] = {
     "plain": {},
     "one KV head": {"num_heads": 5, "num_kv_heads": 1, "qkv_bias": True, "windows": (3,)},
@@ -94,6 +95,18 @@ BLOCKS: dict[str, dict[str, Any]] = {
     },
     "norms around": {"norms": "around", "norm_centred": True, "norm_wide": True},
     "experts": {"experts": 4, "active_experts": 2, "num_heads": 4, "num_kv_heads": 4},
+    "latent attention": {
+        "latent": (6, 8, 4, 2, 5),
+        "num_heads": 5,
+        "num_kv_heads": 5,
+        "rope": ROPE_OF_TWO,
+    },
+    "latent attention, queries as they are": {
+        "latent": (0, 8, 4, 2, 5),
+        "num_heads": 4,
+        "num_kv_heads": 4,
+        "rope": ROPE_OF_TWO,
+    },
     "all that experts can have": {
         "experts": 4,
         "active_experts": 2,
@@ -184,7 +197,7 @@ def check_parameters(
 
 
 def sent(
-    described: AttentionSpec | MLPSpec | ExpertsSpec | BlockSpec,
+    described: AttentionSpec | LatentAttentionSpec | MLPSpec | ExpertsSpec | BlockSpec,
     prefix: str,
     n: int,
     sp: bool,
@@ -242,7 +255,7 @@ def check_single_layers(tp: ParallelGroup) -> None:
 def check_compositions(tp: ParallelGroup, name: str) -> None:
     config = decoder(**{**SIZES, **BLOCKS[name]})
     spec, division = config.blocks[0], config.divide(tp.size)
-    assert isinstance(spec.attention, AttentionSpec)
+    assert isinstance(spec.attention, AttentionSpec | LatentAttentionSpec)
     for sp, keep in ((False, True), (True, True), (True, False)):
         torch.manual_seed(0)
         sharding, device = Sharding(sp, keep_gathered_input=keep), torch.get_default_device()
@@ -273,7 +286,7 @@ def test_compositions_hold_and_send_what_they_say(ranks: RankPool, n: int, name:
 
 
 def test_what_is_not_known_is_refused() -> None:
-    latent = LatentAttentionSpec(HIDDEN, 4, 6, 8, nope=4, rope=2, value=4)
+    latent = LatentAttentionSpec(HIDDEN, 4, 6, 8, nope=4, rotated=2, value=4)
     config = replace(decoder(**SIZES), blocks=(BlockSpec(latent, MLPSpec(HIDDEN, FFN)),))
     alone, place = ParallelGroup.single(), torch.device("meta")
     parts = DecoderParts(config, config.divide(1), alone, Sharding(), place, FP64)

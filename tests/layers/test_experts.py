@@ -30,10 +30,10 @@ SPECS = {
     ),
     "corrected": ExpertsSpec(
         SILU,
-        6,
+        8,
         3,
         MLPSpec(HIDDEN, 7),
-        Routing("sigmoid", True, 2.5, False, True, 3, 2, best_of_group=2, wide=True),
+        Routing("sigmoid", True, 2.5, False, True, 2, 1, best_of_group=2, wide=True),
     ),
     "shared, gated": ExpertsSpec(SILU, 4, 3, MLPSpec(HIDDEN, 9), shared_gate=True),
 }

@@ -42,6 +42,30 @@ YARN_ROPE = {
     "mscale": 0.7,
     "mscale_all_dim": 1.3,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "beta_fast": 4.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 16,
+}
+DEEPSEEK = {
+    **SIZES,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 5,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 7,
+    "n_routed_experts": 6,
+    "n_group": 3,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 23,
+    "routed_scaling_factor": 1.5,
+}
 # One layer, as a config.json: the smallest that is loaded.
 SMALLEST: dict[str, Any] = {
     "model_type": "llama",
@@ -213,6 +237,42 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "norm_topk_prob": False,
         },
     ),
+    "deepseek_v2": (
+        "deepseek_v2",
+        {
+            **DEEPSEEK,
+            "q_lora_rank": None,
+            "topk_method": "group_limited_greedy",
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+        },
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        {
+            **DEEPSEEK,
+            "q_lora_rank": 11,
+            "topk_group": 2,
+            "num_experts_per_tok": 3,
+            "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3},
+        },
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            **SIZES,
+            **TWO_KV,
+            "head_dim": 6,
+            "intermediate_size": 29,
+            "num_local_experts": 5,
+            "num_experts_per_tok": 2,
+            "sliding_window": 7,
+            "swiglu_limit": 0.5,
+            "rope_parameters": {**YARN, "truncate": False},
+            "output_router_logits": True,
+            "router_aux_loss_coef": 0.3,
+        },
+    ),
 }
 
 
@@ -245,6 +305,9 @@ def make(name: str, directory: Path) -> torch.nn.Module:
                 # Gemma's norms hold what is added to 1.
                 middle = 1.0 if parameter.dim() == 1 and not kind.startswith("gemma") else 0.0
                 parameter.normal_(middle, 0.2)
+            for name, buffer in model.named_buffers():
+                if name.endswith("e_score_correction_bias"):
+                    buffer.normal_(0.0, 0.2)
         model.save_pretrained(directory)
     return prepare_reference(model)
 

@@ -185,12 +185,15 @@ def torch_loop(
     for step in range(steps):
         ids, labels = order.batch(step * 8, 8)
         with exact_arithmetic():
-            logits = model(input_ids=ids).logits[:, :-1]
+            answer = model(input_ids=ids)
+        logits = answer.logits[:, :-1]
         targets = labels[:, 1:]
         loss = nn.functional.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), label_smoothing=label_smoothing
         )
         loss = loss + z_loss * torch.logsumexp(logits, -1).square()[targets != -100].mean()
+        if getattr(answer, "aux_loss", None) is not None:
+            loss = loss + model.config.router_aux_loss_coef * answer.aux_loss
         model.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), CLIP)

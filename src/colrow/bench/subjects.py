@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from colrow.bench.result import BenchSettings
 from colrow.comm.mesh import Mesh
 from colrow.generation.sampling import next_tokens
+from colrow.layers.attention import ParallelAttention
 from colrow.layers.block import ParallelBlock
 from colrow.layers.mlp import ParallelMLP
 from colrow.layers.row import RowParallelLinear
@@ -74,14 +75,18 @@ def decoder_subjects(settings: BenchSettings, config: ModelConfig, mesh: Mesh) -
         return [whole_model(model, settings)]
     block = model.blocks[0]
     assert isinstance(block, ParallelBlock)
-    if settings.what == "layer" and not isinstance(block.mlp, ParallelMLP):
-        raise ValueError("the linear layers of experts are not measured one by one")
     parts: dict[str, nn.Module] = {
         "attention": block.attention,
         "mlp": block.mlp,
         "block": block,
     }
     if settings.what == "layer":
+        if not isinstance(block.attention, ParallelAttention) or not isinstance(
+            block.mlp, ParallelMLP
+        ):
+            raise ValueError(
+                "the linear layers of experts and of latent attention are not measured one by one"
+            )
         parts = {
             "attention.qkv": block.attention.qkv,
             "attention.output": block.attention.output,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from colrow.checkpoint.locate import find_weights, resolve_model_path
+from colrow.checkpoint.mxfp4 import Mxfp4Reader, is_mxfp4
 from colrow.checkpoint.reader import TensorReader
 from colrow.checkpoint.safetensors_file import SafetensorsReader
 
@@ -14,7 +15,7 @@ def open_reader(path_or_id: str | Path) -> TensorReader:
 
     Accepts what ``resolve_model_path`` and ``find_weights`` accept: a directory with safetensors
     (one file, or shards and their index), a ``.safetensors`` or ``.gguf`` file, or a hub id that
-    is in the local cache.
+    is in the local cache. Experts in MXFP4 are read as the plain matrices that they mean.
 
     Raises:
         ValueError: nothing readable there, a damaged file, shards that contradict their index, or
@@ -29,4 +30,9 @@ def open_reader(path_or_id: str | Path) -> TensorReader:
                 f"reading {weights} needs the package {cause.name}: pip install 'colrow[models]'"
             ) from cause
         return GGUFTensorReader(weights)
-    return SafetensorsReader(weights)
+    stored = SafetensorsReader(weights)
+    try:
+        return Mxfp4Reader(stored) if is_mxfp4(stored) else stored
+    except ValueError:
+        stored.close()
+        raise

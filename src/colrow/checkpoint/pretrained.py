@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
@@ -13,6 +14,7 @@ from colrow.checkpoint.gguf_file import GGUFTensorReader
 from colrow.checkpoint.gguf_model import config_from_gguf
 from colrow.checkpoint.load import check_tensors, load_
 from colrow.checkpoint.locate import resolve_model_path
+from colrow.checkpoint.mxfp4 import Mxfp4Reader
 from colrow.checkpoint.naming import Naming, gguf_naming, hf_naming
 from colrow.checkpoint.opening import open_reader
 from colrow.checkpoint.reader import TensorReader
@@ -57,7 +59,7 @@ def from_pretrained(
             ``quantised`` for a file or a device that it is not possible for, or without ggml.
         FileNotFoundError: weights without a ``config.json`` next to them.
 
-    Sends nothing.
+    Warns of experts in MXFP4, which become numbers of ``dtype``. Sends nothing.
     """
     file = resolve_model_path(path)
     tp, place = resolve_mesh(mesh, device)
@@ -67,6 +69,10 @@ def from_pretrained(
             check_tensors(config, reader, naming)
         chosen = dtype or stored_dtype(file)
         pipeline = resolve_pipeline(config, mesh, layer_split)
+        if isinstance(reader, Mxfp4Reader) and tp.rank == 0:
+            warnings.warn(
+                f"{file}: the experts in MXFP4 become {str(chosen)[6:]} numbers", stacklevel=2
+            )
         if quantised:
             if refused := why_not_quantised(reader, place):
                 raise ValueError(f"the weights cannot stay quantised: {refused}")

@@ -16,6 +16,7 @@ from colrow.layers.attention import ParallelAttention
 from colrow.layers.context import AttentionCache, AttentionContext
 from colrow.layers.dropout import ParallelDropout
 from colrow.layers.experts import ParallelExperts
+from colrow.layers.latent import LatentAttention
 from colrow.layers.linear import Sharded
 from colrow.layers.memory_saving import Recompute, cast_parameters, recomputed
 from colrow.layers.mlp import ParallelMLP
@@ -77,7 +78,7 @@ class ParallelBlock(Sharded, nn.Module):
 
     def __init__(
         self,
-        attention: ParallelAttention,
+        attention: ParallelAttention | LatentAttention,
         mlp: ParallelMLP | ParallelExperts,
         attention_norm: nn.Module | None,
         mlp_norm: nn.Module | None,

@@ -10,16 +10,18 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from colrow.layers.describe import (
+    Attention,
     AttentionSpec,
     BlockSpec,
     ExpertsSpec,
     FeedForward,
+    LatentAttentionSpec,
     MLPSpec,
     NormSpec,
     Routing,
 )
 from colrow.layers.options import Activation, ClampedGate, Norm, Position, RopeConfig
-from colrow.models.config import ModelConfig, attention_of
+from colrow.models.config import ModelConfig
 from colrow.models.config_limits import check_fields
 
 Norms = Literal["before", "after", "around"]
@@ -62,6 +64,7 @@ def decoder(
     attention_softcap: float | None = None,
     sinks: bool = False,
     windows: tuple[int | None, ...] = (),
+    latent: tuple[int, ...] = (),
     experts: int = 0,
     active_experts: int = 0,
     expert_ffn_size: int | None = None,
@@ -102,6 +105,9 @@ def decoder(
             :class:`colrow.layers.describe.AttentionSpec`.
         windows: per layer, how many keys back a query sees (itself included), or None for all;
             empty for all layers without one.
+        latent: of latent attention the ranks of queries and of keys and values, and the numbers
+            without and with rotation and of a value per head, see
+            :class:`colrow.layers.describe.LatentAttentionSpec`; empty for the usual attention.
         experts, active_experts: of a mixture of experts in place of the MLP; 0 without.
         expert_ffn_size: features of an expert; ``ffn_size`` by default.
         dense_layers: numbers of the layers that have an MLP all the same.
@@ -134,7 +140,7 @@ def decoder(
             return replace(normed(head_dim, "layernorm"), bias=False, heads=count)
         return normed(head_dim * (count if qk_norm == "all_heads" else 1), "rmsnorm")
 
-    attention = AttentionSpec(
+    attention: Attention = AttentionSpec(
         hidden_size,
         num_heads,
         num_kv_heads,
@@ -150,6 +156,14 @@ def decoder(
         sinks=sinks,
         dropout=attention_dropout,
     )
+    if latent:
+        attention = LatentAttentionSpec(
+            hidden_size,
+            num_heads,
+            *latent,
+            scale=attention_scale,
+            dropout=attention_dropout,
+        )
     mlp = MLPSpec(hidden_size, ffn_size, activation, gated, mlp_bias, clamped)
     mixture: FeedForward = mlp
     if experts:
@@ -221,28 +235,26 @@ def fields_of(config: ModelConfig) -> dict[str, Any]:
         ValueError: for blocks that they cannot say.
     """
     first, windows = config.blocks[0], tuple(block.attention.window for block in config.blocks)
-    attention = attention_of(first)
+    attention = first.attention
     mixtures = [b.mlp for b in config.blocks if isinstance(b.mlp, ExpertsSpec)]
     dense = [b.mlp for b in config.blocks if isinstance(b.mlp, MLPSpec)]
-    turning = tuple(attention_of(block).rope is not None for block in config.blocks)
+    turning = tuple(block.attention.rope is not None for block in config.blocks)
     ropes = {
         block.attention.window is None: rope
         for block in config.blocks
-        if (rope := attention_of(block).rope) is not None
+        if (rope := block.attention.rope) is not None
     }
     rope = ropes.get(True, ropes.get(False))
     mixture = mixtures[0] if mixtures else None
     mlp = dense[0] if dense else mixtures[0].expert
     norm = config.norm
-    rotates, alibi = rope is not None, attention.alibi
+    rotates, alibi = rope is not None, isinstance(attention, AttentionSpec) and attention.alibi
     found: dict[str, Any] = {
         "family": config.family,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
         "num_layers": config.num_layers,
-        "num_heads": attention.num_heads,
-        "num_kv_heads": attention.num_kv_heads,
-        "head_dim": attention.head_dim,
+        **_fields_of_attention(attention),
         "ffn_size": mlp.ffn_size,
         "max_positions": config.max_positions,
         "norm": norm.kind,
@@ -266,13 +278,7 @@ def fields_of(config: ModelConfig) -> dict[str, Any]:
         "parallel_residual": first.parallel_residual,
         "one_norm": first.one_norm,
         "residual_scale": first.residual_scale,
-        "qkv_bias": attention.qkv_bias,
-        "output_bias": attention.output_bias,
         "mlp_bias": mlp.bias,
-        "qk_norm": _kind_of_norm(attention),
-        "attention_scale": attention.scale,
-        "attention_softcap": attention.softcap,
-        "sinks": attention.sinks,
         "windows": windows if any(window is not None for window in windows) else (),
         "experts": mixture.count if mixture else 0,
         "active_experts": mixture.active if mixture else 0,
@@ -294,7 +300,6 @@ def fields_of(config: ModelConfig) -> dict[str, Any]:
         "logit_softcap": config.logit_softcap,
         "tie_embeddings": config.tie_embeddings,
         "embedding_dropout": config.embedding_dropout,
-        "attention_dropout": attention.dropout,
         "residual_dropout": first.dropout,
         "initializer_range": config.initializer_range,
         "scaled_residual_init": config.scaled_residual_init,
@@ -309,6 +314,30 @@ def fields_of(config: ModelConfig) -> dict[str, Any]:
             "rotary positions"
         )
     return found
+
+
+def _fields_of_attention(attention: Attention) -> dict[str, Any]:
+    common = {
+        "num_heads": attention.num_heads,
+        "head_dim": attention.key_size,
+        "attention_scale": attention.scale,
+        "attention_dropout": attention.dropout,
+    }
+    if isinstance(attention, AttentionSpec):
+        return common | {
+            "num_kv_heads": attention.num_kv_heads,
+            "qkv_bias": attention.qkv_bias,
+            "output_bias": attention.output_bias,
+            "qk_norm": _kind_of_norm(attention),
+            "attention_softcap": attention.softcap,
+            "sinks": attention.sinks,
+            "latent": (),
+        }
+    ranks = attention.query_rank, attention.kv_rank
+    return common | {
+        "num_kv_heads": attention.num_heads,
+        "latent": (*ranks, attention.nope, attention.rotated, attention.value),
+    }
 
 
 def _kind_of_norm(attention: AttentionSpec) -> QKNorm:

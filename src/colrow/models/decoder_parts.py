@@ -18,12 +18,14 @@ from colrow.layers.describe import (
     Division,
     ExpertsSpec,
     FeedForward,
+    LatentAttentionSpec,
     MLPSpec,
     NormSpec,
     unknown,
 )
 from colrow.layers.embedding import PositionEmbedding, VocabParallelEmbedding
 from colrow.layers.experts import ParallelExperts
+from colrow.layers.latent import LatentAttention
 from colrow.layers.mlp import ParallelMLP
 from colrow.layers.norm import hidden_norm
 from colrow.models.config import ModelConfig
@@ -101,7 +103,17 @@ class DecoderParts:
             dropout=block.dropout,
         )
 
-    def _attention(self, spec: Attention, index: int) -> ParallelAttention:
+    def _attention(self, spec: Attention, index: int) -> ParallelAttention | LatentAttention:
+        if isinstance(spec, LatentAttentionSpec) and spec.rope is not None:
+            return LatentAttention(
+                spec,
+                self.tp,
+                division=self.division,
+                sharding=self.sharding,
+                layer_index=index,
+                layer=f"blocks.{index}.attention",
+                **self._place,
+            )
         if not isinstance(spec, AttentionSpec):
             unknown(spec, "the decoder")
         return ParallelAttention(

@@ -120,8 +120,10 @@ def config_from_hf(values: Mapping[str, object]) -> ModelConfig:
     values = {**family.defaults, **_renamed(values, family)}
     values = {**_DEFAULTS, **{key: value for key, value in values.items() if value is not None}}
     check_hf_values(values, family.keys)
-    if "quantization_config" in values:
-        quantised = shown(values["quantization_config"])
+    if (stored := values.get("quantization_config")) is not None and not (
+        isinstance(stored, Mapping) and stored.get("quant_method") in family.quantised
+    ):
+        quantised = shown(stored)
         raise ValueError(
             f"this {family.name} checkpoint is quantised ({quantised}), which "
             "the decoder cannot read: use the original checkpoint or a GGUF file"

@@ -149,8 +149,13 @@ def _flat(block: ParallelBlock, rows: WorkingRows) -> _Block:
     """A block as a function of the cache, which adds to the row "stream"."""
     mlp, parallel_residual = block.mlp, block.parallel_residual
     norms = block.attention_norm, block.mlp_norm
-    if not isinstance(mlp, ParallelMLP) or norms[0] is None or norms[1] is None:
-        raise ValueError(f"{block.attention.qkv.layer} is of no kind that is written out here")
+    if (
+        not isinstance(block.attention, ParallelAttention)
+        or not isinstance(mlp, ParallelMLP)
+        or norms[0] is None
+        or norms[1] is None
+    ):
+        raise ValueError(f"{block.attention.prefix}qkv is of no kind that is written out here")
     stream = rows("stream", mlp.up.in_features)
     normed = rows("normed", mlp.up.in_features)
     fused = rows("fused", block.attention.qkv.weight.shape[0])

@@ -39,7 +39,9 @@ class QuantisedPass:
     def __init__(self, blocks: Sequence[ParallelBlock]) -> None:
         library = ggml.installed()
         rows = WorkingRows(torch.float32)
-        hidden = blocks[0].attention.qkv.in_features
+        first = blocks[0].attention
+        assert isinstance(first, ParallelAttention)
+        hidden = first.qkv.in_features
         self._stream = rows("stream", hidden)
         self._position = rows("position", 1, dtype=torch.int32)
         self._steps: list[Callable[[AttentionCache], None]] = []
@@ -190,7 +192,7 @@ def _step(
         before: what the block before has left there.
     """
     attention, mlp, tp = block.attention, block.mlp, block.tp
-    assert isinstance(mlp, ParallelMLP)
+    assert isinstance(attention, ParallelAttention) and isinstance(mlp, ParallelMLP)
     hidden = attention.qkv.in_features
     entering = _Segment(library, rows, hidden)
     partial = entering.partial

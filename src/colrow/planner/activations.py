@@ -78,7 +78,7 @@ def block_bytes(block: BlockSpec, layout: Layout, rank: int, *, flash: bool) -> 
     if isinstance(block.attention, LatentAttentionSpec):
         # The compressed queries, keys and values, before and after their norms.
         compressed = block.attention.query_rank + block.attention.kv_rank
-        latent = float(tokens * (2 * compressed + block.attention.rope) * sizes.item)
+        latent = float(tokens * (2 * compressed + block.attention.rotated) * sizes.item)
     if isinstance(block.mlp, ExpertsSpec):
         # The experts' inputs, sorted, and their results, which the router's weights multiply.
         dispatched = 2 * sizes.residual * block.mlp.active

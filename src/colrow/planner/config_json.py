@@ -11,13 +11,7 @@ from colrow.planner.catalog import shape_of_sizes
 from colrow.planner.model import ModelShape
 
 # Architectures put together from keys, with the family whose biases and norms they have.
-_COMPOSED = {
-    "deepseek_v2": "llama",
-    "deepseek_v3": "llama",
-    "kimi_k2": "llama",
-    "glm4_moe": "qwen2",
-    "gpt_oss": "qwen2",
-}
+_COMPOSED = {"kimi_k2": "llama", "glm4_moe": "qwen2"}
 
 
 def model_from_config_json(path: str | Path) -> ModelShape:

@@ -155,11 +155,11 @@ class LatentAttentionSpec:
         query_rank: numbers into which the hidden state is compressed for queries; 0 where queries
             are projected directly.
         kv_rank: the same for keys and values, which is what a cache keeps of a token, with
-            ``rope`` rotated numbers that all heads share.
-        nope, rope: numbers of a query and key per head without and with rotation.
+            ``rotated`` numbers with rotation that all heads share.
+        nope, rotated: numbers of a query and key per head without and with rotation.
         value: numbers of a value per head.
-        rotation: of the rotated numbers; None where it is not known, for sizes alone.
-        scale: what scores are multiplied by; None for ``(nope + rope) ** -0.5``.
+        rope: of the numbers with rotation; None where it is not known, for sizes alone.
+        scale: what scores are multiplied by; None for ``(nope + rotated) ** -0.5``.
         norm_eps: of the norms of what is compressed.
     """
 
@@ -168,19 +168,19 @@ class LatentAttentionSpec:
     query_rank: int
     kv_rank: int
     nope: int
-    rope: int
+    rotated: int
     value: int
     _: KW_ONLY
     window: int | None = None
     dropout: float = 0.0
-    rotation: RopeConfig | None = None
+    rope: RopeConfig | None = None
     scale: float | None = None
     norm_eps: float = 1e-6
 
     @property
     def key_size(self) -> int:
         """Numbers of a query and a key per head."""
-        return self.nope + self.rope
+        return self.nope + self.rotated
 
     @property
     def value_size(self) -> int:
@@ -190,7 +190,7 @@ class LatentAttentionSpec:
     @property
     def rotates(self) -> bool:
         """Whether queries and keys are rotated by their positions."""
-        return self.rope > 0
+        return self.rotated > 0
 
     @property
     def plain_scores(self) -> bool:
@@ -223,7 +223,7 @@ class LatentAttentionSpec:
         else:
             found = {"q": ColumnSpec(hidden, (queries,))}
         return found | {
-            "kv_down": compressing(self.kv_rank + self.rope),
+            "kv_down": compressing(self.kv_rank + self.rotated),
             "kv_norm": NormSpec(self.kv_rank, eps=self.norm_eps, by_head=True),
             "kv_up": ColumnSpec(self.kv_rank, (heads.scaled(self.nope + self.value),)),
             "output": RowSpec(heads.scaled(self.value), hidden),
@@ -236,7 +236,7 @@ class LatentAttentionSpec:
 
     def cache_shape(self, division: Division, rank: int) -> tuple[int, int, int]:
         """As of other attention layers: what is compressed, and the rotated, on every rank."""
-        return 1, self.kv_rank, self.rope
+        return 1, self.kv_rank, self.rotated
 
     def linears(self, division: Division, rank: int) -> tuple[Linear, ...]:
         """Its matmuls with weights on one rank; those that compress are whole on every rank."""
@@ -251,7 +251,7 @@ class LatentAttentionSpec:
         )
         return (
             *queries,
-            Linear("kv_down", hidden, self.kv_rank + self.rope),
+            Linear("kv_down", hidden, self.kv_rank + self.rotated),
             Linear("kv_up", self.kv_rank, heads * (self.nope + self.value)),
             Linear("output", heads * self.value, hidden),
         )

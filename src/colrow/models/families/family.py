@@ -76,6 +76,7 @@ class Family:
             that is null stays unset.
         reads: further keys that :meth:`complete` reads.
         refused: key to the only value that is supported.
+        quantised: names of the quantisations (``quant_method``) in which its files are read.
         gguf: its form in GGUF files, or None.
         habits: fields that its published models share, for shapes that are made from sizes alone.
     """
@@ -94,12 +95,13 @@ class Family:
     defaults: Mapping[str, object] = field(default_factory=dict)
     reads: frozenset[str] = frozenset()
     refused: Mapping[str, object] = field(default_factory=dict)
+    quantised: frozenset[str] = frozenset()
     gguf: GGUFForm | None = None
     habits: Mapping[str, object] = field(default_factory=dict)
 
     def complete(self, fields: dict[str, Any], values: Mapping[str, Any]) -> None:
         """Adds the fields that no single key says, to those that are there already."""
-        if fields["position"] == "rope":
+        if fields["position"] == "rope" and "rope" not in fields:
             fields["rope"] = rope_config(values, fields["head_dim"], self.rope, self.name)
 
     def modules_of(self, config: ModelConfig) -> Mapping[str, tuple[str, ...]]:
