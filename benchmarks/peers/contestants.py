@@ -93,7 +93,6 @@ DECODING = (
 )
 QUANTISED = (
     Contestant("llama-cpp", "llama.cpp, 2 threads", "quantised:LlamaCpp", 1, package="llama-cpp"),
-    Contestant("colrow-1", "colrow, unsplit", "quantised:Colrow", 1),
     Contestant("colrow", "colrow, tp=2", "quantised:Colrow", 2),
 )
 

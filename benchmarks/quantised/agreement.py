@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import pydoc_data.topics
 import sys
 from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -47,20 +50,33 @@ def colrow_at_once(model: colrow.Decoder) -> Logits:
     return lambda ids: model(torch.tensor([ids]))[0]
 
 
-def llama_one_by_one(model: LlamaCpp) -> Logits:
-    def logits(ids: list[int]) -> Tensor:
+def serve_llama(pipe: Connection, file: Path) -> None:
+    """In a process of its own, since it brings another ggml: token lists to logits."""
+    sys.path.append(str(LLAMA_CPP.absolute()))
+    torch.set_num_threads(1)
+    model = LlamaCpp(Quantised("agreement", "", WINDOW, 0, 0, file=str(file)), file)
+    while True:
+        ids, at_once = pipe.recv()
         model.start()
-        return torch.stack([model.feed([token]).clone() for token in ids])
+        if at_once:
+            found = model.feed_all(ids)
+        else:
+            found = torch.stack([model.feed([token]).clone() for token in ids])
+        pipe.send_bytes(found.numpy().tobytes())
 
-    return logits
 
+def llama(file: Path) -> dict[bool, Logits]:
+    """llama.cpp token by token, and all at once."""
+    context = multiprocessing.get_context("spawn")
+    pipe, other = context.Pipe()
+    context.Process(target=serve_llama, args=(other, file), daemon=True).start()
 
-def llama_at_once(model: LlamaCpp) -> Logits:
-    def logits(ids: list[int]) -> Tensor:
-        model.start()
-        return model.feed_all(ids)
+    def logits(ids: list[int], at_once: bool) -> Tensor:
+        pipe.send((ids, at_once))
+        found = torch.frombuffer(bytearray(pipe.recv_bytes()), dtype=torch.float32)
+        return found.view(len(ids), -1)
 
-    return logits
+    return {way: partial(logits, at_once=way) for way in (False, True)}
 
 
 class Sums:
@@ -100,15 +116,12 @@ def main() -> None:
     ids = load_tokenizer(args.file)(text).input_ids[: args.tokens]
     exact = colrow.from_pretrained(args.file, dtype=torch.float32).for_decoding()
     model = colrow.from_pretrained(args.file, quantised=True).for_decoding()
-    sys.path.append(str(LLAMA_CPP.absolute()))
-    settings = Quantised("agreement", "", WINDOW, 0, 0, file=str(args.file))
-    peer = LlamaCpp(settings, args.file)
+    peer = llama(args.file)
     ways = {
         "colrow, token by token": colrow_one_by_one(model),
-        "llama.cpp, token by token": llama_one_by_one(peer),
+        "llama.cpp, token by token": peer[False],
         "colrow, at once": colrow_at_once(model),
-        "llama.cpp, at once": llama_at_once(peer),
-        "the numbers themselves, token by token": colrow_one_by_one(exact),
+        "llama.cpp, at once": peer[True],
     }
     sums = {name: Sums() for name in ways}
     for start in range(0, len(ids), WINDOW):

@@ -87,10 +87,9 @@ class Library:
     """
 
     def __init__(self, directory: Path) -> None:
-        # Each needs those before it.
+        # The second needs the first.
         self._loaded = [
-            ctypes.CDLL(str(_library_file(directory, name)), mode=ctypes.RTLD_GLOBAL)
-            for name in ("ggml-base", "ggml-cpu")
+            ctypes.CDLL(str(_library_file(directory, name))) for name in ("ggml-base", "ggml-cpu")
         ]
         for name, result in _RESULTS.items():
             self.function(name).restype = result

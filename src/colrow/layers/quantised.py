@@ -56,7 +56,7 @@ class QuantisedWeight(Tensor):
     """
 
     # Asking for a dtype or a shape then costs what it does of any tensor.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     blocks: tuple[Blocks, ...]
     columns: tuple[int, int]

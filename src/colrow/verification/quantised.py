@@ -23,7 +23,7 @@ from colrow.checkpoint.pretrained import from_pretrained
 from colrow.comm.collectives import gather_from_tp
 from colrow.comm.group import ParallelGroup
 from colrow.comm.mesh import Mesh
-from colrow.generation.engine import generate
+from colrow.generation.generate import generate
 from colrow.models.decoder import Decoder
 from colrow.verification.comparison import relative_error
 from colrow.verification.reference import load_reference, precision
