@@ -23,6 +23,7 @@ SECONDS_BETWEEN_LOOKS = 1.0
 # A thread that has not written for so long does not get to run: its process is stopped, blocked in
 # the kernel, or in code that keeps the interpreter's lock.
 _SECONDS_UNTIL_SILENT = 6.0
+_ITS_START = "its start"  # the first look, which the main thread takes itself
 _MPI = f"colrow{os.sep}comm{os.sep}mpi{os.sep}"
 _WAITING = (f"torch{os.sep}distributed{os.sep}", f"colrow{os.sep}comm{os.sep}")
 _LIBRARY = str(Path(threading.__file__).parent)
@@ -82,7 +83,9 @@ class PlaceReporter(threading.Thread):
         now = time.monotonic()
         if place != self._last:
             self._last, self._since = place, now
-        text = json.dumps(asdict(Place(_waiting_in(frame), _line(frame), self._since, now)))
+        starting = threading.get_ident() == self._main
+        line = _ITS_START if starting else _line(frame)
+        text = json.dumps(asdict(Place(_waiting_in(frame), line, self._since, now)))
         part = self._file.with_suffix(".part")
         part.write_text(text)
         part.replace(self._file)
@@ -125,11 +128,12 @@ def waited_for(processes: Mapping[int, int], places: Mapping[int, Place | None])
     now = time.monotonic()
     for rank in processes:
         place = places.get(rank)
-        if place is None:
+        silent = 0.0 if place is None else now - place.seen
+        started = place is not None and place.line == _ITS_START
+        if place is None or (started and silent < 2 * SECONDS_BETWEEN_LOOKS):
             states[rank] = "it is still starting"
-        elif now - place.seen > _SECONDS_UNTIL_SILENT:
-            seconds = now - place.seen
-            states[rank] = f"its interpreter has not run for {seconds:.0f} s, since {place.line}"
+        elif started or silent > _SECONDS_UNTIL_SILENT:
+            states[rank] = f"its interpreter has not run for {silent:.0f} s, since {place.line}"
         elif not place.waiting_in:
             states[rank] = f"it is at {place.line}"
     return states

@@ -15,7 +15,7 @@ HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 @contextmanager
 def sigint_blocked() -> Iterator[None]:
     """Processes started inside import torch first; an interrupt waits until they say otherwise."""
-    resource_tracker.ensure_running()  # which unblocks the signal when it has to start
+    _start_resource_tracker()  # which unblocks the signal when it has to start
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -31,7 +31,10 @@ def end_on_sigint() -> None:
 
 @contextmanager
 def handlers_kept() -> Iterator[None]:
-    """Restores the handlers of :data:`HANDLED`: torch's agent leaves its own behind."""
+    """What handles :data:`HANDLED` before also does afterwards, in the main thread.
+
+    torch's agent leaves handlers of its own behind, MPICH's library one that lets a hangup pass.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -40,4 +43,18 @@ def handlers_kept() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # one that Python did not install cannot be put back by it
+                signal.signal(number, handler)
+
+
+def _start_resource_tracker() -> None:
+    """multiprocessing's process that removes what others leave behind.
+
+    It ignores SIGINT and SIGTERM, and here also what else a terminal sends to all of its processes:
+    it has to outlive those that it tidies up after, which would start it again and complain.
+    """
+    with handlers_kept():
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGHUP, signal.SIGQUIT):
+                signal.signal(number, signal.SIG_IGN)
+        resource_tracker.ensure_running()

@@ -19,6 +19,7 @@ from colrow.comm.engine import against_shared_memory
 from colrow.comm.mpi import BACKEND
 from colrow.comm.mpi.peers import Peers
 from colrow.launch.environment import inherited_environment
+from colrow.launch.signals import handlers_kept
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -108,7 +109,8 @@ def _start(store: Store, rank: int, size: int) -> None:
         if not port.isdecimal():
             raise ValueError(f"MPI cannot start: {port}; free some, or use engine='gloo'")
         variables |= {"PMI_PORT": f"127.0.0.1:{port}", "PMI_ID": str(rank)}
-    with inherited_environment(variables):  # not for the processes that this one will start
+    # The variables are not for the processes that this one will start.
+    with inherited_environment(variables), handlers_kept():
         mpi = _mpi()
     mpi.COMM_WORLD.Barrier()  # all ranks have opened the shared memory
     _forget_shared_memory()
