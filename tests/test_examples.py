@@ -73,7 +73,9 @@ def test_column_and_row_agree_with_the_dense_layers() -> None:
     assert "RowParallelLinear(weight=[6, 7], local=[6, 4], tp_rank=0/2, bias=True)" in output
     assert "sent: column: all_reduce in backward, row: all_reduce in forward" in output
     for check in ("column: x gradient", "row: y", "row: weight gradient"):
-        assert float(cells(output, check)[1]) < 1e-12
+        assert float(cells(output, check)[2]) < 1e-12
+    assert cells(output, "column: y")[:2] == ["[3, 4]", "[3, 7]"]  # concatenated, not cut out
+    assert cells(output, "row: weight gradient")[:2] == ["[6, 4]", "[6, 7]"]
 
 
 def test_column_then_row_sends_half_the_collectives(shown: Callable[[str], str]) -> None:
@@ -132,6 +134,11 @@ def test_each_mistake_is_refused_or_shown_to_be_wrong(shown: Callable[[str], str
     bias, loss = numbers[1], numbers[2]
     assert bias[0] - bias[1] == pytest.approx(5 * 8, abs=1e-3)  # a bias of ones, once too often
     assert loss[0] - loss[1] == pytest.approx(math.log(2), abs=1e-3)
+
+
+def test_an_example_can_be_read_at_a_glance() -> None:
+    lengths = {path.stem: len(path.read_text().splitlines()) for path in EXAMPLES.glob("*.py")}
+    assert max(lengths.values()) <= 80, lengths
 
 
 def test_the_table_lists_every_example() -> None:

@@ -17,6 +17,7 @@ ROOMS = (
     # Files that somebody else made, locks, who holds which indices; random numbers.
     "colrow._lazy",
     "colrow.text",
+    "colrow.progress",
     "colrow.files",
     "colrow.leftovers",
     "colrow.partition",
@@ -49,9 +50,11 @@ ROOMS = (
     "colrow.generation",
     "colrow.pipeline",
     "colrow.planner",
+    "colrow.explain",
     "colrow.train",
     "colrow.bench",
     "colrow.verification",
+    "colrow.transformers",
     "colrow.cli",
     "colrow",
 )

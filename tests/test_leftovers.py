@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from colrow.any_model.export import alone
+from colrow.any_model.loading import alone
 from colrow.checkpoint.training import TrainingCheckpoints
 from colrow.leftovers import lock, part_of, scratch_directory, unlock
 
@@ -75,7 +75,7 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(
 
 SAVE = """
 import sys, torch
-from colrow.any_model.export import alone
+from colrow.any_model.loading import alone
 from colrow.checkpoint.training import TrainingCheckpoints
 layer = torch.nn.RMSNorm(2)
 checkpoints = TrainingCheckpoints(sys.argv[1], alone())

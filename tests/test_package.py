@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,21 @@ def test_importing_and_helping_need_no_torch() -> None:
             f"assert main({arguments!r}) == 0\nassert 'torch' not in sys.modules"
         )
         assert "usage: colrow" in run(code)
+
+
+def test_the_version_stands_in_one_place_and_in_the_changelog() -> None:
+    root = Path(colrow.__file__).parents[2]
+    project = tomllib.loads((root / "pyproject.toml").read_text())
+    assert project["project"]["dynamic"] == ["version"]
+    assert project["tool"]["setuptools"]["dynamic"]["version"]["attr"] == "colrow.__version__"
+    assert f"\n## [{colrow.__version__}] - 20" in (root / "CHANGELOG.md").read_text()
+    # What base installs bring stays little, and every kind of data file is in the wheel.
+    names = {re.split("[<>=]", name)[0] for name in project["project"]["dependencies"]}
+    assert names == {"torch", "numpy", "safetensors", "rich"}
+    kept = project["tool"]["setuptools"]["package-data"]["colrow"]
+    others = (f for f in (root / "src").rglob("*.*") if f.suffix not in (".py", ".pyc"))
+    data = [f.relative_to(root / "src" / "colrow") for f in others if "egg-info" not in str(f)]
+    assert all(any(file.match(pattern) for pattern in kept) for file in data), data
 
 
 def test_layers_do_not_import_what_takes_as_long_as_torch_itself() -> None:

@@ -4,7 +4,7 @@ The public API on one screen. Names are imported when they are first used, so th
 costs nothing and planning needs no torch.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 TYPE_CHECKING = False  # typing's, which is not imported for it
 if TYPE_CHECKING:

@@ -38,3 +38,12 @@ def lines(text: str) -> list[str]:
     if not found[-1]:
         found.pop()
     return [line.removesuffix("\r") for line in found]
+
+
+def bytes_text(size: float) -> str:
+    """A number of bytes as a person reads it."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"

@@ -9,11 +9,14 @@ import pytest
 import torch
 
 import colrow
-from colrow.any_model.export import load_trained
+from colrow.any_model.loading import load_model, load_trained
 from colrow.cli import main
+from colrow.comm.group import ParallelGroup
+from colrow.comm.mesh import Mesh
 from colrow.train.loop import train
 from colrow.verification.reference import precision, prepare_reference, quiet_transformers
 from tests.models import tiny
+from tests.ranks import RankPool
 from tests.train.curves import logged, reference, settings_for, worst, write_inputs
 
 
@@ -24,6 +27,13 @@ def transformers_loss(directory: Path, ids: torch.Tensor) -> float:
         model = prepare_reference(AutoModelForCausalLM.from_pretrained(directory).double())
     with torch.no_grad(), precision(torch.float64):
         return float(model(input_ids=ids, labels=ids).loss)
+
+
+def loss_of_run(tp: ParallelGroup, run: str) -> float:
+    single = ParallelGroup.single
+    mesh = Mesh(tp, single("dp"), single("pp"), None, torch.device("cpu"))
+    ids = tiny.batch()
+    return load_model(run, mesh).module.loss(ids, ids).item()
 
 
 def test_an_export_has_the_loss_that_training_logged(tmp_path: Path) -> None:
@@ -47,7 +57,7 @@ def test_an_export_has_the_loss_that_training_logged(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", tiny.CASES)
 def test_every_family_goes_through_a_training_run_and_back(
-    tiny_models: Path, tmp_path: Path, name: str
+    tiny_models: Path, tmp_path: Path, name: str, ranks: RankPool
 ) -> None:
     source, ids = tiny_models / name, tiny.batch()
     run, back = str(tmp_path / "run"), tmp_path / "hf"
@@ -58,6 +68,8 @@ def test_every_family_goes_through_a_training_run_and_back(
         assert transformers_loss(back, ids) == pytest.approx(expected.item(), rel=1e-12)
     model = colrow.from_pretrained(back, dtype=torch.float64)
     assert model.loss(ids, ids).item() == pytest.approx(expected.item(), rel=1e-12)
+    if name == "llama":  # whose run runs on four ranks, too
+        assert ranks(4, loss_of_run, run) == pytest.approx([expected.item()] * 4, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", tiny.CASES)

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from colrow.any_model.export import alone
+from colrow.any_model.loading import alone, load_model
+from colrow.checkpoint.assemble import full_state_dict
 from colrow.checkpoint.training import TrainingCheckpoints
 from colrow.cli import main
+from colrow.comm.group import ParallelGroup
 from colrow.tiny_models.architectures import Architecture, build
 from colrow.train.loop import train
 from colrow.train.settings import TrainSettings
@@ -22,7 +24,7 @@ from colrow.verification.reference import quiet_transformers
 from tests.ranks import RankPool, run_world
 from tests.train import runs
 from tests.train.curves import curve_of, logged, settings_for, write_inputs
-from tests.train.layouts import RATE, torch_loop
+from tests.train.layouts import RATE, Layout, make_mesh, torch_loop
 from tests.train.runs import assert_same, curve, expected, load
 
 
@@ -165,8 +167,14 @@ def transformers_loop(settings: TrainSettings) -> list[tuple[float, float]]:
     return curve_of(settings, model)
 
 
+def whole_of_run(world: ParallelGroup, run: str) -> dict[str, torch.Tensor]:
+    model = load_model(run, make_mesh(world, Layout(tp=2, dp=2)))
+    assert model.description.kind == "in place"
+    return full_state_dict(model.module)
+
+
 def test_a_run_from_a_configuration_resumes_and_is_exported(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ranks: RankPool
 ) -> None:
     """Random weights are transformers' own; the run stops, goes on on another grid, is exported."""
     write_inputs(tmp_path, CONFIG)
@@ -192,6 +200,8 @@ def test_a_run_from_a_configuration_resumes_and_is_exported(
     assert main(["convert", again, str(back), "--to", "hf", "--dtype", "fp64"]) == 0
     for name, value in load(back).state_dict().items():
         assert torch.equal(value, exported[name]), name
+    whole = ranks(4, whole_of_run, again)[0]  # as colrow generate --tp 2 takes it
+    assert all(torch.equal(value, exported[name]) for name, value in whole.items())
     assert (
         main(["convert", again, str(tmp_path / "x.gguf"), "--to", "gguf", "--like", "y.gguf"]) == 2
     )

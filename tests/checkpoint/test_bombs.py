@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import colrow
-from colrow.any_model.export import load_trained, write_training_run
+from colrow.any_model.export import write_training_run
+from colrow.any_model.loading import load_trained
 from colrow.checkpoint.gguf_file import GGUFTensorReader
 from colrow.checkpoint.opening import open_reader
 from colrow.checkpoint.pretrained import pretrained_config

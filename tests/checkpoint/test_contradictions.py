@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import colrow
-from colrow.any_model.export import load_any, write_hf_directory
+from colrow.any_model.export import write_hf_directory
+from colrow.any_model.loading import alone, load_model
 from colrow.checkpoint.naming import hf_naming
 from colrow.checkpoint.pretrained import pretrained_config
 from colrow.comm.collectives import gather_from_tp
@@ -133,7 +134,7 @@ def test_what_is_written_says_what_it_holds(tied: dict[str, Tensor], tmp_path: P
     files.mkdir()
     copy_model_files(directory, files)
     assert config_from_file(files).tie_embeddings is False
-    write_hf_directory(load_any(directory), tmp_path / "out", directory, torch.float64)
+    write_hf_directory(load_model(directory, alone()), tmp_path / "out", directory, torch.float64)
     assert config_from_file(tmp_path / "out").tie_embeddings is False
     assert relative_error(reference_logits(tmp_path / "out"), tied[directory]) < LIMIT
 

@@ -146,6 +146,7 @@ def test_an_unknown_name_says_where_it_was_looked_for(
     message = capsys.readouterr().err
     assert "did you mean gpt3-175b" in message and "There is no such file" in message
     assert f"no snapshot of 'gpt3-175c' in the cache '{tmp_path}'" in message
+    assert "`hf download gpt3-175c` fetches it" in message
 
 
 def test_one_rank_of_a_launcher_reports_a_dry_run(

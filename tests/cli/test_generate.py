@@ -181,7 +181,7 @@ def test_json_alone_on_standard_output(
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("Hi"))
     options = ["--max-new-tokens", "5", "--temperature", "1", "--top-k", "9", "--seed", "3"]
-    assert main(["generate", chat_model, "-", *options, "--json", "-", "--quiet"]) == 0
+    assert main(["generate", chat_model, "-", *options, "--json", "-"]) == 0
     out, err = capsys.readouterr()
     result = json.loads(out)
     assert err == ""
@@ -189,6 +189,29 @@ def test_json_alone_on_standard_output(
     assert result["sampling"] == {"temperature": 1.0, "top_k": 9, "top_p": 1.0, "seed": 3}
     assert len(result["token_ids"]) == 5
     assert len(result["weight_bytes_per_rank"]) == len(result["cache_bytes_per_rank"]) == 1
+
+
+def test_a_training_run_is_run_as_the_model_that_it_is(
+    chat_model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = str(tmp_path / "run")
+    assert main(["convert", chat_model, run, "--to", "run"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"wrote {run} from {chat_model}: ") and " kB)" in said
+    answers = []
+    for model in (chat_model, run):
+        options = ["Hi", "--max-new-tokens", "5", "--json", "-"]
+        assert main(["generate", model, *options]) == 0
+        answers.append(json.loads(capsys.readouterr().out))
+    assert answers[0]["token_ids"] == answers[1]["token_ids"]
+    assert answers[1]["kind"] == "decoder"
+    for command, message in (
+        (["generate", run, "Hi", "--in-place"], f"colrow export {run} DIRECTORY"),
+        (["verify", run], "is a training run, and its weights are in checkpoints"),
+    ):
+        assert main(command) == 2
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1
 
 
 def test_an_answer_ends_where_the_context_ends(

@@ -11,7 +11,7 @@ import pytest
 
 import colrow.cli
 from colrow.cli import main
-from colrow.cli.common import write_json
+from colrow.cli.common import warn_of_cores, write_json
 
 PROBE = """
 HELP = "fails in a chosen way"
@@ -70,7 +70,8 @@ def test_a_command_runs_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFi
         ),
         (
             ["probe", "1", "--tpp", "2"],
-            "colrow probe: unrecognized arguments: --tpp 2 (see colrow probe --help)",
+            "colrow probe: unrecognized arguments: --tpp 2; did you mean --tp? "
+            "(see colrow probe --help)",
         ),
     ],
 )
@@ -87,11 +88,15 @@ def test_what_json_cannot_say_is_null(capsys: pytest.CaptureFixture[str]) -> Non
     assert written == {"errors": {"a": None, "b": 1.5}, "pairs": [[None, True]]}
 
 
-def test_an_unknown_command_names_the_known(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["prove"]) == 2
-    message = capsys.readouterr().err
-    assert "'prove'" in message and "probe" in message
-    assert message.count("\n") == 1
+def test_more_ranks_than_cores_are_told_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("colrow.cli.common.available_cores", lambda: 2)
+    warn_of_cores(2)
+    assert capsys.readouterr().err == ""
+    warn_of_cores(3)
+    said = "... 3 ranks share 2 cores and wait for each other: ask for 2 to be faster\n"
+    assert capsys.readouterr().err == said
 
 
 def test_an_interrupt_is_130() -> None:

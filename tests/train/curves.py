@@ -104,9 +104,9 @@ def settings_for(directory: Path, output: str, **options: Any) -> TrainSettings:
 
 
 def logged(settings: TrainSettings) -> list[dict[str, Any]]:
-    """The log of a run."""
+    """The log of a run: of its steps, without what was before the first."""
     lines = Path(settings.output, "log.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    return [record for line in lines if (record := json.loads(line))["step"] > 0]
 
 
 def curve(directory: Path, case: Case, precision_name: str, steps: int) -> list[dict[str, Any]]:

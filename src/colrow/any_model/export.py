@@ -12,82 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from colrow.any_model.loading import known_to_decoder, load_model, split_in_place
+from colrow.any_model.loading import alone
 from colrow.checkpoint.assemble import full_state_dict
+from colrow.checkpoint.run_directory import CHECKPOINTS, MODEL_FILES, is_training_run
 from colrow.checkpoint.training import TrainingCheckpoints
-from colrow.comm.group import ParallelGroup
-from colrow.comm.mesh import Mesh
 from colrow.files import check_inside
-from colrow.inplace.weights.load import allocate
-from colrow.inplace.weights.meta import give_buffers, model_of
 from colrow.inplace.weights.save import save_pretrained
 from colrow.leftovers import part_of
-from colrow.models.build import from_config
 from colrow.models.decoder import Decoder
-from colrow.models.hf_config import config_from_file, read_config
+from colrow.models.hf_config import read_config
 from colrow.models.interface import TensorParallelModel
-
-MODEL_FILES, CHECKPOINTS = "model", "checkpoints"
-_OF_DECODER = "embedding.weight"  # no model of transformers with a head has it outside of a part
-
-
-def alone() -> Mesh:
-    """A grid of this process."""
-    single = ParallelGroup.single
-    return Mesh(single("tp"), single("dp"), single("pp"), None, torch.device("cpu"))
-
-
-def is_training_run(path: str | Path) -> bool:
-    """Whether ``colrow train`` wrote this directory."""
-    return (Path(path) / CHECKPOINTS).is_dir()
-
-
-def load_trained(run: str | Path, step: int | None = None) -> tuple[TensorParallelModel, int]:
-    """The whole model of a training run, on the CPU in the dtype of its parameters, and its step.
-
-    Args:
-        run: the ``--output`` of ``colrow train``.
-        step: of the checkpoint; by default the newest.
-
-    Raises:
-        ValueError: no such run or checkpoint, or a damaged one.
-    """
-    run = Path(run)
-    checkpoints = TrainingCheckpoints(run / CHECKPOINTS, alone())
-    found = checkpoints.steps()
-    if not found:
-        raise ValueError(f"{run} has no checkpoints: give the --output of colrow train")
-    step = found[-1] if step is None else step
-    if step not in found:
-        raise ValueError(f"{run} has no checkpoint of step {step}; it has {found}")
-    dtype, files = checkpoints.dtype(step), run / MODEL_FILES
-    model: TensorParallelModel
-    if known_to_decoder(files) and _OF_DECODER in checkpoints.parameters(step):
-        config = config_from_file(files)
-        checkpoints.check_shapes(step, config)
-        model = from_config(config, alone(), dtype=dtype)
-    else:
-        module = model_of(files, dtype)
-        give_buffers(module, None, torch.device("cpu"))
-        allocate(module, lambda _, like: torch.empty_like(like, device="cpu"))
-        model = split_in_place(module, alone())
-        names = {name for name, _ in module.named_parameters()}
-        if names != checkpoints.parameters(step):
-            other = sorted(names ^ checkpoints.parameters(step))
-            raise ValueError(
-                f"{', '.join(other[:3])} of {checkpoints.path(step)} and of the run's "
-                "configuration differ: they do not belong together"
-            )
-    checkpoints.load(step, model.module, None)
-    model.module.eval()
-    return model, step
-
-
-def load_any(path: str | Path, step: int | None = None) -> TensorParallelModel:
-    """The whole model of a training run, a Hugging Face directory or a GGUF file."""
-    if is_training_run(path):
-        return load_trained(path, step)[0]
-    return load_model(path, alone())
 
 
 def write_hf_directory(

@@ -15,15 +15,22 @@ from colrow.checkpoint.blocks import NO_KERNELS, why_not_quantised
 from colrow.checkpoint.locate import find_weights, resolve_model_path
 from colrow.checkpoint.opening import open_reader
 from colrow.checkpoint.pretrained import from_pretrained, pretrained_config
+from colrow.checkpoint.run_directory import CHECKPOINTS, MODEL_FILES, is_training_run, model_files
+from colrow.checkpoint.training import TrainingCheckpoints
+from colrow.comm.group import ParallelGroup
 from colrow.comm.mesh import Mesh
 from colrow.inplace.api import parallelize
-from colrow.inplace.weights.meta import model_of, transformers_config
+from colrow.inplace.weights.load import allocate
+from colrow.inplace.weights.meta import give_buffers, model_of, transformers_config
+from colrow.models.build import from_config
 from colrow.models.families import families
-from colrow.models.hf_config import read_config
+from colrow.models.hf_config import config_from_file, read_config
 from colrow.models.interface import Description, TensorParallelModel
 from colrow.models.staged_layers import describe
 from colrow.models.stages import LayerSplit
 from colrow.sharding import Sharding
+
+_OF_DECODER = "embedding.weight"  # no model of transformers with a head has it outside of a part
 
 
 def known_to_decoder(path: str | Path) -> bool:
@@ -68,6 +75,9 @@ def describe_model(
         ValueError: no weights there, a configuration that neither of the two can use, or one that
             cannot be divided so.
     """
+    if is_training_run(path):
+        in_place = _trained_in_place(path, asked=in_place)
+        path = Path(path) / MODEL_FILES / "config.json"
     file = resolve_model_path(path)
     if file.suffix != ".json":
         find_weights(file)
@@ -145,8 +155,10 @@ def load_model(
     Its ``description`` says which. It comes in evaluation mode, and every rank reads its part.
 
     Args:
-        path: a Hugging Face directory, a hub id that is in the local cache, or a ``.gguf`` file.
-        dtype: of the parameters; by default the one that the configuration names.
+        path: a Hugging Face directory, a hub id that is in the local cache, a ``.gguf`` file, or
+            the ``--output`` of ``colrow train``, whose newest checkpoint is taken.
+        dtype: of the parameters; by default the one that the configuration names, or in which the
+            run trained them.
         quantised: of the decoder, see :func:`colrow.from_pretrained`.
         in_place: take transformers' model also where the decoder knows the family.
         tensor_split, layer_split: of the decoder, see
@@ -162,6 +174,16 @@ def load_model(
 
     Communicates: in place what :func:`colrow.parallelize` sends, and two small forward passes.
     """
+    if is_training_run(path) and not quantised:
+        return load_trained(
+            path,
+            mesh=mesh,
+            dtype=dtype,
+            in_place=in_place,
+            tensor_split=tensor_split,
+            layer_split=layer_split,
+            sharding=Sharding.of(sharding, sequence_parallel),
+        )[0]
     if not in_place and known_to_decoder(path):
         return from_pretrained(
             path,
@@ -184,13 +206,111 @@ def load_model(
         sharding=sharding,
         trust_remote_code=trust_remote_code,
     )
-    model = model_of(path, dtype, trust_remote_code=trust_remote_code)
+    module = model_of(path, dtype, trust_remote_code=trust_remote_code)
     return split_in_place(
-        model,
+        module,
         mesh,
         weights=path,
         sequence_parallel=Sharding.of(sharding, sequence_parallel).sequence_parallel,
     )
+
+
+def load_trained(
+    run: str | Path,
+    step: int | None = None,
+    mesh: Mesh | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    in_place: bool = False,
+    tensor_split: str | Sequence[float] | None = None,
+    layer_split: str | Sequence[float] | None = None,
+    sharding: Sharding | None = None,
+) -> tuple[TensorParallelModel, int]:
+    """The model of a training run in evaluation mode, and its step.
+
+    Args:
+        run: the ``--output`` of ``colrow train``.
+        step: of the checkpoint; by default the newest.
+        mesh: the grid of ranks, whatever the run's was; by default the whole model on the CPU.
+        dtype: of the parameters; by default the one in which they were trained.
+        The others as for :func:`load_model`.
+
+    Raises:
+        ValueError: no such run or checkpoint, or a damaged one.
+
+    Communicates: as :meth:`colrow.checkpoint.training.TrainingCheckpoints.load` does.
+    """
+    mesh, files = mesh or alone(), model_files(run)
+    checkpoints = TrainingCheckpoints(Path(run) / CHECKPOINTS, mesh)
+    step = _step_of(run, checkpoints, step)
+    dtype = dtype or checkpoints.dtype(step)
+    model: TensorParallelModel
+    if _trained_in_place(run, step, asked=in_place):
+        module = model_of(files, dtype)
+        refuse_in_place(
+            describe_config(module.config),
+            pp=mesh.pp.size,
+            tensor_split=tensor_split,
+            layer_split=layer_split,
+            sharding=sharding,
+        )
+        give_buffers(module, None, mesh.device)
+        allocate(module, lambda _, like: torch.empty_like(like, device=mesh.device))
+        sequence_parallel = Sharding.of(sharding).sequence_parallel
+        model = split_in_place(module, mesh, sequence_parallel=sequence_parallel)
+        names = {name for name, _ in module.named_parameters()}
+        if names != checkpoints.parameters(step):
+            other = sorted(names ^ checkpoints.parameters(step))
+            raise ValueError(
+                f"{', '.join(other[:3])} of {checkpoints.path(step)} and of the run's "
+                "configuration differ: they do not belong together"
+            )
+    else:
+        config = config_from_file(files)
+        checkpoints.check_shapes(step, config)
+        model = from_config(
+            config,
+            mesh,
+            dtype=dtype,
+            layer_split=layer_split,
+            tensor_split=tensor_split,
+            sharding=sharding,
+        )
+    checkpoints.load(step, model.module, None)
+    model.module.eval()
+    return model, step
+
+
+def alone() -> Mesh:
+    """A grid of this process, on the CPU."""
+    single = ParallelGroup.single
+    return Mesh(single("tp"), single("dp"), single("pp"), None, torch.device("cpu"))
+
+
+def _step_of(run: str | Path, checkpoints: TrainingCheckpoints, step: int | None) -> int:
+    found = checkpoints.steps()
+    if not found:
+        raise ValueError(f"{run} has no checkpoints: give the --output of colrow train")
+    if step not in (None, *found):
+        raise ValueError(f"{run} has no checkpoint of step {step}; it has {found}")
+    return found[-1] if step is None else step
+
+
+def _trained_in_place(run: str | Path, step: int | None = None, *, asked: bool) -> bool:
+    """Whether a run trained transformers' own model.
+
+    Raises:
+        ValueError: it did not, and that is asked for.
+    """
+    checkpoints = TrainingCheckpoints(Path(run) / CHECKPOINTS, alone())
+    parameters = checkpoints.parameters(_step_of(run, checkpoints, step))
+    decoder = known_to_decoder(model_files(run)) and _OF_DECODER in parameters
+    if asked and decoder:
+        raise ValueError(
+            f"{run} trained colrow's decoder, whose checkpoints are not transformers' own: for "
+            f"--in-place write a directory first: colrow export {run} DIRECTORY"
+        )
+    return not decoder
 
 
 def split_in_place(

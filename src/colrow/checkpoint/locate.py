@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from colrow.checkpoint.model_directory import check_directory
+from colrow.checkpoint.run_directory import is_training_run
 from colrow.files import check_regular
 
 SINGLE_FILE = "model.safetensors"
@@ -77,6 +78,11 @@ def find_weights(path: Path) -> Path:
     for name in (SINGLE_FILE, INDEX_FILE):
         if (path / name).exists():
             return path / name
+    if is_training_run(path):
+        raise ValueError(
+            f"{path} is a training run, and its weights are in checkpoints: write a model first: "
+            f"colrow export {path} DIRECTORY"
+        )
     entries = sorted(path.iterdir())
     others = [entry.name for entry in entries if entry.suffix in (".safetensors", ".gguf")]
     if others:
@@ -113,4 +119,7 @@ def cached_snapshot(hub_id: str) -> tuple[Path | None, str]:
     try:
         return Path(snapshot_download(hub_id, local_files_only=True)), ""
     except (HFValidationError, LocalEntryNotFoundError):
-        return None, f"no snapshot of {hub_id!r} in the cache {str(constants.HF_HUB_CACHE)!r}"
+        return None, (
+            f"no snapshot of {hub_id!r} in the cache {str(constants.HF_HUB_CACHE)!r} "
+            f"(where it is on the hub, `hf download {hub_id}` fetches it)"
+        )

@@ -23,14 +23,17 @@ import sys
 import threading
 from collections.abc import Sequence
 from importlib import import_module, metadata
-from typing import NoReturn, Protocol, cast
+from typing import Protocol, cast
 
+from colrow.cli.parser import Parser, did_you_mean
 from colrow.launch import BAD_INPUT, RankFailure, debugging, error_message
 
 if _INTERRUPT is signal.default_int_handler:
     signal.signal(signal.SIGINT, _INTERRUPT)
 
-_NOT_COMMANDS = {"__main__", "common", "bench_model", "bench_pipeline", "verify_quantised"}
+_NOT_COMMANDS = {
+    *("__main__", "common", "parser", "bench_model", "bench_pipeline", "verify_quantised"),
+}
 
 
 class Command(Protocol):
@@ -39,7 +42,7 @@ class Command(Protocol):
     HELP: str
     DESCRIPTION: str
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+    def add_arguments(self, parser: Parser) -> None:
         """Declares the command's arguments."""
 
     def run(self, args: argparse.Namespace) -> int:
@@ -77,10 +80,11 @@ def _run(argv: list[str]) -> int:
 
 def _run_command(argv: list[str]) -> int:
     try:
-        args, unknown = _parser(argv).parse_known_args(argv)
-        if unknown:
-            command = _Parser(prog=f"colrow {args.command}")
-            command.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser = _parser(argv)
+        if not argv:
+            parser.print_help()
+            return 0
+        args = parser.parse_args(argv)
     except SystemExit as stop:  # --help, --version and bad usage, which have said why
         return stop.code if isinstance(stop.code, int) else 0
     try:
@@ -109,14 +113,9 @@ def _fail(command: str, message: str, *, code: int) -> int:
     return code
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
-def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+def _parser(argv: Sequence[str]) -> Parser:
     """The parser, with the one command that is called for, or with all to choose from."""
-    parser = _Parser(
+    parser = Parser(
         prog="colrow",
         description="Splits a transformer over several devices, by the columns and rows of its "
         "weights, and gives the numbers that one device would give.",
@@ -124,18 +123,22 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         "torchrun, mpiexec and srun. COLROW_DEBUG=1 shows tracebacks.",
     )
     parser.add_argument("--version", action="version", version=f"colrow {_version()}")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    subparsers = parser.add_subparsers(
+        dest="command", metavar="COMMAND", required=True, title="commands"
+    )
     names = sorted(
         module.name for module in pkgutil.iter_modules(__path__) if module.name not in _NOT_COMMANDS
     )
     wanted = next((word for word in argv if not word.startswith("-")), None)
-    for name in [wanted] if wanted in names else names:
+    if wanted is not None and wanted not in names:
+        meant = did_you_mean(wanted, names) or f"; there are {', '.join(names)}"
+        parser.error(f"there is no command {wanted!r}{meant}")
+    for name in names if wanted is None else [wanted]:
         command = _command(name)
         subparser = subparsers.add_parser(
             name,
             help=command.HELP,
             description=command.DESCRIPTION,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_arguments(subparser)
     return parser

@@ -11,6 +11,7 @@ from colrow.cli import bench_pipeline
 from colrow.cli.bench_model import SIZES, configuration, in_place_model
 from colrow.cli.common import (
     DTYPES,
+    Options,
     add_device,
     add_dtype,
     add_engine,
@@ -24,6 +25,7 @@ from colrow.cli.common import (
     say,
     write_json,
 )
+from colrow.cli.parser import Parser
 
 if TYPE_CHECKING:
     from colrow.bench.link_result import Links, LinkSettings
@@ -37,9 +39,9 @@ everything else: element-wise work, norms, the optimiser, Python. Communication 
 computing is listed beside them. Totals are medians over --runs with nothing attached that measures.
 
   colrow bench SmolLM2-135M-Instruct.Q4_1.gguf --what model --tp 1,2 --decode
-  colrow bench llama-3-8b --what block --tp 1,2 --batch 1 --sequence 128 --plot block.png
-  colrow bench --hidden 1024 --layers 4 --heads 16 --vocab 32000 --what model --sequence 512
-  colrow bench --hidden 256 --layers 8 --heads 4 --vocab 4096 --pp 4 --schedule zbv
+  colrow bench llama-3-8b --what block --tp 1,2 --plot block.png
+  colrow bench --hidden 1024 --layers 4 --heads 16 --vocab 32000 --what model
+  colrow bench --hidden 256 --layers 8 --heads 4 --vocab 4096 --pp 4
 
 MODEL may be of any architecture of transformers: one that the decoder does not compute is split in
 place. Of such a model --what model, block, attention and mlp can be measured; the last two are the
@@ -52,7 +54,7 @@ With --link no model is run: collectives and messages between the ranks are time
 sends them, on the engine in use.
 
   colrow bench --link --tp 2 --engine gloo
-  colrow bench --link --tp 2 --machine machine.json   # then: colrow plan ... --machine machine.json
+  colrow bench --link --tp 2 --machine machine.json  # for colrow plan --machine
 
 JSON of --link (--json): for each size of --tp engine, device, dtype, torch and curves, each of op,
 ranks, message_bytes, seconds (medians, on the slowest rank), rounds (what they are medians of),
@@ -60,7 +62,7 @@ latency_seconds and bytes_per_second (the line through them, where there is one)
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declares the arguments."""
     parser.add_argument(
         "model",
@@ -71,77 +73,95 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--heads and --vocab. A directory or config.json of any other architecture is "
         "transformers' own model, split in place",
     )
-    parser.add_argument(
-        "--in-place",
-        action="store_true",
-        help="split transformers' own model in place, also where the decoder knows the family",
+    _add_work(parser.add_argument_group("what is measured"))
+    _add_ranks(parser.add_argument_group("ranks"))
+    bench_pipeline.add_arguments(parser)
+    _add_link(parser.add_argument_group("the link between ranks"))
+    sizes = parser.add_argument_group("a model of your own")
+    for name in SIZES:
+        sizes.add_argument(f"--{name}", type=positive_int, metavar="N", help=SIZES[name])
+    output = parser.add_argument_group("output")
+    add_json(output)
+    output.add_argument(
+        "--plot", type=destination, metavar="FILE", help="draw it (.png, .svg; needs matplotlib)"
     )
-    parser.add_argument(
+    parser.rare(
+        *("in_place", "tensor_split", "engine", "threads", "runs", "seconds", "layer_split"),
+        *("stages_per_rank", "timeline", *(name.replace("-", "_") for name in SIZES)),
+    )
+
+
+def _add_work(group: Options) -> None:
+    group.add_argument(
         "--what",
         choices=WHAT,
         help="the whole model, one block, its attention or MLP, or each of its linear layers "
         "(layer) (default block)",
     )
-    parser.add_argument(
-        "--tp",
-        type=_sizes,
-        metavar="N,N",
-        help="tensor-parallel sizes, one after the other (default 1,2; with --pp 1)",
-    )
-    add_tensor_split(parser)
-    add_sequence_parallel(parser)
-    parser.add_argument(
-        "--batch", type=positive_int, default=1, metavar="N", help="rows (default 1)"
-    )
-    parser.add_argument(
-        "--sequence",
-        type=positive_int,
-        default=128,
-        metavar="N",
-        help="tokens per row; with --decode those before the new one (default 128)",
-    )
-    work = parser.add_mutually_exclusive_group()
+    work = group.add_mutually_exclusive_group()
     work.add_argument(
         "--train",
         action="store_true",
         help="forward, backward and, for a model, AdamW (the default)",
     )
     work.add_argument("--decode", action="store_true", help="one new token at a time")
-    parser.add_argument(
+    group.add_argument(
+        "--batch", type=positive_int, default=1, metavar="N", help="rows (default 1)"
+    )
+    group.add_argument(
+        "--sequence",
+        type=positive_int,
+        default=128,
+        metavar="N",
+        help="tokens per row; with --decode those before the new one (default 128)",
+    )
+    add_dtype(group)
+    group.add_argument(
         "--runs", type=positive_int, default=10, metavar="N", help="timed runs (default 10)"
     )
-    parser.add_argument(
+    group.add_argument(
+        "--in-place",
+        action="store_true",
+        help="split transformers' own model in place, also where the decoder knows the family",
+    )
+
+
+def _add_ranks(group: Options) -> None:
+    group.add_argument(
+        "--tp",
+        type=_sizes,
+        metavar="N,N",
+        help="tensor-parallel sizes, one after the other (default 1,2; with --pp 1)",
+    )
+    add_sequence_parallel(group)
+    add_tensor_split(group)
+    add_device(group)
+    add_engine(group)
+    group.add_argument(
         "--threads", type=positive_int, metavar="N", help="of each rank (default cores / ranks)"
     )
-    parser.add_argument(
+
+
+def _add_link(group: Options) -> None:
+    group.add_argument(
         "--link",
         action="store_true",
         help="time all-reduce, all-gather, reduce-scatter, broadcast and messages instead",
     )
-    parser.add_argument(
+    group.add_argument(
         "--seconds",
         type=float,
         default=0.2,
         metavar="S",
         help="with --link: how long to time one operation at one size (default 0.2)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--machine",
         type=destination,
         metavar="FILE.json",
         help="with --link: measure matmuls and memory too, and describe this machine for colrow "
         "plan --machine",
     )
-    add_engine(parser)
-    for name in SIZES:
-        parser.add_argument(f"--{name}", type=positive_int, metavar="N", help=argparse.SUPPRESS)
-    add_dtype(parser)
-    add_device(parser)
-    add_json(parser)
-    parser.add_argument(
-        "--plot", type=destination, metavar="FILE", help="draw it (.png, .svg; needs matplotlib)"
-    )
-    bench_pipeline.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:

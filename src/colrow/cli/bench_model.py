@@ -10,7 +10,14 @@ from colrow.cli.common import model_configuration, say
 if TYPE_CHECKING:
     from colrow.models.config import ModelConfig
 
-SIZES = ("hidden", "layers", "heads", "kv-heads", "ffn", "vocab")
+SIZES = {
+    "hidden": "hidden size",
+    "layers": "transformer blocks",
+    "heads": "query heads",
+    "kv-heads": "key-value heads (default: as many as query heads)",
+    "ffn": "width of the MLP",
+    "vocab": "vocabulary size",
+}
 
 
 def in_place_model(args: argparse.Namespace) -> str:

@@ -15,6 +15,7 @@ from colrow.cli.common import (
     say,
     write_json,
 )
+from colrow.cli.parser import Parser
 from colrow.pipeline.schedules import SCHEDULES
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 _ONLY_HERE = ("schedule", "microbatches", "layer_split", "stages_per_rank")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declares the arguments of pipelines."""
     group = parser.add_argument_group("a step of a pipeline")
     group.add_argument(

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from colrow.launch import launch, rank_environment
+from colrow import progress
+from colrow.launch import available_cores, launch, rank_environment
+from colrow.text import bytes_text
 
 if TYPE_CHECKING:
     import torch
@@ -19,11 +21,13 @@ if TYPE_CHECKING:
     from colrow.models.config import ModelConfig
 
 T = TypeVar("T")
+Options = argparse._ActionsContainer  # a parser, or a group of its options
 
+_FILES_SHOWN = 6
 DTYPES = {"fp32": "float32", "fp64": "float64", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def add_tp(parser: argparse.ArgumentParser, *, default: int = 1) -> None:
+def add_tp(parser: Options, *, default: int = 1) -> None:
     """``--tp N``."""
     parser.add_argument(
         "--tp",
@@ -37,7 +41,7 @@ def add_tp(parser: argparse.ArgumentParser, *, default: int = 1) -> None:
     )
 
 
-def add_pipeline(parser: argparse.ArgumentParser) -> None:
+def add_pipeline(parser: Options) -> None:
     """``--pp N`` and ``--layer-split``."""
     parser.add_argument(
         "--pp",
@@ -50,7 +54,7 @@ def add_pipeline(parser: argparse.ArgumentParser) -> None:
     add_layer_split(parser)
 
 
-def add_layer_split(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+def add_layer_split(parser: Options) -> None:
     """``--layer-split``; ``args.layer_split`` is None for the balanced one."""
     parser.add_argument(
         "--layer-split",
@@ -60,7 +64,7 @@ def add_layer_split(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -
     )
 
 
-def add_in_place(parser: argparse.ArgumentParser) -> None:
+def add_in_place(parser: Options) -> None:
     """``--in-place`` and ``--trust-remote-code``."""
     parser.add_argument(
         "--in-place",
@@ -75,7 +79,7 @@ def add_in_place(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_tensor_split(parser: argparse.ArgumentParser) -> None:
+def add_tensor_split(parser: Options) -> None:
     """``--tensor-split``; ``args.tensor_split`` is None for even shares."""
     parser.add_argument(
         "--tensor-split",
@@ -86,7 +90,7 @@ def add_tensor_split(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_sequence_parallel(parser: argparse.ArgumentParser) -> None:
+def add_sequence_parallel(parser: Options) -> None:
     """``--sequence-parallel``."""
     parser.add_argument(
         "--sequence-parallel",
@@ -97,7 +101,7 @@ def add_sequence_parallel(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
+def add_json(parser: Options) -> None:
     """``--json FILE``."""
     parser.add_argument(
         "--json",
@@ -108,7 +112,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
+def add_device(parser: Options) -> None:
     """``--device``; ``args.device`` is None for auto, as :func:`colrow.init_mesh` takes it."""
     parser.add_argument(
         "--device",
@@ -120,7 +124,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_engine(parser: argparse.ArgumentParser) -> None:
+def add_engine(parser: Options) -> None:
     """``--engine``."""
     parser.add_argument(
         "--engine",
@@ -134,7 +138,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
 
 def say(text: str) -> None:
     """One line of progress, on standard error."""
-    print(f"... {text}", file=sys.stderr, flush=True)
+    progress.say(f"... {text}")
 
 
 def announce(mesh: Mesh) -> None:
@@ -143,7 +147,7 @@ def announce(mesh: Mesh) -> None:
         say(f"{mesh.world_size} ranks on {mesh.device.type}, engine {mesh.engine}")
 
 
-def add_dtype(parser: argparse.ArgumentParser, *, default: str = "fp32") -> None:
+def add_dtype(parser: Options, *, default: str = "fp32") -> None:
     """``--dtype``."""
     parser.add_argument(
         "--dtype",
@@ -223,7 +227,10 @@ def run_on_ranks(function: Callable[..., T], *args: object, ranks: int) -> T | N
     """
     environment = rank_environment()
     if environment is None:
-        return launch(function, args, ranks=ranks)[0]
+        warn_of_cores(ranks)
+        with progress.Progress(f"starting {ranks} ranks", active=ranks > 1) as line:
+            line.hand_over()  # to the first word of rank 0
+            return launch(function, args, ranks=ranks)[0]
     if environment.world_size != ranks:
         raise ValueError(
             f"{environment.launcher} started {environment.world_size} ranks, but the sizes that "
@@ -233,11 +240,28 @@ def run_on_ranks(function: Callable[..., T], *args: object, ranks: int) -> T | N
     return result if environment.rank == 0 else None
 
 
+def warn_of_cores(ranks: int) -> None:
+    """Says what it means when this machine has fewer cores than ranks are started."""
+    cores = available_cores()
+    if ranks > cores:
+        shared = "one core" if cores == 1 else f"{cores} cores"
+        say(f"{ranks} ranks share {shared} and wait for each other: ask for {cores} to be faster")
+
+
 def destination(text: str) -> str:
     """An argparse type: a file that can be written, said before the work and not after it."""
     if text != "-" and not Path(text).absolute().parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no directory for {text}")
     return text
+
+
+def written(path: str | Path) -> str:
+    """What is in a file or a directory, for the person who had it written: names and sizes."""
+    root = Path(path)
+    files = [root] if root.is_file() else sorted(f for f in root.rglob("*") if f.is_file())
+    shown = [f"{f.name} ({bytes_text(f.stat().st_size)})" for f in files[:_FILES_SHOWN]]
+    more = len(files) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
 def write_json(data: object, file: str) -> None:

@@ -22,8 +22,11 @@ from colrow.cli.common import (
     torch_dtype,
     write_json,
 )
+from colrow.cli.parser import Parser
 from colrow.launch import rank_environment
+from colrow.progress import Progress
 from colrow.sharding import Sharding
+from colrow.text import bytes_text
 
 if TYPE_CHECKING:
     from colrow.models.config import ModelConfig
@@ -51,7 +54,7 @@ from each rank: (n-1)/n of the buffer for a gather or a scatter, twice that for 
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declares the arguments."""
     parser.add_argument(
         "model",
@@ -59,29 +62,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Hugging Face directory, .gguf file, config.json, hub id that is in the local cache, "
         "or a public model's name such as gpt3-175b or llama-3-70b; looked for in this order",
     )
-    add_tp(parser, default=2)
-    add_tensor_split(parser)
-    add_in_place(parser)
-    add_sequence_parallel(parser)
-    parser.add_argument(
-        "--batch", type=positive_int, default=1, metavar="N", help="rows (default 1)"
-    )
-    parser.add_argument(
-        "--sequence", type=positive_int, default=128, metavar="N", help="tokens per row (128)"
-    )
-    parser.add_argument(
+    layout = parser.add_argument_group("layout")
+    add_tp(layout, default=2)
+    add_sequence_parallel(layout)
+    layout.add_argument(
         "--recompute-gather",
         action="store_true",
         help="with --sequence-parallel: gather inputs again in backward rather than keep them",
     )
-    parser.add_argument(
+    add_tensor_split(layout)
+    add_in_place(parser.add_argument_group("model"))
+    step = parser.add_argument_group("step")
+    step.add_argument("--batch", type=positive_int, default=1, metavar="N", help="rows (default 1)")
+    step.add_argument(
+        "--sequence", type=positive_int, default=128, metavar="N", help="tokens per row (128)"
+    )
+    step.add_argument(
         "--dry-run", action="store_true", help="run a checkpoint dry too: no ranks, no memory"
     )
-    parser.add_argument("--all", action="store_true", help="one row for each layer of the model")
-    add_dtype(parser)
-    add_device(parser)
-    add_engine(parser)
-    add_json(parser)
+    add_dtype(step)
+    add_device(step)
+    add_engine(step)
+    output = parser.add_argument_group("output")
+    output.add_argument("--all", action="store_true", help="one row for each layer of the model")
+    add_json(output)
+    parser.rare("recompute_gather", "tensor_split", "in_place", "trust_remote_code", "engine")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -90,7 +95,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--sequence must be at least 2: the loss compares a token with the next")
     if args.recompute_gather and not args.sequence_parallel:
         raise ValueError("--recompute-gather changes --sequence-parallel alone: give both")
-    config = _described(args)
+    with Progress(f"reading {args.model}"):
+        config = _described(args)
     if config is None:
         traffic = run_on_ranks(_record, args, ranks=args.tp)
     elif (rank := rank_environment()) is not None and rank.rank > 0:
@@ -205,14 +211,16 @@ def show(traffic: Traffic, args: argparse.Namespace) -> None:
         table.add_row(
             layer,
             op.replace("_", "-"),
-            _bytes(size),
+            bytes_text(size),
             "?" if traffic.unknown else str(expected),
             str(count),
-            _bytes(wire),
+            bytes_text(wire),
             style=None if traffic.unknown or expected == count else "red",
         )
     table.add_section()
-    table.add_row("all", "", "", str(sum(predicted.values())), str(total_calls), _bytes(total_wire))
+    table.add_row(
+        "all", "", "", str(sum(predicted.values())), str(total_calls), bytes_text(total_wire)
+    )
     console.print(table)
     if traffic.seconds is not None and traffic.exposed_seconds is not None:
         console.print(
@@ -245,11 +253,3 @@ def _wire(op: str, size: int, ranks: int) -> float:
     from colrow.comm.ledger import Call
 
     return Call(op, "forward", "", size, "").wire_bytes(ranks)
-
-
-def _bytes(size: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"

@@ -7,8 +7,10 @@ import os
 import shutil
 from pathlib import Path
 
-from colrow.cli.common import DTYPES, torch_dtype
+from colrow.cli.common import DTYPES, torch_dtype, written
+from colrow.cli.parser import Parser
 from colrow.leftovers import scratch_directory
+from colrow.progress import Progress
 
 HELP = "convert between Hugging Face directories, GGUF files and training runs"
 DESCRIPTION = """\
@@ -19,15 +21,17 @@ stand for. A GGUF file takes its tokenizer and its configuration from another GG
 architecture, --like, by default SOURCE.
 
   colrow convert SmolLM2-135M-Instruct.Q4_1.gguf my-model --to hf
-  colrow convert runs/1 my-model.gguf --to gguf --like SmolLM2-135M-Instruct.Q4_1.gguf
+  colrow convert runs/1 my-model.gguf --to gguf --like SmolLM2.Q4_1.gguf
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declares the arguments."""
     parser.add_argument("source", metavar="SOURCE", help="what to read")
     parser.add_argument("target", metavar="TARGET", help="what to write; must not exist")
-    parser.add_argument("--to", choices=("hf", "run", "gguf"), required=True, help="its format")
+    parser.add_argument(
+        "--to", choices=("hf", "run", "gguf"), required=True, metavar="FORMAT", help="hf, run, gguf"
+    )
     parser.add_argument("--like", metavar="GGUF", help="for gguf: where the rest comes from")
     parser.add_argument(
         "--dtype", choices=DTYPES, default="fp32", help="of the weights (default fp32)"
@@ -36,18 +40,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Converts, and says what."""
-    from colrow.any_model.export import (
-        MODEL_FILES,
-        is_training_run,
-        load_any,
-        write_hf_directory,
-        write_training_run,
-    )
-
     if os.path.lexists(args.target):
         raise ValueError(f"{args.target} exists: choose another name")
+    with Progress(f"reading {args.source}") as progress:
+        _convert(args, progress)
+    print(f"wrote {args.target} from {args.source}: {written(args.target)}")
+    return 0
+
+
+def _convert(args: argparse.Namespace, progress: Progress) -> None:
+    from colrow.any_model.export import write_hf_directory, write_training_run
+    from colrow.any_model.loading import alone, load_model
+    from colrow.checkpoint.run_directory import is_training_run, model_files
+
     dtype = torch_dtype(args.dtype)
-    model = load_any(args.source)
+    model = load_model(args.source, alone())
+    progress.say(f"writing {args.target}")
     if args.to == "gguf":
         from colrow.checkpoint.export_gguf import write_gguf
         from colrow.models.decoder import Decoder
@@ -61,25 +69,22 @@ def run(args: argparse.Namespace) -> int:
         if not str(like).endswith(".gguf"):
             raise ValueError("--to gguf needs --like, a .gguf file of the same architecture")
         write_gguf(model, args.target, like, dtype)
-    else:
-        directory = scratch_directory("convert")
-        try:
-            files = directory / "files"
-            if is_training_run(args.source):
-                files = Path(args.source) / MODEL_FILES
-            else:
-                from colrow.train.starting_model import copy_model_files
+        return
+    directory = scratch_directory("convert")
+    try:
+        files = Path(model_files(args.source))
+        if not is_training_run(args.source):
+            from colrow.train.starting_model import copy_model_files
 
-                files.mkdir()
-                config = getattr(model.module, "config", None)
-                tied = getattr(config, "tie_word_embeddings", None)
-                copy_model_files(args.source, files, tied=tied)
-            if args.to == "hf":
-                write_hf_directory(model, args.target, files, dtype)
-            else:
-                model.module.to(dtype)
-                write_training_run(model, args.target, files)
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
-    print(f"{args.source} is in {args.target}")
-    return 0
+            files = directory / "files"
+            files.mkdir()
+            config = getattr(model.module, "config", None)
+            tied = getattr(config, "tie_word_embeddings", None)
+            copy_model_files(args.source, files, tied=tied)
+        if args.to == "hf":
+            write_hf_directory(model, args.target, files, dtype)
+        else:
+            model.module.to(dtype)
+            write_training_run(model, args.target, files)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)

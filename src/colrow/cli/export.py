@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from colrow.cli.common import DTYPES, add_json, torch_dtype, write_json
+from colrow.cli.common import DTYPES, add_json, torch_dtype, write_json, written
+from colrow.cli.parser import Parser
+from colrow.progress import Progress
 
 HELP = "write a training run's model as a Hugging Face directory"
 DESCRIPTION = """\
@@ -19,7 +20,7 @@ ranks trained, and whatever architecture it is of.
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declares the arguments."""
     parser.add_argument("run_directory", metavar="RUN", help="the --output of colrow train")
     parser.add_argument("directory", metavar="DIRECTORY", help="to write; must not exist")
@@ -34,13 +35,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exports, and says what."""
-    from colrow.any_model.export import MODEL_FILES, load_trained, write_hf_directory
+    with Progress(f"reading {args.run_directory}") as progress:
+        from colrow.any_model.export import write_hf_directory
+        from colrow.any_model.loading import load_trained
+        from colrow.checkpoint.run_directory import model_files
 
-    model, step = load_trained(args.run_directory, args.step)
-    files = Path(args.run_directory) / MODEL_FILES
-    write_hf_directory(model, args.directory, files, torch_dtype(args.dtype))
+        model, step = load_trained(args.run_directory, args.step)
+        progress.say(f"writing {args.directory}")
+        files = model_files(args.run_directory)
+        write_hf_directory(model, args.directory, files, torch_dtype(args.dtype))
     if args.json:
         write_json({"directory": args.directory, "step": step, "dtype": args.dtype}, args.json)
     if args.json != "-":
-        print(f"the model after step {step} is in {args.directory}")
+        print(
+            f"wrote {args.directory}, the {model.description.name} model after step {step} in "
+            f"{args.dtype}: {written(args.directory)}"
+        )
+        print(f'next: colrow generate {args.directory} "PROMPT"')
     return 0

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from colrow.cli.common import add_json, positive_int, write_json
+from colrow.cli.parser import Parser
 
 if TYPE_CHECKING:
     from colrow.inplace.plan import Plan
@@ -22,10 +23,14 @@ written. The styles are those of colrow's plans.
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declares the arguments."""
     parser.add_argument("model", metavar="MODEL", nargs="?", help="a directory")
-    parser.add_argument("--architecture", metavar="NAME", help="a model type, such as bloom")
+    parser.add_argument(
+        "--architecture",
+        metavar="NAME",
+        help="a model type, such as bloom (colrow verify --list-architectures)",
+    )
     parser.add_argument("--tp", type=positive_int, default=2, metavar="N", help="ranks (2)")
     parser.add_argument(
         "--explain", action="store_true", help="also what stays whole, and every reason"

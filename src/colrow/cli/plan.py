@@ -6,7 +6,8 @@ import argparse
 import io
 from typing import TYPE_CHECKING
 
-from colrow.cli.common import add_json, run_on_ranks, say, write_json
+from colrow.cli.common import Options, add_json, run_on_ranks, say, write_json
+from colrow.cli.parser import Parser
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
     from colrow.planner.hardware import Hardware
 
 CPU_SEQUENCE = 256
+_RARE = (
+    *("family", "head_dim", "experts", "active_experts", "tied", "gpus_per_node", "cp", "ep"),
+    *("virtual_stages", "schedule", "master_weights", "lora_rank", "frozen", "attention"),
+    *("software", "stage_layers", "watts", "device_memory", "tensor_split", "top", "plot"),
+)
 
 HELP = "say which layout a model needs on which hardware, what it costs, and why"
 DESCRIPTION = """\
@@ -21,14 +27,13 @@ Plans training, or with --inference generation, before a single device is rented
 time per step and where both go. Without --tp, --pp or --dp all layouts are searched.
 
   colrow plan llama-3-70b --gpus 64 --gpu h100-80gb
-  colrow plan gpt3-175b --gpu a100 --tp 8 --pp 12 --dp 4 --global-batch 1536 \\
-    --recompute full --explain
+  colrow plan gpt3-175b --gpu a100 --tp 8 --pp 12 --dp 4 --recompute full
   colrow plan llama-2-70b --inference --gpu a100 --weights int4
   colrow plan llama-2-13b --inference --device-memory 24,16,8
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declares the command's arguments."""
     parser.add_argument(
         "model",
@@ -36,8 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="name of a built-in model, or a Hugging Face config.json or directory; or describe "
         "one with --hidden, --layers, --heads and --vocab",
     )
-    parser.add_argument("--list-models", action="store_true", help="show the built-in models")
-    _add_model(parser.add_argument_group("a model of your own"))
+    model = parser.add_argument_group("a model of your own")
+    _add_model(model)
+    model.add_argument("--list-models", action="store_true", help="show the built-in models")
     _add_hardware(parser.add_argument_group("hardware"))
     _add_layout(parser.add_argument_group("training"))
     _add_inference(parser.add_argument_group("inference"))
@@ -56,10 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write a page to look at: memory, a step as a timeline, every layout considered, what "
         "another node changes",
     )
-    add_json(parser)
+    add_json(output)
+    parser.rare(*_RARE)
 
 
-def _add_model(group: argparse._ArgumentGroup) -> None:
+def _add_model(group: Options) -> None:
     group.add_argument("--family", default="llama", help="gpt2, llama, mistral, qwen2, qwen3, ...")
     for name, text in (
         ("hidden", "hidden size"),
@@ -78,7 +85,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _add_hardware(group: argparse._ArgumentGroup) -> None:
+def _add_hardware(group: Options) -> None:
     group.add_argument("--gpus", type=int, metavar="N", help="devices (default 1)")
     group.add_argument("--gpu", default="a100-80gb", metavar="NAME", help="default a100-80gb")
     group.add_argument("--machine", metavar="FILE", help="a TOML or JSON file instead of --gpu")
@@ -91,7 +98,7 @@ def _add_hardware(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--gpus-per-node", type=int, metavar="N", help="devices on the fast link")
 
 
-def _add_layout(group: argparse._ArgumentGroup) -> None:
+def _add_layout(group: Options) -> None:
     from colrow.planner.layout import DTYPE, OPTIMIZERS, RECOMPUTE, SCHEDULES
     from colrow.planner.software import SOFTWARE
 
@@ -164,14 +171,15 @@ def _add_layout(group: argparse._ArgumentGroup) -> None:
         "--software",
         choices=tuple(SOFTWARE),
         default="colrow",
-        help="whose overlap and kernels (default colrow)",
+        metavar="NAME",
+        help=f"whose overlap and kernels: {', '.join(SOFTWARE)} (default colrow)",
     )
     group.add_argument(
         "--stage-layers", metavar="N,N,...", help="layers of each pipeline stage, when uneven"
     )
 
 
-def _add_cost(group: argparse._ArgumentGroup) -> None:
+def _add_cost(group: Options) -> None:
     group.add_argument(
         "--price", type=float, metavar="PER_HOUR", help="of one device for an hour, any currency"
     )
@@ -181,7 +189,7 @@ def _add_cost(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--tokens", type=float, metavar="N", help="of the whole run, such as 15e12")
 
 
-def _add_inference(group: argparse._ArgumentGroup) -> None:
+def _add_inference(group: Options) -> None:
     from colrow.planner.serving import KV_BYTES, WEIGHT_BYTES
 
     group.add_argument("--inference", action="store_true", help="plan generation")

@@ -8,8 +8,10 @@ import signal
 import sys
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from colrow.cli.common import add_json, run_on_ranks, say, write_json
+from colrow.cli.common import Options, add_json, run_on_ranks, say, warn_of_cores, write_json
+from colrow.cli.parser import Parser
 from colrow.launch import RankFailure, launch, launched_by, rank_environment
+from colrow.progress import Progress
 from colrow.train.settings import TrainSettings, load_settings, to_toml
 
 if TYPE_CHECKING:
@@ -27,40 +29,81 @@ SIGINT (Ctrl-C) save and stop.
 The model may be any causal language model of transformers: one that colrow does not describe is
 split in place, over --tp and --dp; the first line says so.
 
-  colrow train --model SmolLM2-135M-Instruct.Q4_1.gguf --data text.txt --output runs/1 --tp 2
+  colrow train --model ./Llama-3-8B --data text.txt --output runs/1 --tp 2
   colrow train settings.toml --dp 2 --fsdp --max-restarts 3
-  colrow train settings.toml --pp 2 --schedule interleaved --microbatches 8 --layer-split 3,1
+  colrow train settings.toml --pp 2 --schedule interleaved --microbatches 8
 """
 _SECONDS_TO_SAVE = 120
 _STOPPED = 128 + signal.SIGTERM
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+# The settings under their headings; those of _RARE are left to --help-all.
+_GROUPS = {
+    "model and data": (
+        *("model", "data", "output", "tokenizer", "token_cache", "eval_data", "eval_share"),
+        *("eval_every", "eval_sequences"),
+    ),
+    "layout": (
+        *("tp", "dp", "pp", "sequence_parallel", "fsdp", "recompute", "device", "engine"),
+        *("tensor_split", "layer_split", "schedule", "stages_per_rank", "in_place"),
+    ),
+    "batch and steps": (
+        *("sequence", "global_batch", "microbatch", "microbatches", "steps", "precision", "seed"),
+    ),
+    "optimiser and loss": (
+        *("optimizer", "learning_rate", "warmup_steps", "final_learning_rate_share", "clip"),
+        *("weight_decay", "momentum", "beta1", "beta2", "epsilon", "dropout", "label_smoothing"),
+        *("z_loss", "router_balance", "router_z"),
+    ),
+    "saving and faults": ("save_every", "keep", "log_every", "max_restarts", "timeout_seconds"),
+}
+_RARE = (
+    *("token_cache", "eval_share", "eval_sequences", "engine", "tensor_split", "layer_split"),
+    *("schedule", "stages_per_rank", "in_place", "microbatches", "final_learning_rate_share"),
+    *("momentum", "beta1", "beta2", "epsilon", "dropout", "label_smoothing", "z_loss", "keep"),
+    *("router_balance", "router_z"),
+    *("max_restarts", "timeout_seconds"),
+)
+
+
+def add_arguments(parser: Parser) -> None:
     """Declares the arguments: one for each setting."""
     parser.add_argument("settings", metavar="SETTINGS", nargs="?", help="TOML file of settings")
-    types = get_type_hints(TrainSettings)
-    for entry in dataclasses.fields(TrainSettings):
-        option = "--" + entry.name.replace("_", "-")
-        text = entry.metadata["help"].replace("%", "%%")
-        shown = entry.default not in ("", -1.0) and "default" not in text
-        default = f" (default {entry.default})" if shown else ""
-        common: dict[str, Any] = {"dest": entry.name, "default": argparse.SUPPRESS}
-        if types[entry.name] is bool:
-            common["action"] = argparse.BooleanOptionalAction
-        else:
-            common["type"] = types[entry.name]
-            common["metavar"] = {int: "N", float: "X"}.get(types[entry.name], "TEXT")
-        if entry.metadata["choices"]:
-            common["choices"], common["metavar"] = entry.metadata["choices"], None
-        names = [option, "--dtype"] if entry.name == "precision" else [option]
-        parser.add_argument(*names, help=text + default, **common)
-    parser.add_argument(
+    entries = {entry.name: entry for entry in dataclasses.fields(TrainSettings)}
+    for title, names in _GROUPS.items():
+        group = parser.add_argument_group(title)
+        for name in names:
+            _add_setting(group, entries.pop(name))
+    for entry in entries.values():
+        _add_setting(parser, entry)
+    output = parser.add_argument_group("output")
+    output.add_argument(
         "--dry-run",
         action="store_true",
         help="print the settings, the layout, the memory of each rank, what a step sends and the "
         "first batch, then stop",
     )
-    add_json(parser)
+    add_json(output)
+    parser.rare(*_RARE)
+
+
+def _add_setting(group: Options, entry: dataclasses.Field[Any]) -> None:
+    kind = get_type_hints(TrainSettings)[entry.name]
+    text = entry.metadata["help"].replace("%", "%%")
+    shown = entry.default not in ("", -1.0) and "default" not in text
+    default = f" (default {entry.default})" if shown else ""
+    common: dict[str, Any] = {"dest": entry.name, "default": argparse.SUPPRESS}
+    if kind is bool:
+        common["action"] = argparse.BooleanOptionalAction
+    else:
+        common["type"] = kind
+        common["metavar"] = {int: "N", float: "X"}.get(kind, "TEXT")
+    if entry.metadata["choices"]:
+        common["choices"], common["metavar"] = entry.metadata["choices"], None
+    names = ["--" + entry.name.replace("_", "-")]
+    if entry.name == "precision":
+        names.append("--dtype")
+    group.add_argument(*names, help=text + default, **common)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -78,9 +121,24 @@ def run(args: argparse.Namespace) -> int:
         if failure.error_type is None and failure.exit_code == _STOPPED:
             return _STOPPED  # a rank got SIGTERM: all have saved, and said so
         raise
-    if outcome is not None and args.json:
+    if outcome is None:
+        return 0
+    if args.json:
         write_json(dataclasses.asdict(outcome), args.json)
+    if not outcome.stopped_by:
+        say(_ending(settings, outcome))
     return 0
+
+
+def _ending(settings: TrainSettings, outcome: TrainingOutcome) -> str:
+    """What there is now, and the next command."""
+    export = f"colrow export {settings.output} DIRECTORY"
+    there = f"{settings.output} is at step {outcome.step}; next: "
+    from colrow.train.tokenize import BYTES
+
+    if settings.tokenizer == BYTES:  # whose text no tokenizer reads
+        return there + export
+    return f'{there}colrow generate {settings.output} "PROMPT", or {export}'
 
 
 def _train(settings: TrainSettings) -> TrainingOutcome | None:
@@ -101,8 +159,12 @@ def _train(settings: TrainSettings) -> TrainingOutcome | None:
     from colrow.train.faults import output_held
 
     with output_held(settings):
-        training_and_held_out(settings)  # tokenised before any rank waits for it
-        return _launch(settings)
+        with Progress(f"reading {settings.data}"):
+            training_and_held_out(settings)  # tokenised before any rank waits for it
+        warn_of_cores(settings.ranks)
+        with Progress(f"starting {settings.ranks} ranks") as progress:
+            progress.hand_over()  # to the first word of rank 0
+            return _launch(settings)
 
 
 def _launch(settings: TrainSettings) -> TrainingOutcome:

@@ -20,6 +20,8 @@ from colrow.cli.common import (
     torch_dtype,
     write_json,
 )
+from colrow.cli.parser import Parser
+from colrow.progress import Progress
 
 if TYPE_CHECKING:
     from colrow.tiny_models.architectures import Architecture
@@ -38,7 +40,8 @@ a bug has nowhere to hide.
 
 A MODEL that is none of the decoder's families (colrow generate --help lists them) is split in place
 by colrow.parallelize instead, through transformers' own class; there 1e-10 is accepted in fp64.
---architecture takes a tiny random model of any of transformers' types, sizes awkward on purpose.
+--architecture takes a tiny random model of any of transformers' types (--list-architectures), its
+sizes awkward on purpose.
 
   colrow verify SmolLM2-135M-Instruct.Q4_1.gguf --tp 2
   colrow verify ./my-model --tp 4 --sequence-parallel --dtype fp64
@@ -47,7 +50,7 @@ by colrow.parallelize instead, through transformers' own class; there 1e-10 is a
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declares the arguments."""
     parser.add_argument(
         "model",
@@ -55,56 +58,71 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         help="Hugging Face directory, cached hub id, or .gguf file",
     )
-    parser.add_argument(
+    which = parser.add_argument_group("model")
+    which.add_argument(
         "--architecture",
         metavar="NAME",
-        help="instead of MODEL, a tiny random model of this type (colrow zoo --list)",
+        help="instead of MODEL, a tiny random model of this type (--list-architectures)",
     )
-    parser.add_argument(
+    which.add_argument(
+        "--list-architectures", action="store_true", help="print the names of all types and stop"
+    )
+    which.add_argument(
         "--in-place",
         action="store_true",
         help="split transformers' own model in place, also where the decoder knows the family",
     )
-    add_tp(parser, default=2)
-    add_tensor_split(parser)
-    add_sequence_parallel(parser)
-    add_dtype(parser)
-    parser.add_argument(
+    layout = parser.add_argument_group("layout")
+    add_tp(layout, default=2)
+    add_sequence_parallel(layout)
+    add_tensor_split(layout)
+    numbers = parser.add_argument_group("what is compared")
+    add_dtype(numbers)
+    numbers.add_argument(
         "--weights",
         choices=("plain", "quantised"),
         default="plain",
         help="quantised: leave the weights in the blocks of a GGUF file, as generate does, and "
         "compare logits and greedy tokens; fp64 multiplies the blocks exactly (default plain)",
     )
-    add_device(parser)
-    add_engine(parser)
-    parser.add_argument(
+    numbers.add_argument(
         "--batch", type=positive_int, default=2, metavar="N", help="rows compared (default 2)"
     )
-    parser.add_argument(
+    numbers.add_argument(
         "--sequence",
         type=positive_int,
         default=31,
         metavar="N",
         help="tokens per row (default 31, an odd number on purpose)",
     )
-    parser.add_argument(
+    add_device(numbers)
+    add_engine(numbers)
+    output = parser.add_argument_group("output")
+    output.add_argument(
         "--all", action="store_true", help="list every parameter, not only the largest errors"
     )
-    add_json(parser)
+    add_json(output)
+    parser.rare("tensor_split", "batch", "sequence", "engine")
 
 
 def run(args: argparse.Namespace) -> int:
     """Verifies and prints the report."""
-    from colrow.any_model.loading import describe_model, known_to_decoder
+    if args.list_architectures:
+        from colrow.tiny_models.architectures import architectures
 
+        print(*(each.name for each in architectures()), sep="\n")
+        return 0
     if (args.model is None) == (args.architecture is None):
         raise ValueError("give either MODEL or --architecture NAME")
     if args.weights == "quantised":
         from colrow.cli.verify_quantised import run_quantised
 
         return run_quantised(args)
-    if args.architecture or args.in_place or not known_to_decoder(args.model):
+    with Progress(f"reading {args.model or args.architecture}"):
+        from colrow.any_model.loading import describe_model, known_to_decoder
+
+        described = not (args.architecture or args.in_place) and known_to_decoder(args.model)
+    if not described:
         return _run_in_place(args)
     if args.sequence < 2:
         raise ValueError("--sequence must be at least 2: the loss compares a token with the next")

@@ -8,6 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 from colrow.cli.common import add_json, destination, positive_int
+from colrow.cli.parser import Parser
 
 HELP = "in a clone: split a tiny model of every architecture and compare it with the whole one"
 DESCRIPTION = """\
@@ -25,11 +26,11 @@ with the tokens that transformers gives each of them alone.
 
   colrow zoo --only llama,gpt2,mixtral --tp 2,3
   colrow zoo --against transformers --markdown docs/zoo.md
-  colrow zoo --resume zoo.jsonl                # goes on where a run that was stopped ended
+  colrow zoo --resume zoo.jsonl                # goes on where a run ended
 """
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declares the arguments."""
     parser.add_argument(
         "--only",

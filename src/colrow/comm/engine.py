@@ -8,6 +8,8 @@ import platform
 from dataclasses import dataclass
 from typing import Literal
 
+from colrow.launch import available_cores
+
 SHARED_MEMORY = "/dev/shm"
 # Measured with MPICH 5.0.2 and 2 to 4 ranks: 5.4 MB each, of MPI and of UCX.
 SHARED_BYTES_PER_RANK = 6 << 20
@@ -65,13 +67,6 @@ def choose_engine(
     if against is None:
         return Engine("mpi", "shared memory of one host")
     return Engine("gloo", against)
-
-
-def available_cores() -> int:
-    """The cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _against_mpi(device: str, ranks: int, local_ranks: int) -> str | None:

@@ -21,6 +21,7 @@ from colrow.generation.tokenizer import TextStream, Tokenizer
 from colrow.layers.quantised import QuantisedWeight
 from colrow.models.decoder import Decoder
 from colrow.models.interface import TensorParallelModel
+from colrow.progress import Progress, say
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ def answer(request: Request) -> dict[str, object]:
     """The result as it goes into JSON; ``text`` is empty on other ranks than 0."""
     started = time.perf_counter()
     mesh = init_mesh(tp=request.tp, pp=request.pp, device=request.device, engine=request.engine)
+    first = mesh.world.rank == 0
     quantised, why_not = stays_quantised(
         request.model, request.weights, mesh.device, in_place=request.in_place
     )
@@ -72,35 +74,44 @@ def answer(request: Request) -> dict[str, object]:
         dtype = torch.bfloat16 if mesh.device.type == "cuda" else torch.float32
     else:
         dtype = getattr(torch, request.weights)
-    if why_not and mesh.world.rank == 0:
-        print(f"the weights become {name_of(dtype)} numbers: {why_not}", file=sys.stderr)
-    model = load_model(
-        request.model,
-        mesh,
-        dtype=dtype,
-        quantised=quantised,
-        in_place=request.in_place,
-        tensor_split=request.tensor_split,
-        layer_split=request.layer_split,
-        trust_remote_code=request.trust_remote_code,
-    ).for_decoding()
+    if why_not and first:
+        say(f"the weights become {name_of(dtype)} numbers: {why_not}")
+    with Progress(f"loading {request.model}", active=first):
+        model = load_model(
+            request.model,
+            mesh,
+            dtype=dtype,
+            quantised=quantised,
+            in_place=request.in_place,
+            tensor_split=request.tensor_split,
+            layer_split=request.layer_split,
+            trust_remote_code=request.trust_remote_code,
+        ).for_decoding()
     load_seconds = time.perf_counter() - started
     writer = None
-    if mesh.world.rank == 0:
+    if first:
         tokenizer = pickle.loads(request.tokenizer)
         writer = Writer(
             tokenizer, len(request.prompts), request.eos_token_ids, stream=request.stream
         )
     ids, mask = padded(request.prompts)
-    result = generate(
-        model,
-        ids.to(mesh.device),
-        attention_mask=mask.to(mesh.device),
-        max_new_tokens=request.max_new_tokens,
-        sampling=request.sampling,
-        eos_token_ids=request.eos_token_ids,
-        on_tokens=writer.push if writer else None,
-    )
+    waiting = Progress("reading the prompt", active=first)
+
+    def write(tokens: list[int]) -> None:
+        waiting.end()
+        if writer:
+            writer.push(tokens)
+
+    with waiting:
+        result = generate(
+            model,
+            ids.to(mesh.device),
+            attention_mask=mask.to(mesh.device),
+            max_new_tokens=request.max_new_tokens,
+            sampling=request.sampling,
+            eos_token_ids=request.eos_token_ids,
+            on_tokens=write if first else None,
+        )
     texts = writer.finish() if writer else [""] * len(request.prompts)
     answers: list[dict[str, object]] = [
         {

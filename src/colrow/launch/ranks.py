@@ -82,7 +82,7 @@ def launch(
         )
     from colrow.launch.agent import run_ranks
 
-    threads = threads_per_rank or max(1, _cores() // ranks)
+    threads = threads_per_rank or max(1, available_cores() // ranks)
     return run_ranks(
         function,
         tuple(args),
@@ -96,7 +96,8 @@ def launch(
     )
 
 
-def _cores() -> int:
+def available_cores() -> int:
+    """How many of this machine this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

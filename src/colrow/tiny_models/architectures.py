@@ -112,7 +112,7 @@ def architectures(only: Sequence[str] | None = None, *, even: bool = False) -> l
         raise ValueError(
             f"there is no architecture {', '.join(unknown)} here"
             + (f": did you mean {' or '.join(close)}?" if close else ";")
-            + " colrow zoo --list shows all names"
+            + " colrow verify --list-architectures shows all names"
         )
     return [a for a in every if a.model_type in only or a.name in only]
 

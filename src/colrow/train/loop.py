@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from colrow.checkpoint.run_directory import CHECKPOINTS, MODEL_FILES, SETTINGS
 from colrow.checkpoint.training import TrainingCheckpoints
 from colrow.comm.ledger import record
 from colrow.comm.mesh import Mesh, init_mesh
@@ -21,6 +22,7 @@ from colrow.optim.scaler import GradScaler
 from colrow.pipeline.limits import schedule_named
 from colrow.pipeline.rank_map import rank_map
 from colrow.pipeline.runner import PipelineRunner
+from colrow.progress import Progress
 from colrow.train.batches import Order, Windows
 from colrow.train.data import global_rank, training_and_held_out
 from colrow.train.faults import StopRequest, check_agreement, output_held, stop_on_signals
@@ -33,7 +35,6 @@ from colrow.train.step import Stepper, StepResult, evaluate
 
 # Until the first step is done, in which ranks read, copy and compile at their own pace.
 _SECONDS_TO_BEGIN = 600.0
-CHECKPOINTS, MODEL_FILES, SETTINGS = "checkpoints", "model", "settings.toml"
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,10 @@ def train(settings: TrainSettings) -> TrainingOutcome:
         )
         data = {"training data": training.tokens.sha256, "held-out data": held_out.tokens.sha256}
         check_agreement({**asdict(settings), **data}, mesh)
-        run = _Run(settings, mesh, Order(training, settings.seed), held_out)
-        run.checkpoints.lock()
-        start = run.resume()
+        with Progress(f"loading {settings.model}", active=global_rank() == 0):
+            run = _Run(settings, mesh, Order(training, settings.seed), held_out)
+            run.checkpoints.lock()
+            start = run.resume()
         reporter = Reporter(output, settings.steps, first_step=start, active=global_rank() == 0)
         if global_rank() == 0:
             save_model_files(settings, output / MODEL_FILES, tied=run.tied)
@@ -192,12 +194,14 @@ class _Run:
         eval_loss, initial = None, None
         if done == 0:
             initial = self._evaluate()
-            reporter.say(f"held-out loss before training {initial:.4f}")
+            reporter.begin(initial)
         while done < settings.steps:
             logged = (done + 1) % settings.log_every == 0 or done + 1 == settings.steps
             rate = self._rate(done)
             result = self._timed_step(done, rate, logged, stop)
             done += 1
+            memory = peak_memory_bytes(self.mesh)
+            reporter.advance(done, result, rate, self._speed.newest_seconds, memory)
             if done == start + 1:
                 self.mesh.limit_waits(timedelta(seconds=settings.timeout_seconds))
             last = done == settings.steps
@@ -212,7 +216,10 @@ class _Run:
                 reporter.add(self._speed.record(done, result, rate, eval_loss))
             if result.stop and not last:
                 self.checkpoints.wait()
-                reporter.say(f"stopped by {stop.name or 'a signal'}; saved after step {done}")
+                reporter.say(
+                    f"stopped by {stop.name or 'a signal'}, and continued by the same command; "
+                    f"saved after step {done}"
+                )
                 return TrainingOutcome(
                     done, result.loss, eval_loss, initial, stop.name or "a signal"
                 )
@@ -267,10 +274,11 @@ class _Speed:
         self._peak = peak_flops(mesh, settings.precision)
         self._seconds: list[float] = []
         self._tokens = 0
-        self._share = 0.0
+        self._share = self.newest_seconds = 0.0
 
     def add(self, result: StepResult, seconds: float, waited_seconds: float | None = None) -> None:
         self._seconds.append(seconds)
+        self.newest_seconds = seconds
         self._tokens += result.tokens
         if waited_seconds is not None:
             self._share = waited_seconds / seconds

@@ -16,9 +16,12 @@ import torch
 from colrow.comm.mesh import Mesh
 from colrow.files import read_text
 from colrow.text import lines
+from colrow.train.bar import Bar
+from colrow.train.step import StepResult
 
 LOG = "log.jsonl"
 _LOG_BYTES = 256 << 20
+_COLUMNS = 80
 
 
 @dataclass(frozen=True)
@@ -50,25 +53,30 @@ class StepRecord:
     eval_loss: float | None = None
 
     def line(self, steps: int) -> str:
-        """For a terminal."""
+        """For a file or a narrow terminal; what does not fit is in the log alone."""
         parts = [
-            f"step {self.step}/{steps}",
             f"loss {self.loss:.4f}",
+            f"lr {self.learning_rate:.1e}",
             f"{self.tokens_per_second:,.0f} tokens/s",
+            f"{self.memory_bytes / 1e9:.2f} GB",
+            f"{self.communication_share:.0%} in comms",
             f"{self.step_seconds:.3f} s/step",
-            f"{self.communication_share:.0%} in communication",
         ]
         if self.mfu is not None:
-            parts.append(f"MFU {self.mfu:.1%}")
-        norm = "skipped: overflow" if self.grad_norm is None else f"|grad| {self.grad_norm:.3g}"
-        parts += [f"{self.memory_bytes / 1e9:.2f} GB", norm]
-        if self.eval_loss is not None:
-            parts.append(f"held-out loss {self.eval_loss:.4f}")
-        return "  ".join(parts)
+            parts.insert(4, f"MFU {self.mfu:.1%}")
+        if self.grad_norm is None:
+            parts.insert(0, "skipped: overflow")
+        text = f"step {self.step}/{steps}"
+        for part in parts:
+            if len(text) + len(part) + 2 <= _COLUMNS:
+                text += f"  {part}"
+        return text
 
 
 class Reporter:
     """Writes records on rank 0; does nothing on the others.
+
+    A terminal gets one line that moves, anything else a line for each record.
 
     Args:
         directory: of the run; gets ``log.jsonl`` and TensorBoard's files where it is installed.
@@ -80,10 +88,11 @@ class Reporter:
         self._directory, self._steps, self._active = directory, steps, active
         self._board: Any = None
         self._log: IO[str] | None = None
+        self._bar = Bar(steps)
         if not active:
             return
         directory.mkdir(parents=True, exist_ok=True)
-        kept = [r for r in read_log(directory) if r["step"] <= first_step]
+        kept = [r for r in read_log(directory) if first_step and r["step"] <= first_step]
         part = directory / f"{LOG}.part"
         part.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
         part.replace(directory / LOG)
@@ -93,33 +102,59 @@ class Reporter:
                 warnings.simplefilter("ignore")
                 from torch.utils.tensorboard import SummaryWriter
 
-                self._board = SummaryWriter(
-                    str(directory / "tensorboard"), purge_step=first_step + 1
-                )
+                # TensorBoard forgets what an earlier part of the run wrote from this step on.
+                purged = first_step + 1 if first_step else 0
+                self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=purged)
         except ImportError:
             self.say("TensorBoard is not installed: only log.jsonl is written")
 
     def say(self, text: str) -> None:
         """A line for the person."""
         if self._active:
-            print(text, file=sys.stderr, flush=True)
+            self._bar.say(text)
+
+    def begin(self, eval_loss: float) -> None:
+        """Logs the loss on held-out text before the first step, as of step 0."""
+        self.say(f"held-out loss before training {eval_loss:.4f}")
+        self._write({"step": 0, "eval_loss": eval_loss})
+
+    def advance(
+        self, step: int, result: StepResult, rate: float, seconds: float, memory: int
+    ) -> None:
+        """Moves the line of a terminal on."""
+        if self._active:
+            self._bar.advance(
+                step,
+                loss=result.loss,
+                rate=rate,
+                tokens=result.tokens,
+                seconds=seconds,
+                memory=memory,
+            )
 
     def add(self, record: StepRecord) -> None:
         """Prints and logs a record."""
+        if not self._bar.shown:
+            self.say(record.line(self._steps))
+        if record.eval_loss is not None:
+            self.say(f"step {record.step}/{self._steps}  held-out loss {record.eval_loss:.4f}")
+        self._write(asdict(record))
+
+    def _write(self, values: dict[str, Any]) -> None:
         if self._log is None:
             return
-        self.say(record.line(self._steps))
-        self._log.write(json.dumps(asdict(record)) + "\n")
+        self._log.write(json.dumps(values) + "\n")
         self._log.flush()
         if self._board is not None:
-            for name, value in asdict(record).items():
+            for name, value in values.items():
                 if name != "step" and value is not None and math.isfinite(value):
-                    self._board.add_scalar(name, value, record.step)
+                    self._board.add_scalar(name, value, values["step"])
 
     def close(self) -> None:
         """Ends the logs and draws the loss curve, where matplotlib is installed."""
         if self._log is None:
             return
+        self._bar.close()
         self._log.close()
         if self._board is not None:
             self._board.close()
@@ -144,12 +179,13 @@ def read_log(directory: Path) -> list[dict[str, Any]]:
 
 
 def plot_loss(records: list[dict[str, Any]], path: Path) -> None:
-    """Draws training and held-out loss over steps."""
+    """Draws training and held-out loss over steps, the latter from before the first."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
-    axes.plot([r["step"] for r in records], [r["loss"] for r in records], label="training")
+    steps = [r for r in records if "loss" in r]
+    axes.plot([r["step"] for r in steps], [r["loss"] for r in steps], label="training")
     held = [r for r in records if r.get("eval_loss") is not None]
     if held:
         axes.plot([r["step"] for r in held], [r["eval_loss"] for r in held], "o-", label="held out")

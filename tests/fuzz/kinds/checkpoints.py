@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 import colrow
-from colrow.any_model.export import alone, load_trained, write_hf_directory
+from colrow.any_model.export import write_hf_directory
+from colrow.any_model.loading import alone, load_trained
 from colrow.checkpoint.training import TrainingCheckpoints
 from colrow.train.parallel import parallelize
 from tests.fuzz import compare

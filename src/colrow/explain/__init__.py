@@ -1,0 +1,1 @@
+"""A page that shows which rank holds what of a model, and what the ranks send."""
