@@ -18,7 +18,10 @@ from colrow.verification.reference import full_precision, quiet_transformers
 from tests.ranks import RankPool
 from tests.train.layouts import Layout, make_mesh
 
-pytestmark = pytest.mark.cpu_only("transformers' Trainer on the CPU, in fp64")
+pytestmark = [
+    pytest.mark.cpu_only("transformers' Trainer on the CPU, in fp64"),
+    pytest.mark.slow,
+]
 
 STEPS, CLIP, ROWS = 4, 0.5, 2  # rows of a microbatch
 Log = list[tuple[float, float]]
