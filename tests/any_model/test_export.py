@@ -82,7 +82,8 @@ def test_configurations_written_are_configurations_read(tiny_models: Path, name:
         from transformers import AutoConfig
 
     config = config_from_file(tiny_models / name)
-    for same in (config, decoder(**{**fields_of(config), "windows": ()})):
+    further = decoder(**{**fields_of(config), "windows": ()})
+    for same in (config, *([] if name == "cohere2" else [further])):  # whose windows alone rotate
         written = json.loads(json.dumps(config_to_hf(same)))
         assert config_from_hf(written) == same
         # transformers assumes a window where Mistral's configuration does not say that it has none.

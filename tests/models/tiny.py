@@ -275,6 +275,18 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+# Families whose layers are compared alone on every number of ranks: whole models take turns.
+_BY_TURNS = [
+    *("gemma2", "phi4", "granite", "cohere", "cohere2", "falcon", "falcon-new", "falcon-serial"),
+    *("starcoder2", "glm", "glm4", "smollm3"),
+]
+
+
+def at(ranks: int) -> list[str]:
+    """The names to run on so many ranks: some on 1 and 3, some on 2 and 4, most on all."""
+    turn = {name: number % 2 for number, name in enumerate(_BY_TURNS)}
+    return [name for name in CASES if turn.get(name, ranks % 2) == ranks % 2]
+
 
 def batch() -> Tensor:
     """Three rows of 17 tokens: neither divides by 2 or 4."""

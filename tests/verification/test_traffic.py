@@ -16,7 +16,7 @@ from colrow.models.hf_config import config_from_file
 from colrow.planner.catalog import find_model
 from colrow.sharding import Sharding
 from colrow.verification.traffic import Traffic, dry_run, record_step
-from tests.models.tiny import CASES
+from tests.models.tiny import at
 from tests.ranks import RankPool
 
 
@@ -41,7 +41,7 @@ def recorded(
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_recorded_is_predicted(ranks: RankPool, tiny_models: Path, size: int) -> None:
-    names = [name for name in CASES if name != "gpt2-untied"]
+    names = [name for name in at(size) if name != "gpt2-untied"]
     # What a dtype changes does not depend on the number of ranks.
     dtypes = [torch.bfloat16, torch.float32][: 2 if size < 4 else 1]
     by_rank = ranks(size, recorded, tiny_models, names, dtypes, timeout=180)

@@ -60,7 +60,7 @@ def one_tp(tp: ParallelGroup) -> Mesh:
     return Mesh(tp, single("dp"), single("pp"), None, torch.get_default_device())
 
 
-@pytest.mark.parametrize("name", tiny.CASES)
+@pytest.mark.parametrize("name", tiny.at(2))
 def test_every_family_passes(ranks: RankPool, tiny_models: Path, name: str) -> None:
     report = ranks(2, run, tiny_models / name, torch.float64, True, "")[0]
     assert report.passed, report
