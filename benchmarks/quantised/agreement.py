@@ -10,6 +10,7 @@ both token by token, as answers are decoded, and all at once, as prompts are rea
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import multiprocessing
 import pydoc_data.topics
@@ -55,8 +56,8 @@ def serve_llama(pipe: Connection, file: Path) -> None:
     sys.path.append(str(LLAMA_CPP.absolute()))
     torch.set_num_threads(1)
     model = LlamaCpp(Quantised("agreement", "", WINDOW, 0, 0, file=str(file)), file)
-    while True:
-        ids, at_once = pipe.recv()
+    while (asked := pipe.recv()) is not None:
+        ids, at_once = asked
         model.start()
         if at_once:
             found = model.feed_all(ids)
@@ -70,6 +71,7 @@ def llama(file: Path) -> dict[bool, Logits]:
     context = multiprocessing.get_context("spawn")
     pipe, other = context.Pipe()
     context.Process(target=serve_llama, args=(other, file), daemon=True).start()
+    atexit.register(pipe.send, None)
 
     def logits(ids: list[int], at_once: bool) -> Tensor:
         pipe.send((ids, at_once))
