@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from colrow.any_model.configuration import describe_config
 from colrow.any_model.in_place import InPlaceModel
@@ -255,7 +255,7 @@ def load_trained(
             sharding=sharding,
         )
         give_buffers(module, None, mesh.device)
-        allocate(module, lambda _, like: torch.empty_like(like, device=mesh.device))
+        allocate(module, _made_up(mesh))
         sequence_parallel = Sharding.of(sharding).sequence_parallel
         model = split_in_place(module, mesh, sequence_parallel=sequence_parallel)
         names = {name for name, _ in module.named_parameters()}
@@ -285,6 +285,19 @@ def alone() -> Mesh:
     """A grid of this process, on the CPU."""
     single = ParallelGroup.single
     return Mesh(single("tp"), single("dp"), single("pp"), None, torch.device("cpu"))
+
+
+def _made_up(mesh: Mesh) -> Callable[[str, Tensor], Tensor]:
+    """Values to split a model by, the same on all ranks; one rank alone needs none."""
+    generator = torch.Generator().manual_seed(0)
+
+    def values(name: str, like: Tensor) -> Tensor:
+        found = torch.empty_like(like, device="cpu" if mesh.tp.size > 1 else mesh.device)
+        if mesh.tp.size > 1:
+            found.normal_(std=0.1, generator=generator)
+        return found.to(mesh.device)
+
+    return values
 
 
 def _step_of(run: str | Path, checkpoints: TrainingCheckpoints, step: int | None) -> int:
