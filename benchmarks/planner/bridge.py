@@ -29,11 +29,11 @@ def bridge_cases() -> Iterator[Case]:
             continue
         columns = ("task", "model", "system", "gpus", "precision", "mbs", "tp", "pp", "ep", "fsdp")
         row |= {"precision": _PRECISIONS[row["precision"]]}
-        name = tuple(row[column].replace("n/a", "") for column in columns)
+        name = tuple(row[column] if row[column] not in ("", "n/a") else "0" for column in columns)
         if name not in newest or row["release"] > newest[name]["release"]:
             newest[name] = row
     for row in newest.values():
-        experts = row["ep"] not in ("n/a", "")
+        experts = row["model"].startswith("Qwen3")
         tp, pp, cp = (int(row[size]) for size in ("tp", "pp", "cp"))
         chunks = 1 if row["vp"] == "n/a" else int(row["vp"])
         sharded = row["fsdp"] not in ("", "0")

@@ -91,6 +91,17 @@ def test_frozen_heads_and_eight_bits() -> None:
     assert narrow.elementwise < unfused.elementwise
 
 
+def test_a_token_travels_once_to_each_rank_with_its_experts() -> None:
+    """8 of 128 experts are expected on 8 (1 - (7/8)^8) = 5.25 of 8 ranks."""
+    model = find_model("qwen3-30b-a3b")
+    layout = Layout(dp=8, ep=8, microbatch=16, sequence=8192, software="megatron-core")
+    once, each = (
+        predict(model, replace(layout, software=name), "gb200").time.ep_exposed
+        for name in ("megatron-core", "megatron-core-default")
+    )
+    assert once / each == pytest.approx(5.25 / 8, rel=0.02)
+
+
 def test_a_link_is_as_fast_as_measured_with_so_many_ranks() -> None:
     sizes = [float(1 << 20), float(1 << 26)]
     link = measured_link(

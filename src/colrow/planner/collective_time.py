@@ -197,7 +197,10 @@ def ep_seconds(
     if layout.ep == 1 or not isinstance(block.mlp, ExpertsSpec):
         return NO_COMMUNICATION
     rows = layout.tokens / (layout.tp if layout.sequence_parallel else 1)
-    size = rows * block.mlp.active * block.hidden_size * layout.itemsize
+    copies: float = block.mlp.active
+    if layout.program.dispatch_once:  # on how many ranks so many experts are, expected
+        copies = layout.ep * (1 - (1 - 1 / layout.ep) ** copies)
+    size = rows * copies * block.hidden_size * layout.itemsize
     where = place("ep", layout, hardware)
     times = 4 if phase == "backward" and layout.recompute == "full" else 2
     seconds = times * all_to_all_seconds(size, where, hardware)

@@ -44,11 +44,11 @@ class Spread:
 
 SPREAD = Spread(
     bias=0.044,
-    everything=0.083,
-    collectives=0.23,
-    launches=0.017,
-    bubble=0.20,
-    shared=0.18,
+    everything=0.10,
+    collectives=0.27,
+    launches=0.022,
+    bubble=0.22,
+    shared=0.22,
 )
 # Where a block of the model was measured on this machine: how much medians of blocks and steps of
 # one machine differ from run to run (benchmarks/README.md: four runs within 8 %).

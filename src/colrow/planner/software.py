@@ -67,6 +67,8 @@ class Software:
             the last; or filled from the first on until its share of the cost is exceeded.
         fused_narrowing: 8-bit matrices are written by the kernel that makes the wide ones, and
             weights narrowed once a step.
+        dispatch_once: a token travels once to each rank that has experts of its, and not once for
+            each expert.
         narrow_gathers: with 8-bit matmuls, tensor-parallel gathers send 8 bits.
         keep_gathered_input: with sequence parallelism, gathered inputs are kept for backward.
         scatter_gather: a tensor that all ranks of a tensor-parallel group hold is sent between
@@ -97,6 +99,7 @@ class Software:
     p2p_overlap: bool = False
     stage_rule: StageRule = "even"
     fused_narrowing: bool = False
+    dispatch_once: bool = False
     narrow_gathers: bool = False
     keep_gathered_input: bool = True
     scatter_gather: bool = True
@@ -162,6 +165,7 @@ SOFTWARE = {
         ),
         Software(
             "megatron-core",
+            dispatch_once=True,
             fused_narrowing=True,
             narrow_gathers=True,
             fused_accumulation=True,
@@ -169,7 +173,7 @@ SOFTWARE = {
             p2p_overlap=True,
             keep_gathered_input=False,
             source="Megatron-LM f2e5db402c README: tp-comm-overlap, overlap-grad-reduce, "
-            "overlap-param-gather",
+            "overlap-param-gather; experts by HybridEP, as Megatron Bridge's recipes have it",
         ),
         Software(
             "megatron-core-default",
