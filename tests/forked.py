@@ -11,6 +11,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import forkserver
 from multiprocessing.reduction import DupFd
 from typing import Any
@@ -55,6 +56,13 @@ def fork_launched_ranks() -> None:
         return started(self, worker_group)
 
     agent._Agent._start_workers = start  # type: ignore[method-assign]
+
+
+def in_another_process(function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)``, of the top level of a module, in a process that ends then."""
+    start_server()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:
+        return pool.submit(function, *args).result()
 
 
 class _Inherited:

@@ -15,6 +15,7 @@ import torch
 from colrow.any_model.loading import alone
 from colrow.checkpoint.training import TrainingCheckpoints
 from colrow.leftovers import lock, part_of, scratch_directory, unlock
+from tests.forked import in_another_process
 
 MAKE = """
 import sys, tempfile, pathlib
@@ -73,37 +74,30 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(
     unlock(tmp_path / "run")
 
 
-SAVE = """
-import sys, torch
-from colrow.any_model.loading import alone
-from colrow.checkpoint.training import TrainingCheckpoints
-layer = torch.nn.RMSNorm(2)
-checkpoints = TrainingCheckpoints(sys.argv[1], alone())
-try:
-    checkpoints.save(2, layer, torch.optim.SGD(layer.parameters()), {})
-    checkpoints.wait()
-except (ValueError, RuntimeError) as error:
-    print(error)
-"""
+def save(directory: str) -> str:
+    """What a process says that saves there too."""
+    layer = torch.nn.RMSNorm(2)
+    checkpoints = TrainingCheckpoints(directory, alone())
+    try:
+        checkpoints.save(2, layer, torch.optim.SGD(layer.parameters()), {})
+        checkpoints.wait()
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return ""
 
 
 def test_two_loops_do_not_save_into_one_directory(tmp_path: Path) -> None:
     layer = torch.nn.RMSNorm(2)
     optimizer = torch.optim.SGD(layer.parameters())
-
-    def elsewhere() -> str:
-        words = [sys.executable, "-c", SAVE, str(tmp_path)]
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout
-
     (tmp_path / "step-00000007.part").mkdir()
     (tmp_path / "step-notes.part").mkdir()
     checkpoints = TrainingCheckpoints(tmp_path, alone())
     checkpoints.save(1, layer, optimizer, {})
     checkpoints.wait()
-    assert "is in use by another run" in elsewhere()
+    assert "is in use by another run" in in_another_process(save, str(tmp_path))
     # A save of the same step was killed between its two renames.
     (tmp_path / "step-00000001").rename(tmp_path / "step-00000001.old.part")
     del checkpoints
-    assert elsewhere() == ""
+    assert in_another_process(save, str(tmp_path)) == ""
     names = {entry.name for entry in tmp_path.iterdir()}
     assert names == {".lock", "step-notes.part", "step-00000001", "step-00000002"}

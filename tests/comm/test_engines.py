@@ -6,6 +6,7 @@ import copy
 import os
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -284,10 +285,22 @@ def suite(engine: str, directory: str) -> None:
     check_pipeline(rank, n)
 
 
-def left_in_shared_memory() -> set[str]:
+@pytest.fixture
+def nothing_left() -> Iterator[None]:
+    """MPI must leave nothing in shared memory; what was there before is somebody else's."""
+    before = in_shared_memory()
+    yield
+    assert not left_in_shared_memory(before)
+
+
+def in_shared_memory() -> set[str]:
+    return {str(path) for path in Path("/dev/shm").glob("mpich_shm*")}
+
+
+def left_in_shared_memory(before: set[str]) -> set[str]:
     """MPI's files there that no process has mapped; other tests may be using theirs meanwhile."""
     for _ in range(3):
-        left = {str(path) for path in Path("/dev/shm").glob("mpich_shm*")}
+        left = in_shared_memory() - before
         for maps in Path("/proc").glob("[0-9]*/maps"):
             try:
                 left -= {line.split()[-1] for line in maps.read_text().splitlines() if line}
@@ -301,9 +314,9 @@ def left_in_shared_memory() -> set[str]:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("engine", ["gloo", "mpi"])
+@pytest.mark.usefixtures("nothing_left")
 def test_everything_that_is_asked_of_an_engine(engine: str, ranks: int, tmp_path: Path) -> None:
     launch(suite, (engine, str(tmp_path)), ranks=ranks, timeout_seconds=240)
-    assert not left_in_shared_memory()
 
 
 @pytest.mark.parametrize("engine", ["gloo", "mpi"])
@@ -313,10 +326,10 @@ def test_a_collective_that_nobody_joins_ends_in_time(engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ["gloo", "mpi"])
+@pytest.mark.usefixtures("nothing_left")
 def test_a_killed_rank_ends_all(engine: str) -> None:
     with pytest.raises(RankFailure, match="rank 1 was killed by SIGKILL"):
         launch(dies, (engine,), ranks=2, timeout_seconds=100)
-    assert not left_in_shared_memory()
 
 
 def test_which_engine_is_chosen_and_why(monkeypatch: pytest.MonkeyPatch) -> None:

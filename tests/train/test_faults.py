@@ -17,25 +17,30 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from colrow.cli import main
 from tests.ranks import child_ranks
 from tests.train.curves import OPTIONS, logged, settings_for, write_inputs
 
 MESSAGE_SECONDS = 20  # within which the others have stopped
 
 
+def command(directory: Path, output: str = "run", **options: Any) -> list[str]:
+    """The words of a ``colrow train`` into this folder of the directory."""
+    words = ["--model", directory / "config.json", "--data", directory / "topics.txt"]
+    words += ["--output", directory / output, "--token-cache", directory / "tokens"]
+    for name, value in {**OPTIONS, "log_every": 1, **options}.items():
+        option = "--" + name.replace("_", "-")
+        words += [option] if value is True else [option, value]
+    return ["train", *map(str, words)]
+
+
 class Run:
     """A ``colrow train`` in a process of its own."""
 
     def __init__(self, directory: Path, output: str = "run", **options: Any) -> None:
-        settings = {**OPTIONS, "log_every": 1, **options}
         self.output = directory / output
-        words = ["--model", directory / "config.json", "--data", directory / "topics.txt"]
-        words += ["--output", self.output, "--token-cache", directory / "tokens"]
-        for name, value in settings.items():
-            option = "--" + name.replace("_", "-")
-            words += [option] if value is True else [option, value]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "colrow.cli", "train", *map(str, words)],
+            [sys.executable, "-m", "colrow.cli", *command(directory, output, **options)],
             stderr=subprocess.PIPE,
             text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -98,13 +103,15 @@ def test_a_killed_rank_stops_the_others_and_the_run_continues(
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )
-def test_a_signal_saves_and_stops(inputs: Path, number: signal.Signals) -> None:
+def test_a_signal_saves_and_stops(
+    inputs: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = Run(inputs, tp=2, steps=10**6, save_every=10**6)
     run.until("step 3/")
-    again = Run(inputs, tp=1, steps=1)
-    assert again.end() == 2
-    assert "is in use by another run (process " in again.lines[-1]
-    assert "train in another --output" in again.lines[-1]
+    assert main(command(inputs, tp=1, steps=1)) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"is in use by another run (process {run.process.pid} " in said
+    assert "train in another --output" in said
     if number == signal.SIGINT:  # as a terminal sends it
         os.killpg(run.process.pid, number)
     else:
@@ -139,11 +146,14 @@ def test_a_restart_ends_as_if_nothing_had_happened(inputs: Path) -> None:
     assert [step for step, _ in losses(run)] == list(range(1, 13))
 
 
-def test_a_step_that_is_not_finite_stops_the_run(inputs: Path) -> None:
-    run = Run(inputs, tp=2, steps=100, learning_rate=1e30, warmup_steps=0, save_every=1)
-    assert run.end() == 1
-    assert "not all numbers are finite" in run.lines[-1]
-    assert "rank " in run.lines[-1]
+def test_a_step_that_is_not_finite_stops_the_run(
+    inputs: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = {"learning_rate": 1e30, "warmup_steps": 0, "save_every": 1}
+    assert main(command(inputs, tp=2, steps=100, **options)) == 1
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert "not all numbers are finite" in said
+    assert "rank " in said
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -161,8 +171,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 def test_bad_settings_are_one_line(
     inputs: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from colrow.cli import main
-
     options, message = BAD[name]
     given = {
         "model": inputs / "config.json",
@@ -278,7 +286,6 @@ def test_a_dry_run_shows_what_a_run_would_be(
     inputs: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import colrow
-    from colrow.cli import main
 
     common = ["train", "--model", str(inputs / "config.json"), "--data", str(inputs / "topics.txt")]
     common += ["--output", str(inputs / "run"), "--tokenizer", "bytes", "--sequence", "33"]
