@@ -22,8 +22,10 @@ from colrow.comm.group import ParallelGroup
 from colrow.comm.mesh import Mesh
 from colrow.models.compose import fields_of
 from colrow.models.config import common_attention
-from colrow.verification.reference import load_reference
+from colrow.verification.comparison import relative_error
+from colrow.verification.reference import load_reference, precision
 from colrow.verification.verify import Report, verify
+from tests.models import tiny
 from tests.ranks import RankPool
 
 BLOCK = "blk.{i}."
@@ -160,6 +162,23 @@ def test_gguf_files_agree_with_transformers(
     report = ranks(3, verified, path)[0]
     assert report is not None
     assert report.passed, report
+
+
+def test_layers_that_predict_further_tokens_are_left_out(tmp_path: Path) -> None:
+    """As DeepSeek-V3 is published, with a layer more than its configuration says."""
+    from safetensors.torch import load_file, save_file
+
+    reference = tiny.make("deepseek_v3", tmp_path)
+    file = tmp_path / "model.safetensors"
+    further = {"model.layers.3.enorm.weight": torch.ones(40)}
+    save_file({**load_file(file), **further}, file, {"format": "pt"})
+    model = colrow.from_pretrained(tmp_path, dtype=torch.float64)
+    with torch.no_grad(), precision(torch.float64):
+        expected = reference.double()(input_ids=tiny.batch()).logits
+    assert relative_error(model(tiny.batch()), expected) <= 1e-12
+    save_file({**load_file(file), "model.layers.2.enorm.weight": torch.ones(40)}, file)
+    with pytest.raises(ValueError, match=r"has model\.layers\.2\.enorm\.weight beyond what"):
+        colrow.from_pretrained(tmp_path)
 
 
 def test_pairs_become_halves() -> None:

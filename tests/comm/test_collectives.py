@@ -1,4 +1,4 @@
-"""The seven collectives against plain tensor algebra on all ranks' data, which every rank knows."""
+"""The collectives against plain tensor algebra on all ranks' data, which every rank knows."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from colrow import (
 )
 from colrow.comm import primitives
 from colrow.comm.agreement import require_same
+from colrow.comm.collectives import all_to_all
 from colrow.comm.group import ParallelGroup
+from colrow.comm.ledger import record
 from tests.devices import moved
 from tests.layers.dense import raises
 from tests.ranks import RankPool
@@ -298,3 +300,42 @@ def test_one_rank_needs_no_process_group() -> None:
     for primitive in (primitives.all_gather, primitives.reduce_scatter):
         assert primitive(x, tp, 0) is x
     assert primitives.all_reduce(x, tp) is x
+
+
+def check_rows(tp: ParallelGroup) -> None:
+    """Uneven numbers of rows, none among them; forward, backward, and what the ledger has."""
+    n, me = tp.size, tp.rank
+    counts = [[(2 * source + to) % 4 for to in range(n)] for source in range(n)]
+    received = [counts[source][me] for source in range(n)]
+
+    def piece(source: int, to: int, seed: int) -> Tensor:
+        """What one rank sends another: whole numbers that no other pair has."""
+        start = 1000 * seed + 100 * source + 10 * to
+        return moved(torch.arange(start, start + counts[source][to]).double()[:, None, None])
+
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        x = torch.cat([piece(me, to, 0) for to in range(n)]).expand(-1, 2, 3).to(dtype)
+        x = x.clone().requires_grad_()
+        with record(tp) as ledger:
+            y = all_to_all(x, tp, sent=counts[me], received=received, layer="rows")
+            expected = torch.cat([piece(source, me, 0) for source in range(n)])
+            assert torch.equal(y, expected.expand(-1, 2, 3).to(dtype)), dtype
+            y.backward(
+                torch.cat([piece(source, me, 1) for source in range(n)]).expand_as(y).to(dtype)
+            )
+        back = torch.cat([piece(me, to, 1) for to in range(n)])
+        assert x.grad is not None and torch.equal(x.grad, back.expand(-1, 2, 3).to(dtype)), dtype
+        calls = [(c.op, c.phase, c.layer, c.bytes) for c in ledger.calls]
+        if n > 1:
+            width = 6 * x.element_size()
+            assert calls == [
+                ("all_to_all", "forward", "rows", width * sum(counts[me])),
+                ("all_to_all", "backward", "rows", width * sum(received)),
+            ]
+    with raises(ValueError, "should add up to the rows"):
+        all_to_all(x.detach(), tp, sent=[9] * n, received=received)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_rows_reach_the_ranks_that_they_are_for(ranks: RankPool, n: int) -> None:
+    ranks(n, check_rows)

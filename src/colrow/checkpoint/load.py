@@ -147,12 +147,24 @@ def check_tensors(config: ModelConfig, reader: TensorReader, naming: Naming) -> 
     tied = set(naming.modules["head"]) if config.tie_embeddings else set()
     ignored = {f"{name}.weight" for name in tied}
     ignored |= FACTORS
-    extra = sorted(name for name in names - expected.keys() - ignored if not _IGNORED.search(name))
+    extra = sorted(
+        name
+        for name in names - expected.keys() - ignored
+        if not _IGNORED.search(name) and not _is_later(naming, config, f"{prefix}{name}")
+    )
     if extra:
         raise ValueError(
             f"{reader.description} has {_some(extra)} beyond what a {config.family} model of "
             "this configuration holds; the file and its configuration do not belong together"
         )
+
+
+def _is_later(naming: Naming, config: ModelConfig, name: str) -> bool:
+    """Whether a tensor is of a layer behind the last, which a family leaves out."""
+    before, _, rest = name.partition(".layers.")
+    number = rest.split(".")[0]
+    is_layer = naming.later_layers and before == "model" and number.isdigit()
+    return is_layer and int(number) >= config.num_layers
 
 
 def _some(names: list[str]) -> str:

@@ -23,6 +23,7 @@ class Naming:
         modules: see :class:`colrow.models.families.family.Family`.
         fused, transposed, alternating: as there.
         paired_heads: rows of Q and K are stored as interleaved rotary pairs.
+        later_layers: see :class:`colrow.models.families.family.Family`.
         centred_norms: norms' weights are stored with the 1 added that the model adds.
     """
 
@@ -32,6 +33,7 @@ class Naming:
     alternating: bool = False
     paired_heads: bool = False
     centred_norms: bool = False
+    later_layers: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,13 @@ class Piece:
 def hf_naming(config: ModelConfig) -> Naming:
     """Names of the family's Hugging Face checkpoints."""
     family = family_named(config.family)
-    return Naming(family.modules_of(config), family.fused, family.transposed, family.alternating)
+    return Naming(
+        family.modules_of(config),
+        family.fused,
+        family.transposed,
+        family.alternating,
+        later_layers=family.later_layers,
+    )
 
 
 def gguf_naming(config: ModelConfig) -> Naming:

@@ -1,4 +1,4 @@
-"""The seven autograd-aware collectives of tensor and sequence parallelism.
+"""The autograd-aware collectives of tensor, sequence and expert parallelism.
 
 ===========================  ==============================  ================================
 collective                   forward                         backward
@@ -10,12 +10,14 @@ scatter_to_tp                split, last dim                 all-gather
 scatter_to_sequence          split, sequence dim             all-gather
 gather_from_sequence         all-gather, sequence dim        reduce-scatter
 reduce_scatter_to_sequence   reduce-scatter, sequence dim    all-gather
+all_to_all                   rows to the ranks they are for  the same back
 ===========================  ==============================  ================================
 
 The first four are f, g and their gathering relatives of Megatron-LM (Shoeybi et al. 2019, section
-3); the last three those of sequence parallelism (Korthikanti et al. 2022, section 4.2.2). Each
-backward is the adjoint of its forward when a tensor that all ranks hold also has the same gradient
-on all of them.
+3); the next three those of sequence parallelism (Korthikanti et al. 2022, section 4.2.2); the last
+is that of experts that lie on several ranks (Lepikhin et al. 2020, arXiv 2006.16668). Each backward
+is the adjoint of its forward when a tensor that all ranks hold also has the same gradient on all of
+them.
 
 Shapes: the last dim of a tensor is features, the dim before it sequence (``[batch, sequence,
 features]`` or ``[sequence, features]``). Any dtype that the backend reduces. With one rank each
@@ -27,15 +29,18 @@ a rank. ``layer`` is the name under which the ledger files the call.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from colrow.comm import primitives
+from colrow.comm import point_to_point, primitives
 from colrow.comm.autograd import apply
 from colrow.comm.group import ParallelGroup
+from colrow.comm.ledger import Phase
 from colrow.partition import Partition
 
 SEQUENCE = -2
@@ -216,4 +221,71 @@ def reduce_scatter_to_sequence(
         return x
     partition = partition or Partition.even(x.shape[SEQUENCE], tp.size)
     result: Tensor = apply(_Scatter, x, tp, SEQUENCE, partition, True, layer)
+    return result
+
+
+class _AllToAll(torch.autograd.Function):
+    """Rows to ranks; backward sends the gradients of what came back to where it came from."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        group: ParallelGroup,
+        sent: tuple[int, ...],
+        received: tuple[int, ...],
+        layer: str,
+    ) -> Tensor:
+        ctx.group, ctx.sent, ctx.received, ctx.layer = group, sent, received, layer
+        return _rows_exchanged(x, group, sent, received, layer, "forward")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        mine = _rows_exchanged(grad, ctx.group, ctx.received, ctx.sent, ctx.layer, "backward")
+        return mine, None, None, None, None
+
+
+def _rows_exchanged(
+    x: Tensor,
+    group: ParallelGroup,
+    sent: tuple[int, ...],
+    received: tuple[int, ...],
+    layer: str,
+    phase: Phase,
+) -> Tensor:
+    width = math.prod(x.shape[1:])
+    pieces = [piece.reshape(-1) for piece in x.split(list(sent))]
+    sizes = [rows * width for rows in received]
+    arrived = point_to_point.all_to_all(pieces, sizes, group, layer=layer, phase=phase)
+    return torch.cat(arrived).view(sum(received), *x.shape[1:])
+
+
+def all_to_all(
+    x: Tensor,
+    group: ParallelGroup,
+    *,
+    sent: Sequence[int],
+    received: Sequence[int],
+    layer: str = "",
+) -> Tensor:
+    """``[rows, ...]`` to the rows that are for this rank, those from rank 0 first.
+
+    Args:
+        x: this rank's rows, those for rank 0 first.
+        sent: how many are for each rank; none is possible.
+        received: how many come from each, which is what they say in ``sent``.
+
+    Raises:
+        ValueError: counts that are not one for each rank, or not those of the rows.
+    """
+    if len(sent) != group.size or len(received) != group.size or sum(sent) != x.shape[0]:
+        raise ValueError(
+            f"all_to_all of {x.shape[0]} rows over {group.size} ranks: sent={list(sent)} and "
+            f"received={list(received)} should have a number for each rank, and those of sent "
+            "should add up to the rows"
+        )
+    if group.size == 1:
+        return x
+    result: Tensor = apply(_AllToAll, x, group, tuple(sent), tuple(received), layer)
     return result

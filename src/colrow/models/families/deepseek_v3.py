@@ -195,5 +195,6 @@ FAMILY = DeepSeekV3(
         "rope_interleave": True,
     },
     reads=READS | {"rope_interleave"},
+    later_layers=True,  # which predict further tokens
     refused={**REFUSED, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
 )

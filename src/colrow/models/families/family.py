@@ -76,6 +76,7 @@ class Family:
             that is null stays unset.
         reads: further keys that :meth:`complete` reads.
         refused: key to the only value that is supported.
+        later_layers: its files may hold layers behind the last, which the model has no use for.
         quantised: names of the quantisations (``quant_method``) in which its files are read.
         gguf: its form in GGUF files, or None.
         habits: fields that its published models share, for shapes that are made from sizes alone.
@@ -95,6 +96,7 @@ class Family:
     defaults: Mapping[str, object] = field(default_factory=dict)
     reads: frozenset[str] = frozenset()
     refused: Mapping[str, object] = field(default_factory=dict)
+    later_layers: bool = False
     quantised: frozenset[str] = frozenset()
     gguf: GGUFForm | None = None
     habits: Mapping[str, object] = field(default_factory=dict)
