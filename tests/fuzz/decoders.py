@@ -151,11 +151,12 @@ def keys_of(case: Case) -> tuple[str, dict[str, Any]]:
             **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
         }
     elif family == "falcon":
+        grouped = case["parallel_residual"] and case["window"] == 3
         keys = {
             "hidden_size": width,
             "num_hidden_layers": case["layers"],
             "num_attention_heads": heads,
-            "num_kv_heads": kv_heads,
+            "num_kv_heads": kv_heads if grouped else heads,  # others transformers does not run
             "ffn_hidden_size": case["ffn"],
             "activation": case["activation"],
             "layer_norm_epsilon": case["eps"],
@@ -163,7 +164,7 @@ def keys_of(case: Case) -> tuple[str, dict[str, Any]]:
             "bias": case["biases"],
             "parallel_attn": case["parallel_residual"],
             "multi_query": case["window"] is None,
-            "new_decoder_architecture": case["parallel_residual"] and case["window"] == 3,
+            "new_decoder_architecture": grouped,
         }
     elif family == "gpt_neox":
         keys = {
