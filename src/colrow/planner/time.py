@@ -130,12 +130,6 @@ def stage_schedule(model: ModelShape, layout: Layout, hardware: Hardware) -> lis
     return [stage.schedule for stage in _stages(model, layout, hardware)]
 
 
-def tp_total_seconds(model: ModelShape, layout: Layout, hardware: Hardware) -> float:
-    """Time of all tensor-parallel collectives of a step on one device, hidden or not."""
-    slowest = max(_stages(model, layout, hardware), key=lambda stage: stage.schedule.total)
-    return slowest.tp.total * layout.num_microbatches
-
-
 def _stages(model: ModelShape, layout: Layout, hardware: Hardware) -> list[_Stage]:
     key = layout.per_microbatch
     blocks = {block: block_time(model, block, layout, hardware) for block in model.kinds}
