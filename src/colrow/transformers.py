@@ -40,7 +40,7 @@ class TensorParallelMixin:
     of each rank believes to be alone, on its dp rank's part of the data; what follows is this
     class's: gradients are averaged over dp by DistributedDataParallel, logged losses too; the norm
     of the gradients is that of the whole model; one rank logs; checkpoints and saved models are
-    whole, and a run continues on the same ranks or on others.
+    whole, and a run continues on any number of tp ranks (not with dp above 1).
 
     Evaluation takes every row on every dp rank. Not possible are fp16, FSDP and DeepSpeed.
 
@@ -191,6 +191,19 @@ class TensorParallelMixin:
         if self.mesh.dp.size > 1 or self.args.should_save:  # the ranks of tp draw the same
             super()._save_rng_state(output_dir)  # type: ignore[misc]
         self._wait()
+
+    def train(self, resume_from_checkpoint: Any = None, *more: Any, **options: Any) -> Any:
+        """Trains; continues from a checkpoint where tensor parallelism is all that there is.
+
+        Raises:
+            ValueError: a checkpoint with data parallelism, which is not proven to continue.
+        """
+        if resume_from_checkpoint and self.mesh.dp.size > 1:
+            raise ValueError(
+                f"resume_from_checkpoint with dp={self.mesh.dp.size} is not possible yet: continue "
+                "with tp alone, or use colrow train, which resumes in any layout"
+            )
+        return super().train(resume_from_checkpoint, *more, **options)  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         checkpoints = self._checkpoints(resume_from_checkpoint)
