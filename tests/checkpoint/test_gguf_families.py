@@ -12,6 +12,7 @@ import gguf
 import pytest
 import torch
 from torch import Tensor
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import colrow
 from colrow.checkpoint.export_gguf import pair, write_gguf
@@ -22,6 +23,7 @@ from tests.models import tiny
 from tests.ranks import RankPool
 
 FAMILIES = {
+    "llama-biased-tied": gguf.MODEL_ARCH.LLAMA,
     "phi3": gguf.MODEL_ARCH.PHI3,
     "olmo2": gguf.MODEL_ARCH.OLMO2,
     "gemma3": gguf.MODEL_ARCH.GEMMA3,
@@ -38,7 +40,7 @@ FAMILIES = {
     "glm4": gguf.MODEL_ARCH.GLM4,
     "smollm3": gguf.MODEL_ARCH.SMOLLM3,
 }
-PAIRED = {"mixtral", "granite", "smollm3"}
+PAIRED = {"llama-biased-tied", "mixtral", "granite", "smollm3"}
 EPS = 2.0**-17  # which fp32 holds
 SIZES: dict[str, Any] = {
     "vocab_size": 97,
@@ -52,6 +54,10 @@ SIZES: dict[str, Any] = {
     "rms_norm_eps": EPS,
 }
 FURTHER: dict[str, dict[str, Any]] = {
+    "llama-biased-tied": {
+        **dict.fromkeys(("attention_bias", "mlp_bias", "tie_word_embeddings"), True),
+        "rope_parameters": {**tiny.LLAMA3_ROPE, "original_max_position_embeddings": 8192},
+    },
     "gemma3": {"head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 7},
     "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2},
     "qwen3_moe": {
@@ -208,6 +214,11 @@ def converted(name: str, tensors: dict[str, Tensor], config: Any) -> dict[str, T
         target = names.get_name(key, try_suffixes=(".weight", ".bias"))
         assert target is not None, key
         found[target] = tensor
+    if name == "llama-biased-tied":  # Llama 3.1's scaling, as what each frequency is divided by
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+        plain = config.rope_parameters["rope_theta"] ** (-torch.arange(0, 8, 2) / 8)
+        assert (plain / scaled).max() > 1.5
+        found["rope_freqs.weight"] = plain / scaled
     if name == "phi4":
         for which in ("long", "short"):
             factors = config.rope_parameters[f"{which}_factor"]

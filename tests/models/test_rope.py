@@ -28,7 +28,8 @@ from tests.ranks import RankPool
 
 ORIGINAL, LONGER = 16, 23
 LONG = {"short_factor": [1.0, 1.1, 1.3, 2.0], "long_factor": [1.0, 1.5, 4.0, 9.0]}
-YARN = {"rope_type": "yarn", "original_max_position_embeddings": ORIGINAL}
+# Sizes for which the ramp begins and ends between pairs of dimensions.
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "original_max_position_embeddings": 4096}
 KINDS: dict[str, dict[str, Any]] = {
     "default": {"rope_type": "default"},
     "linear": {"rope_type": "linear", "factor": 3.0},
@@ -38,7 +39,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "yarn with scales": {**YARN, "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 1.3},
     "yarn with ends": {**YARN, "factor": 2.5, "beta_fast": 3.0, "beta_slow": 0.5},
     "yarn untruncated": {**YARN, "factor": 4.0, "truncate": False, "attention_factor": 1.7},
-    "yarn by lengths": {**YARN, "factor": None},
+    "yarn by lengths": {**YARN, "factor": None, "original_max_position_embeddings": ORIGINAL},
     "longrope": {"rope_type": "longrope", **LONG},
     "longrope with a factor": {"rope_type": "longrope", **LONG, "factor": 5.0},
     "longrope, given": {"rope_type": "longrope", **LONG, "attention_factor": 1.2},

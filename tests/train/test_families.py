@@ -12,7 +12,7 @@ from colrow.verification.reference import quiet_transformers
 from tests.ranks import RankPool
 from tests.train.runs import assert_same, curve, expected, make_settings
 
-FAMILIES = ["phi3", "olmo2", "gemma3_text", "mixtral", "deepseek_v3"]
+FAMILIES = ["phi3", "olmo2", "gemma3_text", "mixtral", "gemma2", "cohere", "falcon", "smollm3"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
