@@ -19,7 +19,8 @@ ROWS = (
 # Everybody as it comes: the peers on Gloo, colrow on the engine that it chooses here.
 COLUMNS = (
     ("colrow", "mpi", "colrow, tp=2"),
-    ("unsplit", None, "unsplit, 2 threads"),
+    ("colrow-1", None, "colrow, unsplit"),
+    ("unsplit", None, "PyTorch or transformers, unsplit"),
     ("dtensor", "gloo", "DTensor, tp=2"),
     ("megatron", "gloo", "Megatron-Core layers, tp=2"),
     ("transformers-3", "gloo", "transformers, tp=3"),
@@ -28,7 +29,7 @@ COLUMNS = (
 
 
 def overview(results: Sequence[dict[str, Any]]) -> str:
-    """Medians in milliseconds, and how many times faster colrow is, in Markdown.
+    """Medians in milliseconds, the fastest marked, and how many times faster colrow's two ranks are.
 
     The unsplit process's are of the race that colrow's engine took part in.
 
@@ -43,12 +44,14 @@ def overview(results: Sequence[dict[str, Any]]) -> str:
         races = [r["contestants"] for r in results if r["workload"]["name"] == workload]
         own = next((r for r in races if _median(r, "colrow", "mpi", metric)), [])
         ours = _median(own, "colrow", "mpi", metric)
-        cells = [heading]
+        medians = []
         for name, engine, _ in COLUMNS:
             found = [_median(r, name, engine, metric) for r in (own, *races)]
-            median = next((value for value in found if value), None)
-            cells.append(_cell(median, ours, name))
-        lines.append(_row(cells))
+            medians.append(next((value for value in found if value), None))
+        fastest = min(value for value in medians if value)
+        others = [None, *[ours] * (len(COLUMNS) - 1)]
+        cells = [_cell(*values, fastest) for values in zip(medians, others, strict=True)]
+        lines.append(_row([heading, *cells]))
     return "\n".join(lines)
 
 
@@ -62,13 +65,12 @@ def _median(
     return None
 
 
-def _cell(median: float | None, ours: float | None, name: str) -> str:
+def _cell(median: float | None, ours: float | None, fastest: float) -> str:
     if median is None:
         return "-"
     milliseconds = f"{1e3 * median:.0f}" if median >= 0.1 else f"{1e3 * median:.1f}"
-    if name == "colrow" or ours is None:
-        return f"**{milliseconds}**"
-    return f"{milliseconds} ({median / ours:.2f}x)"
+    marked = f"**{milliseconds}**" if median == fastest else milliseconds
+    return marked if ours is None else f"{marked} ({median / ours:.2f}x)"
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,10 @@ def test_the_parts_of_a_run_are_one_log_one_plot_and_one_curve_of_tensorboard(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three steps and a checkpoint of the second, from which a second part goes on."""
+    now = time.time()
     for first, last in ((0, 3), (2, 5)):
+        # TensorBoard reads its files in the order of the seconds in their names.
+        monkeypatch.setattr(time, "time", lambda first=first: now + 10 * first)
         reporter = Reporter(tmp_path, 5, first_step=first, active=True)
         if first == 0:
             reporter.begin(6.0)

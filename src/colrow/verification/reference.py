@@ -84,6 +84,8 @@ def load_reference(path: str | Path, dtype: torch.dtype) -> nn.Module:
             model = AutoModelForCausalLM.from_pretrained(
                 directory, dtype=dtype, trust_remote_code=False, **options
             )
+    if dtype == torch.float64:
+        model = model.double()  # also the routers that transformers makes in fp32
     return prepare_reference(model)
 
 
