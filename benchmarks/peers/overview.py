@@ -29,7 +29,7 @@ COLUMNS = (
 
 
 def overview(results: Sequence[dict[str, Any]]) -> str:
-    """Medians in milliseconds, the fastest marked, and how many times faster colrow's two ranks are.
+    """Medians in milliseconds, the fastest marked; how many times faster colrow's two ranks are.
 
     The unsplit process's are of the race that colrow's engine took part in.
 
