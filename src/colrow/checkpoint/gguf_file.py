@@ -6,8 +6,7 @@ import functools
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +18,7 @@ from colrow.checkpoint.gguf_header import GGUFHeader, GGUFTensor, OtherByteOrder
 from colrow.checkpoint.locate import damaged_file
 from colrow.checkpoint.reader import (
     Ranges,
+    TensorReader,
     check_conversion,
     placements,
     select,
@@ -33,7 +33,7 @@ _CHUNK_ELEMENTS = 1 << 17
 """Elements decoded at a time: large enough for speed, small enough to stay in the cache."""
 
 
-class GGUFTensorReader:
+class GGUFTensorReader(TensorReader):
     """A ``TensorReader`` over one GGUF file, which also gives its key/value metadata.
 
     The file is memory-mapped. Quantised blocks run along the last dimension and each stands
@@ -153,17 +153,6 @@ class GGUFTensorReader:
     def close(self) -> None:
         """Release the file. Tensors already read stay valid."""
         self._header = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _open_header(self) -> GGUFHeader:
         if self._header is None:

@@ -6,9 +6,6 @@ The format: Open Compute Project, "Microscaling formats (MX)", version 1.0, sect
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Self
-
 import torch
 
 from colrow.checkpoint.reader import Ranges, TensorReader, select, selected_length
@@ -18,7 +15,7 @@ _VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _BIAS = 127  # of the exponent that a scale is
 
 
-class Mxfp4Reader:
+class Mxfp4Reader(TensorReader):
     """A ``TensorReader`` over another one, in which pairs of tensors are single ones.
 
     ``X_blocks`` ``[experts, out, in / 32, 16]`` and ``X_scales`` ``[experts, out, in / 32]`` are
@@ -109,17 +106,6 @@ class Mxfp4Reader:
         """Release the files."""
         self._last = None
         self._stored.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def dequantised(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,9 @@ _CHUNK_BYTES = 4 << 20
 class TensorReader(Protocol):
     """Read access to the tensors of one checkpoint, a slice at a time.
 
+    colrow's own readers derive from it, and so are closed at the end of a ``with``; any other that
+    has these methods will do.
+
     Shapes are PyTorch's: a linear weight is [out_features, in_features]. Every method raises
     ``ValueError`` for a tensor that the checkpoint does not hold, naming the closest ones it does.
     """
@@ -59,14 +62,16 @@ class TensorReader(Protocol):
         """Release the files. Tensors already read stay valid. Closing twice is harmless."""
         ...
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> Self:
+        return self
 
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
-    ) -> None: ...
+    ) -> None:
+        self.close()
 
 
 def select(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from pathlib import Path
-from types import EllipsisType, TracebackType
-from typing import Protocol, Self, cast
+from types import EllipsisType
+from typing import Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from colrow.checkpoint.locate import damaged_file
 from colrow.checkpoint.reader import (
     Ranges,
+    TensorReader,
     check_conversion,
     placements,
     select,
@@ -44,7 +45,7 @@ class _OpenFile(Protocol):
     def __exit__(self, kind: None, error: None, trace: None) -> None: ...
 
 
-class SafetensorsReader:
+class SafetensorsReader(TensorReader):
     """A ``TensorReader`` over one safetensors file or over the shards that an index lists.
 
     The files are memory-mapped: a slice is a strided view of the mapping, copied and converted
@@ -117,17 +118,6 @@ class SafetensorsReader:
             file.__exit__(None, None, None)
         self._files = []
         self._home = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _stored(self, name: str) -> _StoredTensor:
         if not self._files:

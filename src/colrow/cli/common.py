@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from colrow import progress
 from colrow.launch import available_cores, launch, rank_environment
@@ -262,6 +262,22 @@ def written(path: str | Path) -> str:
     shown = [f"{f.name} ({bytes_text(f.stat().st_size)})" for f in files[:_FILES_SHOWN]]
     more = len(files) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+class _Report(Protocol):
+    @property
+    def passed(self) -> bool: ...
+
+    def as_dict(self) -> dict[str, Any]: ...
+
+
+def conclude(report: _Report, args: argparse.Namespace, show: Callable[[], None]) -> int:
+    """Writes a report where ``--json`` says, shows it unless that is the screen; the exit code."""
+    if args.json:
+        write_json(report.as_dict(), args.json)
+    if args.json != "-":
+        show()
+    return 0 if report.passed else 1
 
 
 def write_json(data: object, file: str) -> None:

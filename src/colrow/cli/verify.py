@@ -14,6 +14,7 @@ from colrow.cli.common import (
     add_tensor_split,
     add_tp,
     announce,
+    conclude,
     positive_int,
     run_on_ranks,
     say,
@@ -133,13 +134,7 @@ def run(args: argparse.Namespace) -> int:
             f"{known.max_positions} positions: use at most that"
         )
     report = run_on_ranks(_verify, args, ranks=args.tp)
-    if report is None:
-        return 0
-    if args.json:
-        write_json(report.as_dict(), args.json)
-    if args.json != "-":
-        show(report, every=args.all)
-    return 0 if report.passed else 1
+    return 0 if report is None else conclude(report, args, lambda: show(report, every=args.all))
 
 
 def _run_in_place(args: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from colrow.cli.common import announce, run_on_ranks, say, torch_dtype, write_json
+from colrow.cli.common import announce, conclude, run_on_ranks, say, torch_dtype
 
 if TYPE_CHECKING:
     from colrow.verification.quantised import QuantisedReport
@@ -21,13 +21,7 @@ def run_quantised(args: argparse.Namespace) -> int:
     if args.device not in (None, "cpu") or args.dtype not in ("fp32", "fp64"):
         raise ValueError("--weights quantised is verified on the CPU, in fp32 or fp64")
     report = run_on_ranks(_verify_quantised, args, ranks=args.tp)
-    if report is None:
-        return 0
-    if args.json:
-        write_json(report.as_dict(), args.json)
-    if args.json != "-":
-        show_quantised(report)
-    return 0 if report.passed else 1
+    return 0 if report is None else conclude(report, args, lambda: show_quantised(report))
 
 
 def _verify_quantised(args: argparse.Namespace) -> QuantisedReport | None:

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from colrow.comm import primitives
 from colrow.comm.agreement import common_seed
@@ -22,14 +22,14 @@ from colrow.layers.head_norm import DividedRMSNorm, head_norm, normed_together
 from colrow.layers.linear import Sharded
 from colrow.layers.memory_saving import recomputed
 from colrow.layers.options import RopeConfig
-from colrow.layers.position import alibi_slopes, apply_rope, rope_frequencies
+from colrow.layers.position import KeepsTables, alibi_slopes, apply_rope, rope_frequencies
 from colrow.layers.row import RowParallelLinear
 from colrow.layers.scores import Sinks, attend_written_out
 from colrow.layers.shared import SharedLayers, SharedWeights
 from colrow.sharding import SequenceDivision, Sharding
 
 
-class ParallelAttention(Sharded, nn.Module):
+class ParallelAttention(Sharded, KeepsTables):
     """Self-attention; this rank computes its query heads and the KV heads that they read.
 
     ================  ===================================  ====================================
@@ -158,28 +158,21 @@ class ParallelAttention(Sharded, nn.Module):
         self._make_tables()
         self._shared_layers = SharedLayers(self)
 
-    def _make_tables(self) -> None:
-        """Buffers on the module's device, or the CPU for meta; made on the CPU for equal bits."""
-        place = self.qkv.weight.device
-        place = torch.device("cpu") if place.type == "meta" else place
-        slopes = frequencies = None
+    def _tables(self) -> dict[str, Tensor | None]:
+        slopes = None
         if self.alibi:
             start, stop = self.heads.query.bounds[self.tp.rank]
-            slopes = alibi_slopes(self.heads.query.length, "cpu")[start:stop].to(place)
-        if self.rope is not None:
-            frequencies = rope_frequencies(self.rope, "cpu").to(place)
-        groups = padded_groups(self.runs) if len(self.runs) > 1 else None
-        for index, name in enumerate(("padded", "unpadded")):
-            places = None if groups is None else torch.tensor(groups[index], device=place)
-            self.register_buffer(name, places, persistent=False)
-        self.register_buffer("slopes", slopes, persistent=False)
-        self.register_buffer("frequencies", frequencies, persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ParallelAttention:
-        """Also behind ``to``, ``half`` and ``to_empty``, which would narrow or wipe the tables."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._make_tables()
-        return self
+            slopes = alibi_slopes(self.heads.query.length, "cpu")[start:stop]
+        groups = padded_groups(self.runs) if len(self.runs) > 1 else (None, None)
+        padded, unpadded = (
+            None if places is None else torch.tensor(places, device="cpu") for places in groups
+        )
+        return {
+            "padded": padded,
+            "unpadded": unpadded,
+            "slopes": slopes,
+            "frequencies": None if self.rope is None else rope_frequencies(self.rope, "cpu"),
+        }
 
     def forward(
         self,

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from colrow.comm import collectives, primitives
 from colrow.comm.group import ParallelGroup
@@ -18,13 +16,13 @@ from colrow.layers.grouped_query import attend
 from colrow.layers.linear import Sharded, reset_linear_
 from colrow.layers.memory_saving import recomputed
 from colrow.layers.norm import RMSNorm
-from colrow.layers.position import apply_rope, rope_frequencies
+from colrow.layers.position import KeepsTables, apply_rope, rope_frequencies
 from colrow.layers.row import RowParallelLinear
 from colrow.layers.shared import SharedLayers, SharedWeights
 from colrow.sharding import SequenceDivision, Sharding
 
 
-class LatentAttention(Sharded, nn.Module):
+class LatentAttention(Sharded, KeepsTables):
     """Attention whose keys and values are made of a few numbers of each token.
 
     DeepSeek-AI 2024, arXiv 2405.04434, section 2.1. Each rank makes the few numbers of all tokens,
@@ -111,20 +109,9 @@ class LatentAttention(Sharded, nn.Module):
         self._make_tables()
         self._shared_layers = SharedLayers(self)
 
-    def _make_tables(self) -> None:
-        """On the module's device, or the CPU for meta; made on the CPU for equal bits."""
-        place = self.kv_down.weight.device
-        place = torch.device("cpu") if place.type == "meta" else place
-        frequencies = None
-        if self.spec.rope is not None:
-            frequencies = rope_frequencies(self.spec.rope, "cpu").to(place)
-        self.register_buffer("frequencies", frequencies, persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LatentAttention:
-        """Also behind ``to``, ``half`` and ``to_empty``, which would narrow or wipe the tables."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._make_tables()
-        return self
+    def _tables(self) -> dict[str, Tensor | None]:
+        rope = self.spec.rope
+        return {"frequencies": None if rope is None else rope_frequencies(rope, "cpu")}
 
     def forward(
         self,

@@ -3,11 +3,38 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from colrow.layers.options import RopeConfig
+
+
+class KeepsTables(nn.Module):
+    """A layer with tables of positions, which are buffers that no file holds.
+
+    They stay in their own dtype whatever the layer is converted to, and are there again after
+    ``to_empty``.
+    """
+
+    def _tables(self) -> dict[str, Tensor | None]:
+        """The tables by name, made on the CPU for equal bits."""
+        raise NotImplementedError
+
+    def _make_tables(self) -> None:
+        """On the parameters' device, or the CPU for meta."""
+        place = next(self.parameters()).device
+        place = torch.device("cpu") if place.type == "meta" else place
+        for name, table in self._tables().items():
+            self.register_buffer(name, None if table is None else table.to(place), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Also behind ``to``, ``half`` and ``to_empty``, which would narrow or wipe the tables."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._make_tables()
+        return self
 
 
 def rope_frequencies(
